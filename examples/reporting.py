@@ -1,0 +1,93 @@
+"""The table and the plot that a comparison of training runs ends with."""
+
+HEADER = (
+    "method",
+    "validation accuracy",
+    "adapter parameters",
+    "bias parameters",
+    "head parameters",
+    "file",
+    "seconds an epoch",
+)
+
+
+def format_table(header, rows):
+    """Lays out rows as text: the first column to the left, others to the right.
+
+    Args:
+        header: A sequence of strings.
+        rows: A list of sequences of strings, each as long as the header.
+
+    Returns:
+        A string of lines, the header underlined.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+
+    def line(cells):
+        first = cells[0].ljust(widths[0])
+        others = (c.rjust(w) for c, w in zip(cells[1:], widths[1:]))
+        return "  ".join([first, *others])
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def format_bytes(size):
+    """Writes a number of bytes for people: "512 B", "18.2 kB", "1.8 MB"."""
+    if size < 1000:
+        return f"{size} B"
+    if size < 1000**2:
+        return f"{size / 1000:.1f} kB"
+    return f"{size / 1000**2:.1f} MB"
+
+
+def table(runs):
+    """The table of a list of `training.Run`."""
+    rows = [
+        (
+            run.name,
+            f"{100 * run.accuracy[-1]:.1f}%",
+            f"{run.adapter_parameters:,}",
+            f"{run.other_parameters:,}",
+            f"{run.head_parameters:,}",
+            format_bytes(run.file_bytes),
+            f"{run.seconds_per_epoch:.1f}",
+        )
+        for run in runs
+    ]
+    return format_table(HEADER, rows)
+
+
+def plot(runs, title, path):
+    """Draws training loss and validation accuracy over epochs to a PNG.
+
+    Args:
+        runs: A list of `training.Run`.
+        title: The title of the figure.
+        path: The file to write.
+    """
+    # The figure is only written to a file, so no window system is needed.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4), layout="constrained"
+    )
+    for run, marker in zip(runs, "os^Dv"):
+        epochs = range(1, len(run.accuracy) + 1)
+        parameters = run.adapter_parameters + run.other_parameters
+        label = f"{run.name} ({parameters:,} parameters)"
+        left.plot(epochs, run.loss, marker=marker, label=label)
+        accuracy = [100 * value for value in run.accuracy]
+        right.plot(epochs, accuracy, marker=marker, label=label)
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,113 @@
+"""Labelled texts: CSV files, and splits that are the same on every machine."""
+
+import collections
+import csv
+import hashlib
+import typing
+
+
+class Split(typing.NamedTuple):
+    """Disjoint lists of `(text, label)`.
+
+    `tuning` is for choosing hyperparameters, so that `validation` has been
+    looked at only once, for what is reported.
+    """
+
+    train: list
+    validation: list
+    tuning: list
+
+
+def read_csv(path, text_column=None, label_column="label"):
+    """Reads labelled texts from a CSV file with a header row.
+
+    Args:
+        path: The file, in UTF-8.
+        text_column: The name of the column of texts. Defaults to "text" or
+            "sentence", whichever the file has.
+        label_column: The name of the column of labels, which may be numbers or
+            words.
+
+    Returns:
+        A list of `(text, label)`, labels as integers, and the list of label
+        names in the order of these integers.
+
+    Raises:
+        ValueError: If a column is missing, or fewer than two labels occur.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if text_column is None:
+            known = [name for name in ("text", "sentence") if name in columns]
+            text_column = known[0] if known else "text"
+        for argument, column in (
+            ("text_column", text_column),
+            ("label_column", label_column),
+        ):
+            if column not in columns:
+                raise ValueError(
+                    f"{path} has no column {column!r}. Its columns are "
+                    f"{columns}: name one with `{argument}`."
+                )
+        rows = [(row[text_column], row[label_column]) for row in reader]
+    names = sorted({label for _, label in rows}, key=_number_or_word)
+    if len(names) < 2:
+        raise ValueError(
+            f"Column {label_column!r} of {path} should have two labels or "
+            f"more. Received: {names}"
+        )
+    index = {name: i for i, name in enumerate(names)}
+    return [(text, index[label]) for text, label in rows], names
+
+
+def _number_or_word(label):
+    """A sorting key that puts "2" before "10" and numbers before words."""
+    return (0, int(label), "") if label.isdecimal() else (1, 0, label)
+
+
+def few_shot_split(examples, train, validation, seed=0):
+    """Splits examples into few for training and a fixed rest to judge by.
+
+    The order is that of a hash of seed and text, so the same texts fall on the
+    same side on every machine and whatever library version is installed, and a
+    text that occurs twice cannot fall on both. Validation and tuning examples
+    come first: they stay the same when `train` changes.
+
+    Args:
+        examples: A list of `(text, label)`.
+        train: The number of training examples, an equal share of each label.
+        validation: The number of examples in `validation`, and in `tuning`.
+        seed: An integer: another seed gives another split.
+
+    Returns:
+        A `Split`.
+
+    Raises:
+        ValueError: If there are not enough examples.
+    """
+    by_text = dict(examples)
+    order = sorted(
+        by_text,
+        key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest(),
+    )
+    shuffled = [(text, by_text[text]) for text in order]
+    held_out, rest = shuffled[: 2 * validation], shuffled[2 * validation :]
+
+    labels = sorted(set(by_text.values()))
+    share = train // len(labels)
+    taken = collections.Counter()
+    chosen = []
+    for text, label in rest:
+        if taken[label] < share:
+            taken[label] += 1
+            chosen.append((text, label))
+    for label in labels:
+        if share == 0 or taken[label] < share:
+            raise ValueError(
+                f"{train} training examples for {len(labels)} labels beside "
+                f"2 x {validation} held out need {max(share, 1)} of each "
+                f"label. Received: {len(by_text)} examples, which leave "
+                f"{taken[label]} of label {label}. Ask for other numbers."
+            )
+    return Split(chosen, held_out[:validation], held_out[validation:])

@@ -1,0 +1,25 @@
+"""Parameter-efficient adapters for any Keras model.
+
+Pick an adapter, inject it into a model, train with `model.fit` on TensorFlow,
+JAX or PyTorch, and ship a file of a few kilobytes or a merged SavedModel.
+"""
+
+from keras_randadapt import adapters
+from keras_randadapt import bases
+from keras_randadapt import hadamard
+from keras_randadapt import ops
+from keras_randadapt import optimizers
+from keras_randadapt import random
+from keras_randadapt.adapters import Adapter
+from keras_randadapt.adapters import LoRA
+from keras_randadapt.adapters import RLoRA
+from keras_randadapt.injection import disabled
+from keras_randadapt.injection import eject
+from keras_randadapt.injection import inject
+from keras_randadapt.injection import merge
+from keras_randadapt.injection import merged
+from keras_randadapt.injection import set_active
+from keras_randadapt.injection import sites
+from keras_randadapt.saving import load_adapter
+from keras_randadapt.saving import save_adapter
+from keras_randadapt.version import __version__

@@ -1,0 +1,152 @@
+"""The private Keras API that injection needs, and nothing else.
+
+Every symbol here reaches past Keras's public surface, so each has a test of
+its own (`tests/test_compat.py`): a Keras release that moves one fails there,
+by name, rather than somewhere inside a user's `fit`.
+"""
+
+import contextlib
+
+import keras
+from keras.src.backend import set_keras_mask
+from keras.src.saving import object_registration
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.saving.saving_lib import _walk_saveable
+from keras.src.utils import naming
+
+__all__ = [
+    "alias_registered_class",
+    "attach_sublayer",
+    "detach_sublayer",
+    "flatten_layers",
+    "instance_attributes",
+    "is_nnx_enabled",
+    "is_saveable",
+    "owned_variables",
+    "refresh_torch_parameters",
+    "reset_compiled_functions",
+    "set_keras_mask",
+    "set_layer_trainable_flag",
+    "snake_case",
+    "training_phase",
+    "walk_attributes",
+]
+
+
+def flatten_layers(layer):
+    """All layers at and below `layer`, each once, `layer` first."""
+    return layer._flatten_layers()
+
+
+def owned_variables(layer):
+    """The variables that `layer` itself created, sublayers' excluded."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def set_layer_trainable_flag(layer, value):
+    """Sets one layer's flag without touching its variables or sublayers."""
+    layer._trainable = value
+
+
+def attach_sublayer(layer, name, sublayer):
+    """Makes `sublayer` a tracked attribute of a layer already built.
+
+    Keras locks a built layer against new state; the lock is lifted for this
+    one assignment.
+    """
+    layer._tracker.unlock()
+    try:
+        setattr(layer, name, sublayer)
+    finally:
+        layer._tracker.lock()
+
+
+def detach_sublayer(layer, name):
+    """Undoes `attach_sublayer`."""
+    sublayer = getattr(layer, name)
+    delattr(layer, name)
+    layer._tracker.untrack(sublayer)
+
+
+def training_phase(layer):
+    """The `training` flag of the call in progress.
+
+    Convolutions and embeddings take no `training` argument, so Keras does not
+    hand it to them; the call context still knows it.
+    """
+    return bool(layer._get_call_context().get_value("training"))
+
+
+def walk_attributes(saveable):
+    """`(attribute name, value)` pairs in the order of Keras's weight files."""
+    return _walk_saveable(saveable)
+
+
+def is_saveable(value):
+    return isinstance(value, KerasSaveable)
+
+
+def snake_case(name):
+    """`"EinsumDense"` to `"einsum_dense"`, as weight files spell it."""
+    return naming.to_snake_case(name)
+
+
+def alias_registered_class(cls, registered_class):
+    """Serializes instances of `cls` under `registered_class`'s name.
+
+    Keras looks registered names up by the exact class, and injection makes a
+    class for every class of model that it meets.
+    """
+    name = keras.saving.get_registered_name(registered_class)
+    object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
+
+
+def reset_compiled_functions(model):
+    """Drops a model's traced step functions; Keras builds them anew."""
+    for attribute in (
+        "train_function",
+        "test_function",
+        "predict_function",
+        "generate_function",
+    ):
+        # `vars`, because KerasHub tasks without generation lack the last.
+        if attribute in vars(model):
+            setattr(model, attribute, None)
+
+
+def refresh_torch_parameters(model):
+    """On torch, makes every layer list the parameters that it now has.
+
+    A layer lists its parameters once, when it is built; those that it does
+    not list are skipped by `zero_grad()` and their gradients pile up.
+    """
+    if keras.config.backend() != "torch":
+        return
+    for layer in flatten_layers(model):
+        if "_torch_params" in layer._modules:
+            layer._track_variables()
+
+
+def is_nnx_enabled():
+    """Whether Keras runs on Flax's NNX, whose modules refuse class swaps."""
+    is_enabled = getattr(keras.config, "is_nnx_enabled", None)
+    return bool(is_enabled and is_enabled())
+
+
+@contextlib.contextmanager
+def instance_attributes(layer, **values):
+    """Sets attributes for a block, past Keras's tracking of them.
+
+    Quantized products in Keras add the bias and apply the activation
+    themselves; a site sets both aside to put its delta before them.
+    """
+    before = {name: vars(layer)[name] for name in values if name in vars(layer)}
+    vars(layer).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                vars(layer)[name] = before[name]
+            else:
+                vars(layer).pop(name, None)

@@ -1,0 +1,310 @@
+"""What every adapter has in common: the contract, and all that a method need
+not say again."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import random
+
+
+class Adapter(keras.layers.Layer):
+    """The trainable update of one kernel view.
+
+    An adapter built by hand or by a user is a *template*: `inject` clones it
+    for each site and builds the clones. A method overrides `build`, `delta`,
+    `delta_kernel` and `get_config`; one that is not additive overrides `adapt`
+    or `merged` too. Casting, dropout, merging, files, several adapters on a
+    site and reporting are done here and in `injection`.
+
+    Args:
+        seed: int in `[0, 2**64)`. Gives the frozen bases, which no file
+            stores, and the initial trainables.
+        dropout: float in `[0, 1)`. The fraction of a site's inputs that the
+            delta does not see in training. Embeddings, whose inputs are ids,
+            ignore it.
+        dtype: The dtype of the trainable weights, whatever the model's policy.
+            Products run in the site's compute dtype.
+        name: Optional string.
+    """
+
+    #: The learning rate that the method's source trains with (AdamW).
+    recommended_learning_rate = None
+
+    def __init__(self, *, seed=0, dropout=0.0, dtype="float32", name=None):
+        super().__init__(dtype=dtype, name=name)
+        self.seed = random.check_seed(seed)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(
+                "`dropout` must be at least 0 and below 1. "
+                f"Received: dropout={dropout}"
+            )
+        self.dropout = float(dropout)
+        self.dropout_seed_generator = None
+        self._address = ""
+
+    # What a method says.
+
+    def build(self, kernel_view):
+        """Creates the trainable weights.
+
+        Args:
+            kernel_view: `(input_dim, output_dim)`, the shape of the site's
+                kernel seen as a matrix.
+        """
+        raise NotImplementedError
+
+    def delta(self, x, training=None):
+        """The update's product with inputs.
+
+        Args:
+            x: Tensor of shape `(..., input_dim)`. Its dtype is the dtype of
+                the computation.
+            training: Whether a training step is running.
+
+        Returns:
+            Tensor of shape `(..., output_dim)`, of `x`'s dtype.
+        """
+        raise NotImplementedError
+
+    def delta_kernel(self):
+        """The update itself: `(input_dim, output_dim)`, float32."""
+        raise NotImplementedError
+
+    # What a method may say better.
+
+    def check(self, kernel_view):
+        """Raises `ValueError` if the method can't take this kernel view."""
+
+    def delta_transpose(self, x, training=None):
+        """The product with the update's transpose, for tied output heads.
+
+        Args:
+            x: Tensor of shape `(..., output_dim)`.
+            training: Whether a training step is running.
+
+        Returns:
+            Tensor of shape `(..., input_dim)`, of `x`'s dtype.
+        """
+        kernel = ops.cast(self.delta_kernel(), x.dtype)
+        return ops.matmul(x, ops.transpose(kernel))
+
+    def lookup(self, ids, dtype, training=None):
+        """Rows of the update, for embeddings.
+
+        Args:
+            ids: Integer tensor of any shape, values in `[0, input_dim)`.
+            dtype: The dtype of the computation.
+            training: Whether a training step is running.
+
+        Returns:
+            Tensor of shape `ids.shape + (output_dim,)`, of dtype `dtype`.
+        """
+        return ops.cast(ops.take(self.delta_kernel(), ids, axis=0), dtype)
+
+    def adapt(self, x, linear, training=None):
+        """The site's output before bias and activation.
+
+        Args:
+            x: Tensor of shape `(..., input_dim)`.
+            linear: Function of a tensor like `x`: the product that this
+                adapter adapts, `(..., output_dim)`.
+            training: Whether a training step is running.
+
+        Returns:
+            Tensor of shape `(..., output_dim)`.
+        """
+        return linear(x) + self.delta(self.drop(x, training), training)
+
+    def merged(self, kernel):
+        """The adapted kernel: `(input_dim, output_dim)`, float32."""
+        return kernel + self.delta_kernel()
+
+    def basis_digest(self):
+        """A short hash of the frozen bases, or `""` where there are none."""
+        return ""
+
+    # What is the same for all.
+
+    def for_site(self, address, name):
+        """A clone of this template for the site at a structural address."""
+        clone = type(self).from_config(self.get_config())
+        clone.name = name
+        clone._address = address
+        return clone
+
+    @property
+    def site_role(self):
+        """What tells a site's bases from those of its neighbours.
+
+        The last part of the structural address: the layers of a deep model
+        share bases, the projections inside one layer do not.
+        """
+        return self._address.rpartition("/")[2]
+
+    def add_trainable(self, name, shape, initializer):
+        """A trainable weight whose first values are equal on every backend.
+
+        Args:
+            name: string.
+            shape: tuple of ints.
+            initializer: A name that `initial_values` knows, a dict
+                `{"name": ..., **arguments}` for it, or any Keras initializer
+                (whose values differ from backend to backend).
+        """
+        own = _own_initializer(initializer)
+        if own is not None:
+            kind, arguments = own
+            values = initial_values(
+                kind, self.seed, f"{self._address}/{name}", shape, **arguments
+            )
+
+            def initializer(shape, dtype=None):
+                return ops.convert_to_tensor(values, dtype=dtype)
+
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            # Products cast explicitly: autocasting would also round the
+            # delta that is merged in float32.
+            autocast=False,
+        )
+
+    def prepare_dropout(self):
+        """Creates the state of dropout. Call it at the end of `build`."""
+        if self.dropout:
+            self.dropout_seed_generator = keras.random.SeedGenerator(
+                self.seed % 2**31
+            )
+
+    def drop(self, x, training):
+        """Dropout of the delta's inputs."""
+        if not self.dropout or not training:
+            return x
+        return keras.random.dropout(
+            x, self.dropout, seed=self.dropout_seed_generator
+        )
+
+    def call(self, x, training=None):
+        return self.delta(self.drop(x, training), training)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.output_dim)
+
+    def load_own_variables(self, store):
+        # A file of the model without adapters has nothing here; it must
+        # still load.
+        if len(store.keys()):
+            super().load_own_variables(store)
+
+    def get_config(self):
+        # No name and no trainable flag: two templates of one method with
+        # equal arguments have equal configs, in files as well.
+        config = {"seed": self.seed, "dropout": self.dropout}
+        if self.dtype != "float32":
+            config["dtype"] = self.dtype
+        return config
+
+    def __repr__(self):
+        arguments = ", ".join(
+            f"{name}={value!r}" for name, value in self.get_config().items()
+        )
+        return f"<{type(self).__name__} {arguments}>"
+
+
+def initial_values(kind, seed, role, shape, **arguments):
+    """Initial values of a trainable, from the counter-based generator.
+
+    Args:
+        kind: `"zeros"`, `"ones"`, `"normal"` (`stddev`, 1 by default) or
+            `"kaiming_uniform"` (`U(-1/sqrt(n), 1/sqrt(n))` for `n` rows, the
+            LoRA papers' `kaiming_uniform(a=sqrt(5))`).
+        seed: int in `[0, 2**64)`.
+        role: string. What the values are for.
+        shape: tuple of ints.
+        **arguments: See `kind`.
+
+    Returns:
+        float32 NumPy array.
+    """
+    role = f"initial/{role}"
+    if kind == "zeros":
+        return np.zeros(shape, "float32")
+    if kind == "ones":
+        return np.ones(shape, "float32")
+    if kind == "normal":
+        stddev = np.float32(arguments.get("stddev", 1.0))
+        return random.normals(seed, role, shape) * stddev
+    bound = np.float32(1.0 / np.sqrt(shape[0]))
+    return (2 * random.uniforms(seed, role, shape) - 1) * bound
+
+
+_OWN_INITIALIZERS = {
+    "zeros": set(),
+    "ones": set(),
+    "normal": {"stddev"},
+    "kaiming_uniform": set(),
+}
+
+
+def check_initializer(initializer, argument):
+    """Validates an initializer argument and returns a serializable form."""
+    if _own_initializer(initializer) is not None:
+        return initializer
+    try:
+        return keras.initializers.get(initializer)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` must be one of {sorted(_OWN_INITIALIZERS)}, a dict "
+            "such as {'name': 'normal', 'stddev': 0.1}, or a Keras "
+            f"initializer. Received: {argument}={initializer!r}"
+        ) from error
+
+
+def serialize_initializer(initializer):
+    """The form of an initializer that goes into `get_config`."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return keras.initializers.serialize(initializer)
+    return initializer
+
+
+def _own_initializer(initializer):
+    """`(kind, arguments)` of an initializer of ours, `None` of another's."""
+    if isinstance(initializer, str) and initializer in _OWN_INITIALIZERS:
+        return initializer, {}
+    if isinstance(initializer, dict) and "name" in initializer:
+        arguments = dict(initializer)
+        kind = arguments.pop("name")
+        allowed = _OWN_INITIALIZERS.get(kind, set())
+        if kind in _OWN_INITIALIZERS and set(arguments) <= allowed:
+            return kind, arguments
+    return None
+
+
+def check_rank(rank, argument="rank"):
+    """Validates a rank."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+        raise TypeError(
+            f"`{argument}` must be an integer. Received: {argument}={rank!r} "
+            f"(of type {type(rank).__name__})"
+        )
+    if rank < 1:
+        raise ValueError(
+            f"`{argument}` must be at least 1. Received: {argument}={rank}"
+        )
+    return int(rank)
+
+
+def check_scaling(scaling, argument="scaling"):
+    """Validates a finite scale."""
+    try:
+        value = float(scaling)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        raise ValueError(
+            f"`{argument}` must be a finite number. "
+            f"Received: {argument}={scaling!r}"
+        )
+    return value

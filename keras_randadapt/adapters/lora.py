@@ -1,0 +1,132 @@
+"""LoRA: low-rank adaptation."""
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class LoRA(base.Adapter):
+    """Low-rank adaptation: `delta = scaling * A B`.
+
+    `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, are trained;
+    `rank * (input_dim + output_dim)` weights a site. `B` starts at zero, so
+    the delta does.
+
+    Train it at a learning rate of 1e-4 to 1e-3 (AdamW).
+
+    Args:
+        rank: int. The rank of the delta.
+        alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
+            `rank` by default, as in Keras's own `enable_lora`.
+        scaling: Optional float, instead of `alpha`.
+        a_initializer: The first values of `A`: `"kaiming_uniform"` (the
+            default, `U(-1/sqrt(input_dim), 1/sqrt(input_dim))`), `"normal"`,
+            `{"name": "normal", "stddev": 0.02}`, or a Keras initializer.
+        b_initializer: The first values of `B`. Anything but zeros makes the
+            adapted model differ from the base model from the start.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer.
+        ValueError: If an argument is out of range, or if both `alpha` and
+            `scaling` are given. At injection, if `rank` exceeds the smaller
+            dimension of a kernel view: such a LoRA has more weights than the
+            kernel it adapts.
+
+    Example:
+
+    ```python
+    kra.inject(model, kra.LoRA(8), targets=["query", "value"])
+    ```
+
+    References:
+        - [Hu et al., 2021](https://arxiv.org/abs/2106.09685), equation 3.
+    """
+
+    recommended_learning_rate = 5e-4
+
+    def __init__(
+        self,
+        rank=8,
+        *,
+        alpha=None,
+        scaling=None,
+        a_initializer="kaiming_uniform",
+        b_initializer="zeros",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        if alpha is not None and scaling is not None:
+            raise ValueError(
+                "`alpha` and `scaling` say the same thing "
+                "(scaling = alpha / rank): give one of them. "
+                f"Received: alpha={alpha}, scaling={scaling}"
+            )
+        if alpha is not None:
+            scaling = base.check_scaling(alpha, "alpha") / self.rank
+        self.scaling = base.check_scaling(1.0 if scaling is None else scaling)
+        self.a_initializer = base.check_initializer(
+            a_initializer, "a_initializer"
+        )
+        self.b_initializer = base.check_initializer(
+            b_initializer, "b_initializer"
+        )
+
+    def check(self, kernel_view):
+        if self.rank > min(kernel_view):
+            raise ValueError(
+                f"`rank` must be at most {min(kernel_view)}, the smaller "
+                f"dimension of the kernel view {tuple(kernel_view)}: a larger "
+                "rank trains more weights than the kernel has and gains "
+                f"nothing. Received: rank={self.rank}. Lower the rank, or "
+                "leave the site out with `exclude`."
+            )
+
+    def build(self, kernel_view):
+        self.check(kernel_view)
+        self.input_dim, self.output_dim = kernel_view
+        self.lora_a = self.add_trainable(
+            "lora_a", (self.input_dim, self.rank), self.a_initializer
+        )
+        self.lora_b = self.add_trainable(
+            "lora_b", (self.rank, self.output_dim), self.b_initializer
+        )
+        self.prepare_dropout()
+
+    def delta(self, x, training=None):
+        a = ops.cast(self.lora_a, x.dtype)
+        return ops.matmul(ops.matmul(x, a), self._scaled_b(x.dtype))
+
+    def delta_transpose(self, x, training=None):
+        a = ops.cast(self.lora_a, x.dtype)
+        b = self._scaled_b(x.dtype)
+        return ops.matmul(ops.matmul(x, ops.transpose(b)), ops.transpose(a))
+
+    def lookup(self, ids, dtype, training=None):
+        a = ops.cast(ops.take(self.lora_a, ids, axis=0), dtype)
+        return ops.matmul(a, self._scaled_b(dtype))
+
+    def delta_kernel(self):
+        return ops.matmul(
+            ops.cast(self.lora_a, "float32"), self._scaled_b("float32")
+        )
+
+    def _scaled_b(self, dtype):
+        # Scaling B instead of the output: one pass over the smaller tensor.
+        b = ops.cast(self.lora_b, "float32")
+        return ops.cast(b if self.scaling == 1 else b * self.scaling, dtype)
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "scaling": self.scaling,
+            "a_initializer": base.serialize_initializer(self.a_initializer),
+            "b_initializer": base.serialize_initializer(self.b_initializer),
+            **super().get_config(),
+        }

@@ -1,0 +1,178 @@
+"""RLoRA: LoRA whose projections are randomized Hadamard transforms."""
+
+import keras
+from keras import ops
+
+from keras_randadapt import bases
+from keras_randadapt.adapters import base
+from keras_randadapt.bases import randomized_hadamard
+
+_ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class RLoRA(base.Adapter):
+    """Randomized low-rank adaptation.
+
+    `delta(x) = scaling * beta * B (alpha * (A x))`, where `A`, `(rank,
+    input_dim)`, and `B`, `(output_dim, rank)`, are randomized Hadamard
+    transforms that a seed gives and no file stores. Trained are `alpha`,
+    `(rank,)`, and `beta`, `(output_dim,)`: `rank + output_dim` weights a
+    site. `beta` starts at zero, so the delta does.
+
+    With `hadamard="exact"` and `rank` up to both dimensions, `A` has
+    orthonormal rows and `B` orthonormal columns: for `beta = 1` the singular
+    values of the delta are `|alpha|` times `scaling`.
+
+    Train it at a learning rate of 1e-2 to 1e-1 (AdamW), ten times LoRA's and
+    more, with any head at 1e-4 to 1e-3: see
+    `keras_randadapt.optimizers.learning_rate_groups`.
+
+    Args:
+        rank: int. Ranks above a dimension stack independent transforms. High
+            ranks cost little: one weight each.
+        scaling: float. A constant factor.
+        stages: 1, 2 or 3. Sign flips and transforms a side. One stage leaves
+            `B` with few distinct rows; three gain little over two.
+        rows: Which of a transform's coordinates to keep: `"random"` or
+            `"leading"`.
+        hadamard: `"exact"`, orthogonal for any dimension, or `"pad"`, the
+            paper's literal reading: zero-padded to a power of two and
+            cropped. For a dimension that is no power of two, that is lossy,
+            and with leading rows rank deficient.
+        alpha_initializer: The first values of `alpha`: normal with standard
+            deviation 0.1 by default. See `LoRA` for the forms it may have.
+        beta_initializer: The first values of `beta`. Anything but zeros makes
+            the adapted model differ from the base model from the start.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer.
+        ValueError: If an argument is out of range.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier,
+        kra.RLoRA(rank=512, seed=0),
+        targets=["query", "value"],
+        keep_trainable=["logits"],
+    )
+    ```
+
+    References:
+        - Lei, Qian and Cheung, "RLoRA", Findings of ACL 2024, equations 4
+          and 5. Each transform is orthonormal here, and rows are subsampled
+          without rescaling.
+    """
+
+    recommended_learning_rate = 5e-2
+
+    def __init__(
+        self,
+        rank=512,
+        *,
+        scaling=1.0,
+        stages=2,
+        rows="random",
+        hadamard="exact",
+        alpha_initializer=None,
+        beta_initializer="zeros",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        self.scaling = base.check_scaling(scaling)
+        if stages not in (1, 2, 3):
+            raise ValueError(
+                f"`stages` must be 1, 2 or 3. Received: stages={stages!r}"
+            )
+        if rows not in randomized_hadamard.ROWS:
+            raise ValueError(
+                f"`rows` must be one of {randomized_hadamard.ROWS}. "
+                f"Received: rows={rows!r}"
+            )
+        if hadamard not in randomized_hadamard.HADAMARD:
+            raise ValueError(
+                f"`hadamard` must be one of {randomized_hadamard.HADAMARD}. "
+                f"Received: hadamard={hadamard!r}"
+            )
+        self.stages = int(stages)
+        self.rows = rows
+        self.hadamard = hadamard
+        if alpha_initializer is None:
+            alpha_initializer = dict(_ALPHA_INITIALIZER)
+        self.alpha_initializer = base.check_initializer(
+            alpha_initializer, "alpha_initializer"
+        )
+        self.beta_initializer = base.check_initializer(
+            beta_initializer, "beta_initializer"
+        )
+
+    def build(self, kernel_view):
+        self.input_dim, self.output_dim = kernel_view
+        self.basis_a = self._basis(self.input_dim, "A", expand=False)
+        self.basis_b = self._basis(self.output_dim, "B", expand=True)
+        self.alpha = self.add_trainable(
+            "alpha", (self.rank,), self.alpha_initializer
+        )
+        self.beta = self.add_trainable(
+            "beta", (self.output_dim,), self.beta_initializer
+        )
+        self.prepare_dropout()
+
+    def _basis(self, dim, side, expand):
+        return bases.RandomizedHadamard(
+            dim,
+            self.rank,
+            self.seed,
+            f"RLoRA/{self.site_role}/{side}",
+            self.stages,
+            self.rows,
+            self.hadamard,
+            expand,
+        )
+
+    def delta(self, x, training=None):
+        u = self.basis_a.matvec(x) * ops.cast(self.alpha, x.dtype)
+        return self.basis_b.matvec(u) * self._scaled_beta(x.dtype)
+
+    def delta_transpose(self, x, training=None):
+        v = self.basis_b.adjoint(x * self._scaled_beta(x.dtype))
+        return self.basis_a.adjoint(v * ops.cast(self.alpha, x.dtype))
+
+    def delta_kernel(self):
+        # B diag(alpha) row by row, then A' along the other axis: rank +
+        # output_dim transforms, however large input_dim is.
+        rows = self.basis_b.matvec(ops.diag(self._float(self.alpha)))
+        columns = ops.transpose(rows * self._scaled_beta("float32"))
+        return ops.transpose(self.basis_a.adjoint(columns))
+
+    def basis_digest(self):
+        return self.basis_a.digest() + self.basis_b.digest()
+
+    def _scaled_beta(self, dtype):
+        return ops.cast(self._float(self.beta) * self.scaling, dtype)
+
+    def _float(self, variable):
+        return ops.cast(variable, "float32")
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "scaling": self.scaling,
+            "stages": self.stages,
+            "rows": self.rows,
+            "hadamard": self.hadamard,
+            "alpha_initializer": base.serialize_initializer(
+                self.alpha_initializer
+            ),
+            "beta_initializer": base.serialize_initializer(
+                self.beta_initializer
+            ),
+            **super().get_config(),
+        }

@@ -1,0 +1,137 @@
+"""The randomized Hadamard basis."""
+
+import functools
+
+import numpy as np
+from keras import ops
+
+from keras_randadapt import random
+from keras_randadapt.ops import RandomizedTransform
+from keras_randadapt.ops import randomized_transform
+
+#: How `hadamard` may fit a dimension to the orders that a transform has.
+HADAMARD = ("exact", "pad")
+#: How `rows` may be selected.
+ROWS = ("random", "leading")
+
+
+class RandomizedHadamard:
+    """A frozen random matrix `(rank, dim)` made of Hadamard transforms.
+
+    `S H B_k ... H B_1 P`: `P` places `dim` coordinates, each stage flips
+    random signs `B_i` and applies the orthonormal Hadamard transform `H`, `S`
+    keeps `rank` coordinates (RLoRA, equation 4, with each stage normalized
+    and without the paper's spurious 1/sigma). With `expand`, the matrix is
+    `(dim, rank)` instead: `S` comes first and `P` last, which is what the
+    paper's output side is. A rank above the order stacks independent blocks.
+
+    With `hadamard="exact"` the order is `dim` itself and the rank `r <= dim`
+    rows (columns, with `expand`) are orthonormal.
+
+    Args:
+        dim: int. The dimension that is transformed.
+        rank: int. The number of rows, or of columns with `expand`.
+        seed: int in `[0, 2**64)`.
+        role: string. What the basis is for; other roles, other signs.
+        stages: int. The number `k` of sign and transform stages.
+        rows: `"random"` or `"leading"`: which coordinates `S` keeps.
+        hadamard: `"exact"`, or `"pad"`: the next power of two, zero-padded
+            and cropped, which is neither orthogonal nor always of full rank.
+        expand: bool. See above.
+    """
+
+    def __init__(
+        self,
+        dim,
+        rank,
+        seed,
+        role,
+        stages=2,
+        rows="random",
+        hadamard="exact",
+        expand=False,
+    ):
+        self.dim = dim
+        self.rank = rank
+        self.expand = expand
+        self._plans = _plans(
+            dim, rank, seed, role, stages, rows, hadamard, expand
+        )
+        sizes = [
+            plan.input_dim if expand else plan.output_dim
+            for plan in self._plans
+        ]
+        self._splits = [int(n) for n in np.cumsum(sizes)[:-1]]
+
+    def matvec(self, x):
+        """The product with `x`, on its last axis.
+
+        Args:
+            x: Tensor `(..., dim)`, or `(..., rank)` with `expand`.
+
+        Returns:
+            Tensor `(..., rank)`, or `(..., dim)` with `expand`.
+        """
+        return self._apply(x, adjoint=False, split=self.expand)
+
+    def adjoint(self, x):
+        """The product with the transpose; shapes of `matvec` swapped."""
+        return self._apply(x, adjoint=True, split=not self.expand)
+
+    def dense(self):
+        """The matrix as a float64 NumPy array, for tests and analysis."""
+        axis = 1 if self.expand else 0
+        return np.concatenate([p.dense() for p in self._plans], axis=axis)
+
+    def digest(self):
+        """A short hash of the random draws."""
+        return _digest(self._plans)
+
+    def _apply(self, x, adjoint, split):
+        if len(self._plans) == 1:
+            return randomized_transform(x, self._plans[0], adjoint)
+        parts = [x] * len(self._plans)
+        if split:
+            parts = ops.split(x, self._splits, axis=-1)
+        parts = [
+            randomized_transform(part, plan, adjoint)
+            for part, plan in zip(parts, self._plans)
+        ]
+        return sum(parts[1:], parts[0]) if split else ops.concatenate(parts, -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plans(dim, rank, seed, role, stages, rows, hadamard, expand):
+    """The blocks' plans; sites that share a basis share these objects."""
+    order = dim
+    if hadamard == "pad":
+        order = 1 << (dim - 1).bit_length()
+    plans = []
+    for block, start in enumerate(range(0, rank, order)):
+        size = min(order, rank - start)
+        block_role = f"{role}/{block}"
+        signs = random.signs(seed, f"{block_role}/signs", (stages, order))
+        index = None
+        if rows == "random":
+            index = random.permutation(seed, f"{block_role}/rows", order)[:size]
+        if expand:
+            plan = RandomizedTransform(
+                order, signs, size, dim, input_index=index
+            )
+        else:
+            plan = RandomizedTransform(
+                order, signs, dim, size, output_index=index
+            )
+        plans.append(plan)
+    return tuple(plans)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(plans):
+    draws = []
+    for plan in plans:
+        draws.append(plan.signs.astype("int64").ravel())
+        for index in (plan.input_index, plan.output_index):
+            if index is not None:
+                draws.append(index)
+    return random.digest(np.concatenate(draws))

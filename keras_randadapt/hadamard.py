@@ -1,0 +1,334 @@
+"""Hadamard transforms of any order, as Kronecker products of small cores.
+
+The transform of order `d = m * 2**j` (`m` odd) is a Kronecker product of
+cores, the odd ones first and Sylvester's `[[1, 1], [1, -1]]` after them:
+
+- `m = 1`: Sylvester's matrix.
+- Paley's constructions (1933) absorb odd factors: a core of order
+  `p = g * 2**i` for a divisor `g` of `m`, with entries +-1, where `p / 2 - 1`
+  is a prime of the form `4 k + 1` (Paley II, symmetric) or `p - 1` is a prime
+  of the form `4 k + 3` (Paley I, *not* symmetric).
+- What no Paley core of order at most 160 covers gets a Hartley core,
+  `cas(2 pi i j / g)` with `cas = cos + sin`: symmetric, orthogonal for every
+  `g`, entries of magnitude at most `sqrt(2)`.
+
+Orders 768, 1280, 3072, 3584, 25600 are true Hadamard matrices this way, and
+11008 = 43 * 256 has one Hartley core; none needs padding. All matrices here
+are unnormalised: `F @ F.T == order * I`, so that Hadamard entries are exact in
+any dtype.
+
+The matrix of an order is part of the adapter file format and never changes.
+How the cores are grouped into factors is a matter of speed only.
+"""
+
+import functools
+import itertools
+import math
+import operator
+
+import numpy as np
+
+PALEY_CORE_LIMIT = 160
+# A prime has no smaller core than itself. Composites are split above this.
+HARTLEY_CORE_LIMIT = 1024
+HARTLEY_COMPOSITE_LIMIT = 128
+# Above this, two overlapping windows are cheaper than the core itself.
+WINDOW_CORE_LIMIT = 256
+# Cost of one more pass over the data, in multiply-adds an element.
+PASS_COST = 100
+_MAX_FACTORS = 4
+
+
+def hadamard(order, normalize=True):
+    """The dense Hadamard matrix of an order.
+
+    For a power of two this is Sylvester's matrix in its natural order, as
+    `scipy.linalg.hadamard` has it; see the module's docstring for the others.
+
+    Args:
+        order: Integer, at least 1.
+        normalize: Whether to divide by `sqrt(order)`, which makes the matrix
+            orthogonal. Otherwise its entries are +-1, or magnitudes up to
+            `sqrt(2)` a Hartley core, and `H @ H.T == order * I`.
+
+    Returns:
+        A `float64` array of shape `(order, order)`.
+
+    Raises:
+        TypeError: If `order` is not an integer.
+        ValueError: If `order` is not supported, see `is_supported`.
+
+    Example:
+
+    >>> hadamard(4, normalize=False)
+    array([[ 1.,  1.,  1.,  1.],
+           [ 1., -1.,  1., -1.],
+           [ 1.,  1., -1., -1.],
+           [ 1., -1., -1.,  1.]])
+    """
+    matrix = functools.reduce(np.kron, hadamard_factors(order))
+    return matrix / math.sqrt(order) if normalize else matrix.copy()
+
+
+def hadamard_factors(order):
+    """Kronecker factors of the Hadamard matrix of an order.
+
+    Multiplying by the factors one after the other costs the sum of their
+    orders a element, not `order`; they are nearly balanced.
+
+    Args:
+        order: Integer, at least 1.
+
+    Returns:
+        A tuple of read-only `float64` arrays `F_i` of shapes `(n_i, n_i)`,
+        unnormalised (`F_i @ F_i.T == n_i * I`), such that
+        `kron(F_1, kron(F_2, ...)) == hadamard(order, normalize=False)` and
+        the product of the `n_i` is `order`.
+
+    Raises:
+        TypeError: If `order` is not an integer.
+        ValueError: If `order` is not supported, see `is_supported`.
+    """
+    return _factors(_check_order(order))
+
+
+def is_supported(order):
+    """Whether `hadamard(order)` exists here.
+
+    It does unless `order` has a prime factor above 1024.
+    """
+    order = _as_index(order, "order")
+    return order >= 1 and _decompose(*_split_twos(order)) is not None
+
+
+def largest_order(limit):
+    """The largest order up to `limit` of a true Hadamard matrix.
+
+    Only orders whose cores all have entries +-1 and sizes up to 160 count.
+    The result is above `limit / 2`, since powers of two are among them.
+
+    Args:
+        limit: Integer, at least 1.
+
+    Returns:
+        An integer.
+    """
+    limit = _as_index(limit, "limit")
+    if limit < 1:
+        raise ValueError(f"`limit` must be at least 1. Received: limit={limit}")
+    return next(
+        order
+        for order in range(limit, 0, -1)
+        if is_supported(order) and _hartley_cores(order) == ()
+    )
+
+
+def window_order(order):
+    """The order of the windows that stand in for a Hadamard matrix.
+
+    `m = window_order(d)` is for the dimensions `d` that have a large prime
+    factor, such as vocabulary sizes. The transform of dimension `d` is then
+    two transforms of order `m > d / 2`, on the first `m` coordinates and then
+    on the last `m`. It is orthogonal, as each of the two is.
+
+    Args:
+        order: Integer, at least 1.
+
+    Returns:
+        `None` where `order` has a Hadamard matrix with small cores; else the
+        order of the windows, `largest_order(order)`.
+    """
+    order = _check_positive(order)
+    if is_supported(order) and all(
+        core <= WINDOW_CORE_LIMIT for core in _hartley_cores(order)
+    ):
+        return None
+    return largest_order(order)
+
+
+@functools.lru_cache(maxsize=None)
+def _factors(order):
+    odd, twos = _split_twos(order)
+    cores = _decompose(odd, twos)
+    used = sum(exponent for _, _, exponent in cores)
+    atoms = [_core(*core) for core in cores]
+    atoms += [_SYLVESTER] * (twos - used)
+    factors = []
+    for group in _grouping([len(atom) for atom in atoms]):
+        factor = functools.reduce(np.kron, atoms[group], np.ones((1, 1)))
+        factor.flags.writeable = False
+        factors.append(factor)
+    return tuple(factors)
+
+
+def _grouping(sizes):
+    """Slices of consecutive cores whose products are cheapest to apply."""
+
+    def cost(slices):
+        return sum(PASS_COST + math.prod(sizes[s]) for s in slices)
+
+    n = len(sizes)
+    candidates = (
+        [slice(a, b) for a, b in itertools.pairwise((0, *cuts, n))]
+        for parts in range(min(_MAX_FACTORS, max(n, 1)))
+        for cuts in itertools.combinations(range(1, n), parts)
+    )
+    return min(candidates, key=cost)
+
+
+@functools.lru_cache(maxsize=None)
+def _decompose(odd, twos):
+    """The odd cores of order `odd * 2**twos`, or `None`.
+
+    A core is `(kind, g, i)`, of order `g * 2**i`. Fewest coordinates in
+    Hartley cores come first, since they are not exact in low precision, then
+    fewest cores, then smallest.
+    """
+    if odd == 1:
+        return ()
+    prime = _prime_factors(odd)[-1]
+    candidates = []
+    # Some core has the largest prime: choosing that one first visits every
+    # way of splitting `odd` once.
+    for g in (g for g in range(prime, odd + 1, prime) if odd % g == 0):
+        for core in _candidate_cores(g, twos):
+            rest = _decompose(odd // g, twos - core[2])
+            if rest is not None:
+                key = sorted((core, *rest), key=lambda c: c[1] << c[2])
+                candidates.append(tuple(key))
+    return min(candidates, key=_preference, default=None)
+
+
+def _preference(cores):
+    hartley = math.prod(g for kind, g, _ in cores if kind == "hartley")
+    return hartley, len(cores), sum(g << i for _, g, i in cores), cores
+
+
+def _candidate_cores(g, twos):
+    for i in range(2, twos + 1):
+        order = g << i
+        if order > PALEY_CORE_LIMIT:
+            break
+        # `order % 8 == 4` is the same as `order / 2 - 1 == 1` modulo 4.
+        if order % 8 == 4 and _is_prime(order // 2 - 1):
+            yield "paley2", g, i
+        elif _is_prime(order - 1):
+            yield "paley1", g, i
+    limit = HARTLEY_CORE_LIMIT if _is_prime(g) else HARTLEY_COMPOSITE_LIMIT
+    if g <= limit:
+        yield "hartley", g, 0
+
+
+def _hartley_cores(order):
+    cores = _decompose(*_split_twos(order))
+    return tuple(g for kind, g, _ in cores if kind == "hartley")
+
+
+_SYLVESTER = np.array([[1.0, 1.0], [1.0, -1.0]])
+
+
+def _core(kind, g, i):
+    order = g << i
+    if kind == "hartley":
+        return _hartley(order)
+    return _paley1(order) if kind == "paley1" else _paley2(order)
+
+
+def _paley1(order):
+    """`I + S`, with `S` skew: entries +-1, and not symmetric."""
+    skew = np.ones((order, order))
+    skew[1:, 0] = -1.0
+    skew[1:, 1:] = _jacobsthal(order - 1)
+    np.fill_diagonal(skew, 1.0)
+    return skew
+
+
+def _paley2(order):
+    """From the symmetric conference matrix of order `order / 2`."""
+    n = order // 2
+    conference = np.ones((n, n))
+    conference[1:, 1:] = _jacobsthal(n - 1)
+    np.fill_diagonal(conference, 0.0)
+    return np.kron(conference, _SYLVESTER) + np.kron(
+        np.eye(n), np.array([[1.0, -1.0], [-1.0, -1.0]])
+    )
+
+
+def _jacobsthal(q):
+    """`chi(i - j)`, the quadratic character modulo the prime `q`."""
+    residues = np.arange(q) ** 2 % q
+    character = np.full(q, -1.0)
+    character[residues] = 1.0
+    character[0] = 0.0
+    index = np.arange(q)
+    return character[(index[:, None] - index) % q]
+
+
+def _hartley(order):
+    index = np.arange(order)
+    # Reducing the product first keeps the angle exact, and a table of the
+    # `order` values makes equal angles give equal entries.
+    angle = 2.0 * np.pi * index / order
+    return (np.cos(angle) + np.sin(angle))[np.outer(index, index) % order]
+
+
+def _split_twos(order):
+    twos = (order & -order).bit_length() - 1
+    return order >> twos, twos
+
+
+@functools.lru_cache(maxsize=None)
+def _prime_factors(n):
+    factors = []
+    p = 2
+    while p * p <= n:
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+        p += 1
+    return tuple(factors) + ((n,) if n > 1 else ())
+
+
+def _is_prime(n):
+    return n > 1 and len(_prime_factors(n)) == 1
+
+
+def _as_index(value, name):
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be an integer. Received: {name}={value!r} of type "
+            f"{type(value).__name__}"
+        ) from error
+
+
+def _check_positive(order):
+    order = _as_index(order, "order")
+    if order < 1:
+        raise ValueError(
+            "`order` is the size of a square matrix and must be at least 1. "
+            f"Received: order={order}"
+        )
+    return order
+
+
+def _check_order(order):
+    order = _check_positive(order)
+    if not is_supported(order):
+        below, above = order, order
+        while not is_supported(below):
+            below -= 1
+        while not is_supported(above):
+            above += 1
+        raise ValueError(
+            f"No Hadamard transform of `order` {order}: its prime factor "
+            f"{_prime_factors(order)[-1]} would need a dense core of that "
+            f"size, and cores stop at {HARTLEY_CORE_LIMIT}. The nearest "
+            f"orders that work are {below} and {above}; pad or crop to one "
+            "of them, or use a `RandomizedTransform`, which takes any "
+            "dimension."
+        )
+    return order

@@ -1,0 +1,693 @@
+"""Attaching adapters to a model, switching and removing them.
+
+Adapters are attached in place: each site's layer gets a subclass of its own
+class and an `AdapterStack` as a sublayer; the outermost model gets a subclass
+of its own class. Layers keep their identity, names, paths and variables, so
+whoever holds a reference to one goes on working.
+"""
+
+import contextlib
+import re
+import types
+import warnings
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt import report as report_lib
+from keras_randadapt import root
+from keras_randadapt import site_layers
+from keras_randadapt import targets as targets_lib
+from keras_randadapt.adapters.base import Adapter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
+
+
+def inject(
+    model,
+    adapter,
+    targets=None,
+    *,
+    exclude=None,
+    keep_trainable=None,
+    name="default",
+) -> report_lib.Report:
+    """Attaches an adapter to a model, in place, and freezes the rest.
+
+    From then on `fit`, `predict`, `save` and the rest are plain Keras. The
+    adapted model computes what the base model did until it is trained. It
+    does not matter whether the model is compiled or trained already; if it
+    is, its optimizer starts afresh, and no recompilation is needed.
+
+    The first adapter of a model is active. Further ones, of other names, are
+    attached inactive and take over by `set_active`.
+
+    Args:
+        model: A built Keras model: the outermost one that you will train and
+            save.
+        adapter: An adapter such as `RLoRA(512)`. It is a template: it stays
+            unbuilt and can be injected elsewhere.
+        targets: Which layers to adapt. A name or a list of names, each the
+            layer's own name or the end of its path; a `re.Pattern` searched
+            for in the path; `"all-linear"`, every Dense and EinsumDense layer
+            but expert routers and those in `keep_trainable`; a function of a
+            layer that returns a bool; or `None`, the query and value
+            projections.
+        exclude: Which of these to leave out: names, pattern or function. A
+            name may also be of a layer that contains targets.
+        keep_trainable: Layers that are trained along with the adapter and
+            saved with it, such as a classification head: names, pattern or
+            function.
+        name: The adapter's name: letters, digits, `_` and `-`.
+
+    Returns:
+        A `Report`; print it.
+
+    Raises:
+        TypeError: If `model` is no Keras model or `adapter` no adapter.
+        ValueError: If the model is not built, a target matches nothing or
+            only what can't be adapted, the method can't take a site's shape,
+            or the name is taken. The model is then as it was.
+
+    Example:
+
+    ```python
+    report = kra.inject(
+        classifier,
+        kra.RLoRA(rank=512, seed=0),
+        targets=["query", "value"],
+        keep_trainable=["logits"],
+    )
+    print(report)
+    classifier.fit(x, y)
+    ```
+    """
+    check_model(model)
+    _check_adapter(adapter)
+    check_new_name(model, name)
+    layers = layers_of(model)
+    kept = targets_lib.select_kept(layers, keep_trainable)
+    chosen = targets_lib.select_sites(layers, targets, exclude, kept)
+    if targets == "all-linear":
+        chosen = _without_task_head(model, layers, chosen)
+    attach(model, adapter, name, chosen, kept)
+    return report_lib.Report(model, name)
+
+
+def attach(model, adapter, name, addresses, kept, built=None):
+    """Attaches `adapter` at known addresses: `inject` after targets.
+
+    Nothing of the model changes before everything that can fail has been
+    done.
+
+    Args:
+        model: A built model.
+        adapter: The template.
+        name: The adapter's name.
+        addresses: Structural addresses of the sites.
+        kept: Structural addresses of the layers to keep trainable.
+        built: Optional dict from address to built adapter, if the caller has
+            made and checked them.
+    """
+    layers = layers_of(model)
+    if built is None:
+        check_attachable(model, layers, addresses, kept)
+        built = build_adapters(adapter, name, layers, addresses)
+
+    trainable_before = list(map(id, model.trainable_variables))
+    if not is_adapted(model):
+        _become_root(model, layers)
+    state = model._randadapt
+    for address in addresses:
+        _become_site(layers[address])
+        layers[address].adapter.add(name, built[address])
+    record = root.AdapterRecord(adapter, addresses, kept)
+    for address in kept:
+        if address not in state.base_values:
+            state.base_values[address] = root.kept_layer_values(layers[address])
+    record.kept_values = {
+        a: [v.copy() for v in state.base_values[a]] for a in kept
+    }
+    state.records[name] = record
+    if len(state.records) == 1:
+        _activate(model, (name,))
+    else:
+        apply_trainable(model)
+    _refresh(model, trainable_before)
+
+
+def eject(model, name=None):
+    """Removes adapters: the model is then as it was before, bit for bit.
+
+    Kept layers, heads mostly, get back the values they had at injection; to
+    keep what was trained, use `merge` or `save_adapter` first.
+
+    Args:
+        model: An adapted model.
+        name: Optional string: the one adapter to remove. All by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no adapter, or none of this name.
+    """
+    state = state_of(model)
+    names = list(state.records) if name is None else [name]
+    check_names(state, names)
+    trainable_before = list(map(id, model.trainable_variables))
+    _activate(model, tuple(n for n in state.active if n not in names))
+    for one in names:
+        record = state.records.pop(one)
+        for address in record.addresses:
+            layer = state.layers[address]
+            layer.adapter.remove(one)
+            if not any(address in r.addresses for r in state.records.values()):
+                _leave_site(layer)
+    if not state.records:
+        _leave_root(model)
+    _refresh(model, trainable_before)
+    return model
+
+
+def merge(model):
+    """Folds the active adapters into the kernels, then ejects all adapters.
+
+    Deltas are added in float32 and rounded once to the kernel's dtype.
+    Kernels quantized to int8 or int4 are dequantized, merged and quantized
+    anew with fresh scales, which rounds the delta to the new grid. Kept
+    layers keep what they learned. The model's `trainable` flags are those
+    from before the injection.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        The model, plain Keras again.
+
+    Raises:
+        ValueError: If the model has no adapter, or if a merged kernel would
+            hold NaN or infinity; nothing is changed then.
+    """
+    state = state_of(model)
+    _check_finite_merge(state)
+    for layer in state.site_layers:
+        if layer.adapter.active:
+            _write_kernel(layer, _merged_kernel(layer))
+    # What the active adapters' heads learned is what stays.
+    for name in state.active:
+        for address in state.records[name].kept:
+            state.base_values[address] = root.kept_layer_values(
+                state.layers[address]
+            )
+    return eject(model)
+
+
+@contextlib.contextmanager
+def merged(model):
+    """For a block, the active adapters are folded into the kernels.
+
+    Example:
+
+    ```python
+    with kra.merged(model):
+        model.export("folder")
+    ```
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        ValueError: As `merge` does.
+    """
+    state = state_of(model)
+    _check_finite_merge(state)
+    active = state.active
+    before = {}
+    try:
+        for layer in state.site_layers:
+            if layer.adapter.active:
+                before[layer] = _kernel_values(layer)
+                _write_kernel(layer, _merged_kernel(layer))
+        _show(model, ())
+        yield model
+    finally:
+        _show(model, active)
+        for layer, values in before.items():
+            _restore_kernel(layer, values)
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """For a block, the model computes what the base model does.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        ValueError: If the model has no adapter.
+
+    Example:
+
+    ```python
+    with kra.disabled(model):
+        base_logits = model.predict(x)
+    ```
+    """
+    state = state_of(model)
+    active = state.active
+    trainable_before = list(map(id, model.trainable_variables))
+    _activate(model, (), freeze=False)
+    _refresh(model, trainable_before)
+    try:
+        yield model
+    finally:
+        _activate(model, active, freeze=False)
+        _refresh(model, trainable_before)
+
+
+def set_active(model, names):
+    """Chooses the adapters that the model computes with and trains.
+
+    The deltas of several active adapters are summed. Layers kept trainable
+    take the values that they have under the active adapter.
+
+    Args:
+        model: An adapted model.
+        names: A name, or a list of names. An empty list gives the base model.
+
+    Raises:
+        ValueError: If a name is unknown or given twice, or if two adapters
+            keep the same layer trainable and so can't both be active.
+    """
+    state = state_of(model)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    check_names(state, names)
+    if len(set(names)) != len(names):
+        raise ValueError(f"`names` repeats a name. Received: names={names}")
+    owner = {}
+    for name in names:
+        for address in state.records[name].kept:
+            if address in owner:
+                raise ValueError(
+                    f"Adapters '{owner[address]}' and '{name}' both keep "
+                    f"'{address}' trainable, each with weights of its own: "
+                    f"only one can be active. Received: names={names}"
+                )
+            owner[address] = name
+    trainable_before = list(map(id, model.trainable_variables))
+    _activate(model, names)
+    _refresh(model, trainable_before)
+
+
+def sites(model) -> dict:
+    """The sites of a model.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        dict from structural address to layer, in the model's order; empty if
+        no adapter is attached.
+    """
+    _check_is_model(model)
+    if not is_adapted(model):
+        return {}
+    state = model._randadapt
+    return {a: state.layers[a] for a in state.site_addresses}
+
+
+def is_adapted(model) -> bool:
+    """Whether adapters are attached to this model itself."""
+    return "_randadapt" in vars(model)
+
+
+def apply_trainable(model):
+    """Freezes all of a model but its active adapters and their kept layers."""
+    state = model._randadapt
+    for layer in _compat.flatten_layers(model):
+        if layer is model:
+            for variable in _compat.owned_variables(layer):
+                variable.trainable = False
+        elif _compat.owned_variables(layer):
+            # The layer and not only its variables: a frozen
+            # BatchNormalization must also stop moving its statistics.
+            layer.trainable = False
+    for name in state.active:
+        record = state.records[name]
+        for adapter in state.adapters(name).values():
+            adapter.trainable = True
+        for address in record.kept:
+            state.layers[address].trainable = True
+
+
+# The state of the model.
+
+
+def state_of(model):
+    _check_is_model(model)
+    if not is_adapted(model):
+        raise ValueError(
+            f"Model '{model.name}' has no adapter attached. Call "
+            "`keras_randadapt.inject(model, adapter)` first, on this model "
+            "itself rather than on a part of it."
+        )
+    return model._randadapt
+
+
+def layers_of(model):
+    if is_adapted(model):
+        return model._randadapt.layers
+    return targets_lib.layers_by_address(model)
+
+
+def _become_root(model, layers):
+    layer_flags = []
+    variable_flags = []
+    for layer in _compat.flatten_layers(model):
+        layer_flags.append((layer, layer.trainable))
+        for variable in _compat.owned_variables(layer):
+            variable_flags.append((variable, variable.trainable))
+    model._randadapt = root.RootState(layers, layer_flags, variable_flags)
+    model.__class__ = root.root_class(type(model))
+    for part in _models(model):
+        vars(part)["quantize"] = types.MethodType(_refuse_quantize, part)
+
+
+def _leave_root(model):
+    state = model._randadapt
+    for part in _models(model):
+        vars(part).pop("quantize")
+    model.__class__ = model._root_base
+    for layer, flag in state.layer_flags:
+        _compat.set_layer_trainable_flag(layer, flag)
+    for variable, flag in state.variable_flags:
+        if variable.trainable != flag:
+            variable.trainable = flag
+    del model._randadapt
+
+
+def _models(model):
+    return [
+        layer
+        for layer in _compat.flatten_layers(model)
+        if isinstance(layer, keras.Model)
+    ]
+
+
+def _refuse_quantize(model, *args, **kwargs):
+    raise ValueError(
+        f"Model '{model.name}' has adapters attached, and `quantize` would "
+        "skip every adapted layer. Quantize first and inject afterwards, or "
+        "call `keras_randadapt.merge(model)` before quantizing."
+    )
+
+
+def _become_site(layer):
+    if isinstance(layer, site_layers.Site):
+        return
+    layer.__class__ = site_layers.site_class(type(layer))
+    _compat.attach_sublayer(layer, "adapter", site_layers.AdapterStack())
+
+
+def _leave_site(layer):
+    _compat.detach_sublayer(layer, "adapter")
+    layer.__class__ = layer._site_base
+
+
+def _show(model, names):
+    """Makes the sites compute with these adapters, and nothing else."""
+    for layer in model._randadapt.site_layers:
+        layer.adapter.active_names = tuple(names)
+    for part in _models(model):
+        _compat.reset_compiled_functions(part)
+
+
+def _activate(model, names, freeze=True):
+    """Switches the active adapters and the values of their kept layers."""
+    state = model._randadapt
+    for name in state.active:
+        if name not in names:
+            record = state.records[name]
+            record.kept_values = {
+                a: root.kept_layer_values(state.layers[a]) for a in record.kept
+            }
+            for address in record.kept:
+                root.assign_kept_layer_values(
+                    state.layers[address], state.base_values[address]
+                )
+    for name in names:
+        record = state.records[name]
+        if record.kept_values is not None:
+            for address, values in record.kept_values.items():
+                root.assign_kept_layer_values(state.layers[address], values)
+            record.kept_values = None
+    state.active = tuple(names)
+    _show(model, names)
+    if freeze:
+        apply_trainable(model)
+
+
+def _refresh(model, trainable_before):
+    """Makes Keras forget what it compiled for the model as it was."""
+    for part in _models(model):
+        _compat.reset_compiled_functions(part)
+    _compat.refresh_torch_parameters(model)
+    optimizer = getattr(model, "optimizer", None)
+    changed = list(map(id, model.trainable_variables)) != trainable_before
+    if changed and optimizer is not None and optimizer.built:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+
+def build_adapters(template, name, layers, addresses):
+    """Built adapters by address, attached to nothing yet."""
+    paths = [layers[address].path for address in addresses]
+    built = {}
+    for address in addresses:
+        try:
+            template.check(tuple(site_layers.view_of(layers[address])))
+        except ValueError as error:
+            raise ValueError(f"At '{address}': {error}") from error
+    for address in addresses:
+        layer = layers[address]
+        # Two layers of one path would give two variables of one path, which
+        # torch's parameter lists confuse.
+        path = layer.path
+        if not path or paths.count(path) > 1:
+            path = address
+        view = site_layers.view_of(layer)
+        clone = template.for_site(address, name)
+        with keras.name_scope("adapter", override_parent=path):
+            clone.build(tuple(view))
+        built[address] = clone
+    return built
+
+
+# Kernels.
+
+
+def _merged_kernel(layer):
+    """The merged kernel of a site, float32, in the layer's own shape."""
+    kernel = _float_kernel(layer)
+    return keras.ops.convert_to_numpy(
+        layer.from_view(layer._merged_kernel_view(kernel))
+    )
+
+
+def _float_kernel(layer):
+    """A site's base kernel as floats, dequantized where it is quantized."""
+    if layer.quantization_mode is None:
+        return site_layers.kernel_variable(layer)
+    return site_layers.dequantized_kernel(layer)
+
+
+def _check_finite_merge(state):
+    for address in state.site_addresses:
+        layer = state.layers[address]
+        if not layer.adapter.active:
+            continue
+        kernel = _merged_kernel(layer)
+        if layer.quantization_mode is None:
+            dtype = site_layers.kernel_variable(layer).dtype
+            kernel = keras.ops.convert_to_numpy(
+                keras.ops.cast(kernel, dtype)
+            ).astype("float32")
+        if not np.all(np.isfinite(kernel)):
+            names = [adapter.name for adapter in layer.adapter.active]
+            raise ValueError(
+                f"Merging the adapters {names} into '{address}' would give a "
+                "kernel with NaN or infinity; nothing was merged. Either "
+                "training diverged (lower the learning rate), or the values "
+                "exceed the kernel's dtype."
+            )
+
+
+def _write_kernel(layer, kernel):
+    if layer.quantization_mode is None:
+        site_layers.kernel_variable(layer).assign(kernel)
+    else:
+        site_layers.requantize(layer, kernel)
+
+
+def _kernel_values(layer):
+    """Copies of all of a site's own variables."""
+    return [
+        np.array(keras.ops.convert_to_numpy(variable))
+        for variable in _compat.owned_variables(layer)
+    ]
+
+
+def _restore_kernel(layer, values):
+    variables = _compat.owned_variables(layer)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+# Checks, all before anything changes.
+
+
+def _check_is_model(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def check_model(model):
+    _check_is_model(model)
+    if _compat.is_nnx_enabled():
+        raise NotImplementedError(
+            "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "
+            "let their class be changed, which is how adapters are attached. "
+            "Unset `KERAS_NNX_ENABLED`."
+        )
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so it has no layers with "
+            "weights yet. Call it once on data or call `model.build(...)`, "
+            "then inject."
+        )
+    if is_adapted(model):
+        return
+    for layer in _compat.flatten_layers(model):
+        if isinstance(layer, site_layers.Site) or (
+            isinstance(layer, keras.Model) and is_adapted(layer)
+        ):
+            raise ValueError(
+                f"A part of model '{model.name}' has adapters attached "
+                f"already ('{layer.name}'). Inject into the same model as "
+                "before, or eject there first."
+            )
+    if len(model._inbound_nodes) > 1:
+        warnings.warn(
+            f"Model '{model.name}' is used inside another model. If that one "
+            "was trained before, its compiled steps do not know of the "
+            "adapters; inject into the outermost model instead.",
+            stacklevel=3,
+        )
+
+
+def _check_adapter(adapter):
+    if isinstance(adapter, type) and issubclass(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be an instance: write `{adapter.__name__}(...)`. "
+            f"Received the class {adapter.__name__}"
+        )
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            "`adapter` must be an adapter such as `RLoRA(512)`. "
+            f"Received: adapter={adapter!r} (of type {type(adapter).__name__})"
+        )
+    if adapter.built:
+        raise ValueError(
+            "`adapter` is built already. `inject` takes an unbuilt template "
+            f"and clones it: write `{type(adapter).__name__}(...)` anew."
+        )
+
+
+def check_new_name(model, name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            "`name` must consist of letters, digits, `_` and `-`, and start "
+            f"with a letter or digit. Received: name={name!r}"
+        )
+    if is_adapted(model) and name in model._randadapt.records:
+        raise ValueError(
+            f"Model '{model.name}' has an adapter called '{name}' already. "
+            "Give another `name`, or eject that one first: "
+            f"`keras_randadapt.eject(model, {name!r})`."
+        )
+
+
+def check_names(state, names):
+    for name in names:
+        if name not in state.records:
+            raise ValueError(
+                f"There is no adapter called {name!r}. "
+                f"Attached: {sorted(state.records)}"
+            )
+
+
+def check_attachable(model, layers, addresses, kept):
+    """Raises `ValueError` if one of these layers can't be a site or kept."""
+    absent = [a for a in [*addresses, *kept] if a not in layers]
+    if absent:
+        raise ValueError(
+            f"The model has no layer at the addresses {absent[:5]}."
+        )
+    owners = {}
+    for layer in _compat.flatten_layers(model):
+        for variable in _compat.owned_variables(layer):
+            owners.setdefault(id(variable), []).append(layer)
+    for address in addresses:
+        site_layers.check_site(address, layers[address])
+        kernel = site_layers.kernel_variable(layers[address])
+        sharing = owners.get(id(kernel), [])
+        if len(sharing) > 1:
+            others = [
+                x.path or x.name
+                for x in sharing
+                if x is not layers[address]
+            ]
+            raise ValueError(
+                f"The kernel of '{address}' belongs to other layers as well "
+                f"({others}): an adapter here would not reach them, and a "
+                "merge would change them. Leave the layer out with `exclude`."
+            )
+        _check_distribution(address, kernel)
+    for address in kept:
+        inside = [
+            a for a in addresses if a == address or a.startswith(f"{address}/")
+        ]
+        if inside:
+            raise ValueError(
+                f"'{inside[0]}' is both a target and, by `keep_trainable`, "
+                f"part of '{address}', whose own weights are trained. Choose "
+                "one of the two."
+            )
+
+
+def _check_distribution(address, kernel):
+    if keras.config.backend() != "jax":
+        return
+    if keras.distribution.distribution() is not None:
+        return
+    sharding = getattr(kernel.value, "sharding", None)
+    if sharding is not None and len(sharding.device_set) > 1:
+        raise ValueError(
+            f"The kernel of '{address}' is laid out over "
+            f"{len(sharding.device_set)} devices, but no distribution is "
+            "active, so adapters would live on one device. Call `inject` "
+            "under the same `keras.distribution` that built the model."
+        )
+
+
+def _without_task_head(model, layers, chosen):
+    """For `"all-linear"`, leaves out the heads of KerasHub tasks."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, keras.Model):
+        return chosen
+    inside = {id(layer) for layer in _compat.flatten_layers(backbone)}
+    return [a for a in chosen if id(layers[a]) in inside] or chosen

@@ -1,0 +1,101 @@
+"""JAX: a linear primitive, so that every transformation composes."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.interpreters import ad
+from jax.interpreters import batching
+from jax.interpreters import mlir
+
+from keras_randadapt.ops import steps
+
+# A primitive of our own rather than `custom_vjp`, which has no forward mode,
+# and rather than JAX's own transposition, which turns gathers into scatters
+# and products into ones of another layout.
+_transform = jax.extend.core.Primitive("randomized_transform")
+
+
+def apply(x, program):
+    """Applies a program to the last axis of an array.
+
+    Its transpose is the transposed program, so nothing is kept for the
+    gradient.
+    """
+    return _transform.bind(x, program=program)
+
+
+def _run(x, program):
+    batch = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
+    for step in program:
+        x = _apply_step(x, step)
+    return x.reshape(*batch, x.shape[-1])
+
+
+def _apply_step(x, step):
+    match step:
+        case steps.Kronecker():
+            return _kronecker(x, step)
+        case steps.Multiply():
+            return x * step.vector.astype(x.dtype)
+        case steps.Take():
+            if step.has_zeros:
+                x = jnp.pad(x, ((0, 0), (0, 1)))
+            return jnp.take(x, step.index, axis=1, mode="clip")
+        case steps.Resize():
+            missing = max(0, step.output_dim - step.input_dim)
+            return jnp.pad(x[:, : step.output_dim], ((0, 0), (0, missing)))
+        case steps.Window():
+            window = _kronecker(x[:, step.start : step.stop], step.step)
+            return jnp.concatenate(
+                [x[:, : step.start], window, x[:, step.stop :]], axis=1
+            )
+
+
+def _kronecker(x, step):
+    low_precision = x.dtype.itemsize < 4
+    matrices = step.matrices if low_precision else step.scaled_matrices
+    rows = x.shape[0]
+    for i, right in step.products:
+        matrix = matrices[i].astype(x.dtype)
+        dim = matrix.shape[1]
+        if right == 1:
+            x = _dot(x.reshape(-1, dim), matrix.T)
+        else:
+            x = _dot(matrix, x.reshape(-1, dim, right))
+    x = x.reshape(rows, step.output_dim)
+    if low_precision and step.scale != 1.0:
+        # The scale itself is not exact in `x.dtype`.
+        x = (x.astype("float32") * step.scale).astype(x.dtype)
+    return x
+
+
+def _dot(a, b):
+    # The default rounds float32 factors to fewer bits on TPUs and new GPUs.
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _abstract(x, program):
+    return x.update(shape=(*x.shape[:-1], program[-1].output_dim))
+
+
+def _transpose(cotangent, x, program):
+    return [apply(cotangent, steps.transposed(program))]
+
+
+def _batch(args, axes, program):
+    (x,), (axis,) = args, axes
+    return apply(jnp.moveaxis(x, axis, 0), program), 0
+
+
+_transform.def_impl(
+    functools.partial(jax.jit(_run, static_argnames="program"))
+)
+_transform.def_abstract_eval(_abstract)
+ad.deflinear2(_transform, _transpose)
+batching.primitive_batchers[_transform] = _batch
+mlir.register_lowering(
+    _transform, mlir.lower_fun(_run, multiple_results=False)
+)

@@ -1,0 +1,257 @@
+"""Linear maps on the last axis, as short programs of pure NumPy data.
+
+A program is a tuple of steps, applied first to last. Each backend module
+interprets the five kinds of step below and knows nothing else; the adjoint
+and the gradient of a program is `transposed(program)`, a program again.
+
+Steps compare by identity, so that a program can be the static argument of a
+compiled function without hashing its arrays.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from keras_randadapt.hadamard import hadamard_factors
+from keras_randadapt.hadamard import window_order
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kronecker:
+    """`scale * (M_1 (x) M_2 (x) ...) x`, the matrices not always square.
+
+    Args:
+        matrices: Tuple of `float64` arrays of shapes `(p_i, q_i)`. Entries of
+            Hadamard factors are +- a power of two, exact in every dtype.
+        scale: Float in `[sqrt(1/2), sqrt(2)]`: what normalisation leaves
+            beyond powers of two.
+    """
+
+    matrices: tuple
+    scale: float = 1.0
+
+    @property
+    def input_dim(self):
+        return math.prod(m.shape[1] for m in self.matrices)
+
+    @property
+    def output_dim(self):
+        return math.prod(m.shape[0] for m in self.matrices)
+
+    @functools.cached_property
+    def products(self):
+        """`(i, right)` in the order in which to multiply.
+
+        The product by `M_i` takes `(..., q_i, right)` to `(..., p_i, right)`.
+        Matrices that shrink the data go first and those that grow it last.
+        """
+        sizes = [m.shape[1] for m in self.matrices]
+        order = sorted(
+            range(len(self.matrices)),
+            key=lambda i: self.matrices[i].shape[0] / self.matrices[i].shape[1],
+        )
+        products = []
+        for i in order:
+            products.append((i, math.prod(sizes[i + 1 :])))
+            sizes[i] = self.matrices[i].shape[0]
+        return tuple(products)
+
+    @functools.cached_property
+    def scaled_matrices(self):
+        """The matrices with `scale` folded in, for full precision."""
+        first, *others = self.matrices
+        return (first * self.scale, *others)
+
+    @functools.cached_property
+    def transpose(self):
+        matrices = tuple(np.ascontiguousarray(m.T) for m in self.matrices)
+        return _of_transpose(self, Kronecker(matrices, self.scale))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiply:
+    """`vector * x`; `vector` is an `int8` array of signs, shape `(dim,)`."""
+
+    vector: np.ndarray
+
+    @property
+    def output_dim(self):
+        return len(self.vector)
+
+    input_dim = output_dim
+
+    @property
+    def transpose(self):
+        return self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Take:
+    """`y[i] = x[index[i]]`, and 0 where `index[i] == input_dim`.
+
+    Indices below `input_dim` are distinct, so the transpose, a scatter, is a
+    gather again.
+    """
+
+    index: np.ndarray
+    input_dim: int
+
+    @property
+    def output_dim(self):
+        return len(self.index)
+
+    @property
+    def has_zeros(self):
+        return bool(np.any(self.index == self.input_dim))
+
+    @functools.cached_property
+    def transpose(self):
+        inverse = np.full(self.input_dim + 1, len(self.index), np.int32)
+        inverse[self.index] = np.arange(len(self.index), dtype=np.int32)
+        return _of_transpose(self, Take(inverse[:-1], len(self.index)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resize:
+    """Appends zeros, or drops the last coordinates."""
+
+    input_dim: int
+    output_dim: int
+
+    @functools.cached_property
+    def transpose(self):
+        return _of_transpose(self, Resize(self.output_dim, self.input_dim))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+    """Applies `step` to coordinates `start` to `stop`, leaves the others."""
+
+    dim: int
+    start: int
+    stop: int
+    step: Kronecker
+
+    @property
+    def output_dim(self):
+        return self.dim
+
+    input_dim = output_dim
+
+    @functools.cached_property
+    def transpose(self):
+        step = self.step.transpose
+        return _of_transpose(self, Window(self.dim, self.start, self.stop, step))
+
+
+def _of_transpose(step, transpose):
+    # Transposing twice gives the same object back, so that what a backend has
+    # compiled or cached for a step is found again.
+    vars(transpose)["transpose"] = step
+    return transpose
+
+
+def transposed(program):
+    """The program of the transposed map."""
+    return tuple(step.transpose for step in reversed(program))
+
+
+def hadamard_steps(order, normalize=True):
+    """The Hadamard transform of a supported order."""
+    factors = hadamard_factors(order)
+    if not normalize:
+        return (Kronecker(factors),)
+    return (_normalized([factors])[0],)
+
+
+def randomized_steps(signs, embed, select):
+    """`Select (H B_k) ... (H B_1) Embed`, with what can be skipped left out.
+
+    Args:
+        signs: `int8` array of shape `(k, order)`.
+        embed: `Resize` or `Take` from the input to `order` coordinates.
+        select: `Resize` or `Take` from `order` coordinates to the output.
+
+    Returns:
+        A program.
+    """
+    order = signs.shape[1]
+    window = window_order(order)
+    if window is None:
+        # Powers of two are shared out over all stages: with two stages of an
+        # odd power of two, nothing is left to multiply by.
+        factors = hadamard_factors(order)
+        stages = [[step] for step in _normalized([factors] * len(signs))]
+    else:
+        kronecker = _normalized([hadamard_factors(window)])[0]
+        stages = [
+            [
+                Window(order, 0, window, kronecker),
+                Window(order, order - window, order, kronecker),
+            ]
+        ] * len(signs)
+
+    program = [embed]
+    for vector, stage in zip(signs, stages):
+        program += [Multiply(vector), *stage]
+    program.append(select)
+    program = _skip_unselected(program)
+    program = transposed(_skip_unselected(transposed(program)))
+    return tuple(
+        step
+        for step in program
+        if not isinstance(step, Resize) or step.input_dim != step.output_dim
+    )
+
+
+def _normalized(stages):
+    """One `Kronecker` a stage, whose product is orthogonal.
+
+    Factors get powers of two, such that every partial product is within
+    `sqrt(2)` of orthogonal: `float16` does not overflow inside. The last
+    stage has the rest, in `[sqrt(1/2), sqrt(2)]`.
+    """
+    wanted = given = 0.0
+    steps = []
+    for factors in stages:
+        matrices = []
+        for factor in factors:
+            wanted += 0.5 * math.log2(len(factor))
+            exponent = round(wanted - given)
+            given += exponent
+            matrices.append(np.ldexp(factor, -exponent))
+        steps.append(Kronecker(tuple(matrices)))
+    size = math.prod(len(f) for factors in stages for f in factors)
+    scale = 2.0**given / math.sqrt(size)
+    steps[-1] = Kronecker(steps[-1].matrices, scale)
+    return steps
+
+
+def _skip_unselected(program):
+    """Computes only those coordinates of the last transform that are kept.
+
+    Its transpose skips the products with the zeros that pad the input.
+    """
+    *head, last, select = program
+    if isinstance(last, Multiply):
+        kept = last.vector[_selected(select)]
+        return [*_skip_unselected([*head, select]), Multiply(kept)]
+    if not isinstance(last, Kronecker) or not isinstance(select, Resize):
+        return program
+    matrices = list(last.matrices)
+    right = last.output_dim
+    for i, matrix in enumerate(matrices):
+        right //= len(matrix)
+        matrices[i] = matrix[: -(-select.output_dim // right)]
+        if len(matrices[i]) > 1:
+            break
+    last = Kronecker(tuple(matrices), last.scale)
+    return [*head, last, Resize(last.output_dim, select.output_dim)]
+
+
+def _selected(select):
+    if isinstance(select, Resize):
+        return slice(select.output_dim)
+    return select.index

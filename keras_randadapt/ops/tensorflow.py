@@ -1,0 +1,77 @@
+"""TensorFlow: eager, `tf.function`, XLA and SavedModel."""
+
+import tensorflow as tf
+
+from keras_randadapt.ops import steps
+
+
+def apply(x, program):
+    """Applies a program to the last axis of a tensor.
+
+    The gradient applies the transposed program, so nothing is kept for it.
+    """
+
+    @tf.custom_gradient
+    def linear(x):
+        def gradient(upstream):
+            return apply(upstream, steps.transposed(program))
+
+        return _run(x, program), gradient
+
+    return linear(x)
+
+
+def _run(x, program):
+    batch = x.shape[:-1]
+    dynamic_batch = None
+    if batch.rank != 1:
+        dynamic_batch = tf.shape(x)[:-1]
+        x = tf.reshape(x, [-1, x.shape[-1]])
+    for step in program:
+        x = _apply_step(x, step)
+    if dynamic_batch is not None:
+        dim = x.shape[-1]
+        x = tf.reshape(x, tf.concat([dynamic_batch, [dim]], 0))
+        x.set_shape([*batch, dim])
+    return x
+
+
+def _apply_step(x, step):
+    match step:
+        case steps.Kronecker():
+            return _kronecker(x, step)
+        case steps.Multiply():
+            return x * tf.constant(step.vector, x.dtype)
+        case steps.Take():
+            if step.has_zeros:
+                x = tf.pad(x, [[0, 0], [0, 1]])
+            return tf.gather(x, step.index, axis=1)
+        case steps.Resize():
+            if step.output_dim < step.input_dim:
+                return x[:, : step.output_dim]
+            missing = step.output_dim - step.input_dim
+            return tf.pad(x, [[0, 0], [0, missing]])
+        case steps.Window():
+            window = _kronecker(x[:, step.start : step.stop], step.step)
+            return tf.concat(
+                [x[:, : step.start], window, x[:, step.stop :]], axis=1
+            )
+
+
+def _kronecker(x, step):
+    low_precision = x.dtype.size < 4
+    matrices = step.matrices if low_precision else step.scaled_matrices
+    for i, right in step.products:
+        matrix = matrices[i]
+        dim = matrix.shape[1]
+        if right == 1:
+            x = tf.reshape(x, [-1, dim])
+            x = tf.matmul(x, tf.constant(matrix.T, x.dtype))
+        else:
+            x = tf.reshape(x, [-1, dim, right])
+            x = tf.matmul(tf.constant(matrix, x.dtype), x)
+    x = tf.reshape(x, [-1, step.output_dim])
+    if low_precision and step.scale != 1.0:
+        # The scale itself is not exact in `x.dtype`.
+        x = tf.cast(tf.cast(x, tf.float32) * step.scale, x.dtype)
+    return x

@@ -1,0 +1,115 @@
+"""PyTorch: eager, `torch.func`, `torch.compile`, and the meta device."""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from keras_randadapt.ops import steps
+
+
+def apply(x, program):
+    """Applies a program to the last axis of a tensor."""
+    return _Linear.apply(x, program)
+
+
+class _Linear(torch.autograd.Function):
+    """The gradient applies the transposed program; nothing is kept for it."""
+
+    @staticmethod
+    def forward(x, program):
+        return _run(x, program)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.program = inputs[1]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return apply(upstream, steps.transposed(ctx.program)), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return apply(tangent, ctx.program)
+
+    @staticmethod
+    def vmap(info, in_dims, x, program):
+        return apply(x.movedim(in_dims[0], 0), program), 0
+
+
+def _run(x, program):
+    batch = x.shape[:-1]
+    if len(batch) != 1:
+        x = x.reshape(batch.numel(), x.shape[-1])
+    for step in program:
+        x = _apply_step(x, step)
+    return x.reshape(*batch, x.shape[-1])
+
+
+def _apply_step(x, step):
+    match step:
+        case steps.Kronecker():
+            return _kronecker(x, step)
+        case steps.Multiply():
+            return x * _constants(step, x)[0]
+        case steps.Take():
+            if step.has_zeros:
+                x = F.pad(x, (0, 1))
+            return x.index_select(1, _constants(step, x)[0])
+        case steps.Resize():
+            if step.output_dim < step.input_dim:
+                return x[:, : step.output_dim]
+            return F.pad(x, (0, step.output_dim - step.input_dim))
+        case steps.Window():
+            window = _kronecker(x[:, step.start : step.stop], step.step)
+            return torch.cat(
+                [x[:, : step.start], window, x[:, step.stop :]], dim=1
+            )
+
+
+def _kronecker(x, step):
+    rows = x.shape[0]
+    matrices = _constants(step, x)
+    for i, right in step.products:
+        matrix = matrices[i]
+        dim = matrix.shape[1]
+        if right == 1:
+            x = x.reshape(-1, dim) @ matrix.T
+        else:
+            x = matrix @ x.reshape(-1, dim, right)
+    x = x.reshape(rows, step.output_dim)
+    if x.dtype.itemsize < 4 and step.scale != 1.0:
+        x = x * step.scale
+    return x
+
+
+def _constants(step, x):
+    """The arrays of a step as tensors, kept for the next call."""
+    if torch.compiler.is_compiling():
+        return _make_constants(step, x)
+    known = _known_constants.setdefault(step, {})
+    key = x.device, x.dtype
+    if key not in known:
+        constants = _make_constants(step, x)
+        if not all(type(c) is torch.Tensor for c in constants):
+            # Fake tensors must not outlive the trace that made them.
+            return constants
+        known[key] = constants
+    return known[key]
+
+
+_known_constants = weakref.WeakKeyDictionary()
+
+
+def _make_constants(step, x):
+    dtype = x.dtype
+    match step:
+        case steps.Kronecker():
+            low_precision = dtype.itemsize < 4
+            arrays = step.matrices if low_precision else step.scaled_matrices
+        case steps.Multiply():
+            arrays = (step.vector,)
+        case steps.Take():
+            arrays, dtype = (step.index,), torch.int32
+    # `torch.tensor` copies: read-only arrays are not for sharing.
+    return tuple(torch.tensor(a, dtype=dtype, device=x.device) for a in arrays)

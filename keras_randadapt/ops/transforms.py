@@ -1,0 +1,194 @@
+"""The public operations, the same on every backend."""
+
+import functools
+import importlib
+
+import keras
+
+from keras_randadapt.hadamard import _check_order
+from keras_randadapt.ops import steps
+from keras_randadapt.ops.plan import RandomizedTransform
+
+_BACKENDS = ("jax", "tensorflow", "torch", "numpy")
+if keras.config.backend() not in _BACKENDS:
+    raise NotImplementedError(
+        "The transforms of `keras_randadapt` run on the Keras backends "
+        f"{', '.join(_BACKENDS)}. Received: {keras.config.backend()}"
+    )
+_backend = importlib.import_module(
+    f"keras_randadapt.ops.{keras.config.backend()}"
+)
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def fwht(x, axis=-1, normalize=True, transpose=False):
+    """Multiplies by a Hadamard matrix along an axis.
+
+    The matrix is `keras_randadapt.hadamard.hadamard(d)` of the size `d` of
+    the axis: Sylvester's for powers of two (where this is the fast
+    Walsh-Hadamard transform), and as orthogonal for any other `d` without a
+    prime factor above 1024; nothing is padded. It is applied as a few small
+    factors whose Kronecker product it is, at `d * (a + b)` multiply-adds a
+    row for `d = a * b` instead of `d * d`.
+
+    The gradient is the same transform transposed, to every order of
+    differentiation, and keeps nothing from the forward pass.
+
+    Args:
+        x: Tensor of a floating dtype. Its size along `axis` must be known,
+            other sizes may not be.
+        axis: Integer, the axis to transform.
+        normalize: Whether to divide by `sqrt(d)`, which makes the transform
+            orthogonal. Otherwise mind the range of `float16`: results are up
+            to `d` times as large as `x`.
+        transpose: Whether to multiply by the transposed matrix. That differs
+            for the orders that have a core that is not symmetric, such as
+            20 or 44; normalised, it is the inverse.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: If `x` is not of a floating dtype.
+        ValueError: If `axis` is out of range, or the size along it unknown or
+            one that has no Hadamard transform.
+
+    Example:
+
+    >>> fwht(np.array([1.0, 0.0, 0.0, 0.0]))
+    array([0.5, 0.5, 0.5, 0.5])
+    """
+    if keras.utils.is_keras_tensor(x):
+        return FWHT(axis, normalize, transpose).symbolic_call(x)
+    x = keras.ops.convert_to_tensor(x)
+    axis = _check_fwht(x, axis)
+    program = _fwht_program(x.shape[axis], bool(normalize), bool(transpose))
+    if axis == len(x.shape) - 1:
+        return _backend.apply(x, program)
+    x = keras.ops.moveaxis(x, axis, -1)
+    return keras.ops.moveaxis(_backend.apply(x, program), -1, axis)
+
+
+def randomized_transform(x, plan, adjoint=False):
+    """Multiplies the last axis by a frozen random matrix.
+
+    See `RandomizedTransform` for the matrix `T`. The gradient is the adjoint,
+    to every order of differentiation, and keeps nothing from the forward
+    pass.
+
+    Args:
+        x: Tensor of a floating dtype and shape `(..., plan.input_dim)`, or
+            `(..., plan.output_dim)` with `adjoint=True`.
+        plan: A `RandomizedTransform`.
+        adjoint: Whether to multiply by the transpose of `T`.
+
+    Returns:
+        `T x`, a tensor of the dtype of `x` and shape `(..., plan.output_dim)`;
+        or `T' x` of shape `(..., plan.input_dim)` with `adjoint=True`.
+
+    Raises:
+        TypeError: If `plan` is not a `RandomizedTransform`, or `x` not of a
+            floating dtype.
+        ValueError: If the last axis of `x` is of another size.
+    """
+    if not isinstance(plan, RandomizedTransform):
+        raise TypeError(
+            "`plan` must be a `RandomizedTransform`. "
+            f"Received: plan={plan!r} of type {type(plan).__name__}"
+        )
+    if keras.utils.is_keras_tensor(x):
+        return RandomizedTransformOperation(plan, adjoint).symbolic_call(x)
+    x = keras.ops.convert_to_tensor(x)
+    _check_input(x, plan, adjoint)
+    program = plan.adjoint_program if adjoint else plan.program
+    return _backend.apply(x, program) if program else x
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class FWHT(keras.Operation):
+    """`fwht` as a node of a functional model."""
+
+    def __init__(self, axis=-1, normalize=True, transpose=False, *, name=None):
+        super().__init__(name=name)
+        self.axis = axis
+        self.normalize = normalize
+        self.transpose = transpose
+
+    def call(self, x):
+        return fwht(x, self.axis, self.normalize, self.transpose)
+
+    def compute_output_spec(self, x):
+        _check_fwht(x, self.axis)
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+class RandomizedTransformOperation(keras.Operation):
+    """`randomized_transform` as a node of a functional model.
+
+    A plan is not serializable; a layer that makes it from a seed is.
+    """
+
+    def __init__(self, plan, adjoint=False, *, name=None):
+        super().__init__(name=name)
+        self.plan = plan
+        self.adjoint = adjoint
+
+    def call(self, x):
+        return randomized_transform(x, self.plan, self.adjoint)
+
+    def compute_output_spec(self, x):
+        _check_input(x, self.plan, self.adjoint)
+        dim = self.plan.input_dim if self.adjoint else self.plan.output_dim
+        return keras.KerasTensor((*x.shape[:-1], dim), x.dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _fwht_program(order, normalize, transpose):
+    program = steps.hadamard_steps(order, normalize)
+    return steps.transposed(program) if transpose else program
+
+
+def _check_dtype(x):
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"`x` must have one of the dtypes {', '.join(_DTYPES)}; cast it "
+            f"first. Received: dtype={dtype}"
+        )
+
+
+def _check_fwht(x, axis):
+    _check_dtype(x)
+    rank = len(x.shape)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"`axis` must be an integer. Received: axis={axis!r}")
+    if not -rank <= axis < rank:
+        raise ValueError(
+            f"`axis` must be in the range {-rank} to {rank - 1} for `x` of "
+            f"shape {tuple(x.shape)}. Received: axis={axis}"
+        )
+    size = x.shape[axis]
+    if size is None:
+        raise ValueError(
+            f"The size of `x` along `axis` {axis} must be known, since it "
+            "chooses the matrix; give the `Input` a shape. "
+            f"Received: shape={tuple(x.shape)}"
+        )
+    if size == 0:
+        raise ValueError(
+            f"`x` must not be empty along `axis` {axis}. "
+            f"Received: shape={tuple(x.shape)}"
+        )
+    _check_order(size)
+    return axis % rank
+
+
+def _check_input(x, plan, adjoint):
+    _check_dtype(x)
+    name = "output_dim" if adjoint else "input_dim"
+    dim = getattr(plan, name)
+    if not len(x.shape) or x.shape[-1] != dim:
+        raise ValueError(
+            f"The last axis of `x` must have the size plan.{name}={dim} with "
+            f"adjoint={bool(adjoint)}. Received: shape={tuple(x.shape)}"
+        )

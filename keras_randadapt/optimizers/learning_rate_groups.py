@@ -1,0 +1,95 @@
+"""One learning rate for adapters, another for heads."""
+
+import re
+
+import keras
+
+from keras_randadapt import injection
+
+
+def learning_rate_groups(
+    model, optimizer="adamw", *, adapter, head
+) -> keras.optimizers.Optimizer:
+    """Builds an optimizer with one rate for adapters and one for the rest.
+
+    Randomized adapters learn at rates ten to a hundred times those of a
+    classification head. This gives both groups an optimizer of the same kind
+    and settings, within Keras's own `MultiOptimizer`. Pass the result to
+    `model.compile`.
+
+    `MultiOptimizer` has no `learning_rate` of its own: schedules are given
+    here instead, and `optimizer.optimizers` lists the two inner optimizers.
+
+    Args:
+        model: An adapted model. Its other trainable weights, those of
+            `keep_trainable`, get the head rate.
+        optimizer: A Keras optimizer, or the name of one. Its own learning
+            rate is not used.
+        adapter: float or `LearningRateSchedule`: the adapters' rate. The
+            docstring of each adapter recommends one, as does its attribute
+            `recommended_learning_rate`.
+        head: float or `LearningRateSchedule`: the rate of all else.
+
+    Returns:
+        A `keras.optimizers.MultiOptimizer`.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer.
+        ValueError: If the model has no adapter, or `optimizer` is built.
+        NotImplementedError: If this Keras has no `MultiOptimizer`.
+
+    Example:
+
+    ```python
+    model.compile(
+        optimizer=kra.optimizers.learning_rate_groups(
+            model, "adamw", adapter=5e-2, head=1e-3
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    ```
+    """
+    injection.state_of(model)
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        raise NotImplementedError(
+            "`learning_rate_groups` uses `keras.optimizers.MultiOptimizer`, "
+            f"which Keras {keras.version()} does not have. Upgrade Keras."
+        )
+    if isinstance(optimizer, str):
+        optimizer = keras.optimizers.get(optimizer)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer or the name of one. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    if isinstance(
+        optimizer,
+        (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer),
+    ):
+        raise ValueError(
+            "`optimizer` must be a plain optimizer: `compile` adds loss "
+            "scaling by itself where the model's dtype policy asks for it. "
+            f"Received a {type(optimizer).__name__}"
+        )
+    if optimizer.built:
+        raise ValueError(
+            "`optimizer` is built already: give a fresh one, or its name."
+        )
+    # By path rather than by variable: paths survive saving and loading.
+    adapters = re.compile(r"(.*/)?adapter/.*")
+    return keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            _with_rate(optimizer, head),
+            {adapters.pattern: _with_rate(optimizer, adapter)},
+        )
+    )
+
+
+def _with_rate(optimizer, learning_rate):
+    config = optimizer.get_config()
+    if isinstance(
+        learning_rate, keras.optimizers.schedules.LearningRateSchedule
+    ):
+        learning_rate = keras.optimizers.schedules.serialize(learning_rate)
+    config["learning_rate"] = learning_rate
+    return type(optimizer).from_config(config)

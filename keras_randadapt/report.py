@@ -1,0 +1,90 @@
+"""What an injection did, for people."""
+
+import math
+
+from keras_randadapt import _compat
+
+
+class Report:
+    """What one adapter adds to a model. `print` it.
+
+    Attributes:
+        name: The adapter's name.
+        method: The name of its class.
+        sites: list of the sites' structural addresses.
+        adapter_parameters: The number of the adapter's trainable weights.
+        head_parameters: The number of trainable weights of the layers that
+            `keep_trainable` named.
+        base_parameters: The number of the model's other weights, all frozen.
+        file_bytes: The size of the file that `save_adapter` writes, heads
+            included.
+    """
+
+    def __init__(self, model, name):
+        from keras_randadapt.saving import adapter_file
+
+        state = model._randadapt
+        record = state.records[name]
+        adapters = state.adapters(name).values()
+        self.name = name
+        self.method = type(record.template).__name__
+        self.sites = list(record.addresses)
+        self.adapter_parameters = sum(
+            _size(w) for adapter in adapters for w in adapter.weights
+        )
+        self.head_parameters = sum(
+            _size(weight)
+            for address in record.kept
+            for weight in state.layers[address].trainable_weights
+        )
+        kept = {
+            id(weight)
+            for address in record.kept
+            for weight in state.layers[address].trainable_weights
+        }
+        self.base_parameters = sum(
+            _size(variable)
+            for layer, _ in state.layer_flags
+            for variable in _unique(_compat.owned_variables(layer), kept)
+        )
+        self.file_bytes = adapter_file.size(model, name)
+
+    def __str__(self):
+        total = (
+            self.base_parameters
+            + self.head_parameters
+            + self.adapter_parameters
+        )
+        trained = self.adapter_parameters + self.head_parameters
+        rows = [
+            ("sites", f"{len(self.sites):,}"),
+            ("adapter parameters", f"{self.adapter_parameters:,}"),
+            ("head parameters", f"{self.head_parameters:,}"),
+            ("frozen base parameters", f"{self.base_parameters:,}"),
+            ("trained", f"{100 * trained / max(total, 1):.4f} %"),
+            ("adapter file", _bytes(self.file_bytes)),
+        ]
+        lines = [f"{self.method} '{self.name}'"]
+        lines += [f"  {label:<24}{value:>16}" for label, value in rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _size(variable):
+    return math.prod(variable.shape)
+
+
+def _unique(variables, without):
+    for variable in variables:
+        if id(variable) not in without:
+            without.add(id(variable))
+            yield variable
+
+
+def _bytes(n):
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"

@@ -1,0 +1,294 @@
+"""The outermost model of an injection: what it remembers, how it is saved.
+
+The model keeps its identity and gets a subclass of its own class, as sites
+do, so that configs and whole-model files carry the adapters.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt import site_layers
+
+_ASSET = "randadapt_kept.npz"
+
+
+class AdapterRecord:
+    """One named adapter of a model.
+
+    Attributes:
+        template: The unbuilt `Adapter` it was made from.
+        addresses: Structural addresses of its sites, in model order.
+        kept: Structural addresses of its trainable layers, heads mostly.
+        kept_values: While the adapter is inactive, the values that its kept
+            layers will have once it is active again: address to list of
+            arrays. `None` while they are live in the model.
+    """
+
+    def __init__(self, template, addresses, kept):
+        self.template = template
+        self.addresses = list(addresses)
+        self.kept = list(kept)
+        self.kept_values = None
+
+
+class RootState:
+    """What an adapted model remembers.
+
+    A plain object on purpose: Keras's saving walks into every list, dict and
+    layer that it finds on a model.
+
+    Attributes:
+        layers: dict from structural address to layer, of the whole model.
+        records: dict from adapter name to `AdapterRecord`.
+        active: tuple of the active adapters' names.
+        flags: `(layer, flag)` and `(variable, flag)` pairs: `trainable` as it
+            was before injection.
+        base_values: address to list of arrays: kept layers' values before
+            any training, which `disabled` and `eject` restore.
+    """
+
+    def __init__(self, layers, layer_flags, variable_flags):
+        self.layers = layers
+        self.records = {}
+        self.active = ()
+        self.layer_flags = layer_flags
+        self.variable_flags = variable_flags
+        self.base_values = {}
+
+    @property
+    def site_addresses(self):
+        """Addresses of all sites, in the model's order."""
+        used = set()
+        for record in self.records.values():
+            used.update(record.addresses)
+        return [address for address in self.layers if address in used]
+
+    @property
+    def site_layers(self):
+        return [self.layers[address] for address in self.site_addresses]
+
+    def adapters(self, name):
+        """dict from address to built adapter, of one named adapter."""
+        return {
+            address: self.layers[address].adapter.get(name)
+            for address in self.records[name].addresses
+        }
+
+
+def kept_layer_values(layer):
+    """Copies of all weights at and below a layer."""
+    return [
+        np.array(keras.ops.convert_to_numpy(weight)) for weight in layer.weights
+    ]
+
+
+def assign_kept_layer_values(layer, values):
+    for weight, value in zip(layer.weights, values, strict=True):
+        weight.assign(value)
+
+
+class AdaptedRoot:
+    """Mixed into the outermost model's own class; see `root_class`."""
+
+    _root_base = None
+
+    def __new__(cls, *args, **kwargs):
+        # `keras.models.clone_model` calls the class of the model it clones:
+        # what it gets is a model without adapters.
+        return cls._root_base(*args, **kwargs)
+
+    @property
+    def trainable(self):
+        return self._root_base.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        self._root_base.trainable.fset(self, value)
+        if value and "_randadapt" in vars(self):
+            # `model.trainable = True` must not thaw the base model.
+            from keras_randadapt import injection
+
+            injection.apply_trainable(self)
+
+    def get_config(self):
+        state = self._randadapt
+        with plain_classes(self):
+            base = keras.saving.serialize_keras_object(self)
+        # The adapted model's own compilation is stored beside this config.
+        base.pop("compile_config", None)
+        return {
+            "base": base,
+            "adapters": [
+                {
+                    "name": name,
+                    "adapter": serialize_adapter(record.template),
+                    "sites": record.addresses,
+                    "kept": record.kept,
+                }
+                for name, record in state.records.items()
+            ],
+            "active": list(state.active),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        from keras_randadapt import injection
+
+        model = keras.saving.deserialize_keras_object(
+            config["base"], custom_objects=custom_objects
+        )
+        for entry in config["adapters"]:
+            injection.check_model(model)
+            injection.attach(
+                model,
+                deserialize_adapter(entry["adapter"]),
+                entry["name"],
+                entry["sites"],
+                entry["kept"],
+            )
+        injection.set_active(model, config["active"])
+        return model
+
+    def get_build_config(self):
+        # The base's config rebuilds it before the adapters are attached.
+        return None
+
+    def build_from_config(self, config):
+        return
+
+    def save_assets(self, dir_path):
+        base_save = getattr(super(), "save_assets", None)
+        if base_save is not None:
+            base_save(dir_path)
+        arrays = {}
+        state = self._randadapt
+        owners = {"": state.base_values}
+        for name, record in state.records.items():
+            owners[name] = record.kept_values or {}
+        for owner, values in owners.items():
+            for address, tensors in values.items():
+                for i, tensor in enumerate(tensors):
+                    key = json.dumps([owner, address, i])
+                    arrays[key] = tensor.astype(_portable_dtype(tensor))
+        if arrays:
+            # Keys are no file names, so one archive of numbered arrays.
+            buffer = io.BytesIO()
+            np.savez(
+                buffer,
+                keys=np.array(list(arrays)),
+                **{f"a{i}": a for i, a in enumerate(arrays.values())},
+            )
+            with open(os.path.join(dir_path, _ASSET), "wb") as file:
+                file.write(buffer.getvalue())
+
+    def load_assets(self, dir_path):
+        base_load = getattr(super(), "load_assets", None)
+        if base_load is not None:
+            base_load(dir_path)
+        path = os.path.join(dir_path, _ASSET)
+        if not os.path.exists(path):
+            return
+        state = self._randadapt
+        with np.load(path, allow_pickle=False) as archive:
+            for i, key in enumerate(archive["keys"]):
+                owner, address, _ = json.loads(str(key))
+                if owner:
+                    values = state.records[owner].kept_values
+                else:
+                    values = state.base_values
+                _, _, index = json.loads(str(key))
+                values[address][index] = archive[f"a{i}"]
+
+    def save_to_preset(self, preset_dir, *args, **kwargs):
+        """Saves the un-adapted preset and a file of each adapter beside it."""
+        from keras_randadapt import saving
+
+        with plain_classes(self):
+            self.save_to_preset(preset_dir, *args, **kwargs)
+        for name in self._randadapt.records:
+            saving.save_adapter(
+                self,
+                os.path.join(preset_dir, f"{name}.adapter.safetensors"),
+                name=name,
+            )
+
+
+def _portable_dtype(array):
+    # bfloat16 is no NumPy dtype: `np.load` gives raw bytes back.
+    return "float32" if array.dtype.name == "bfloat16" else array.dtype
+
+
+@keras.saving.register_keras_serializable(
+    package="keras_randadapt", name="AdaptedModel"
+)
+class AdaptedModel(AdaptedRoot):
+    """The one name under which adapted models of every class are saved."""
+
+
+def root_class(base):
+    """The class of an adapted model whose own class is `base`."""
+    return _root_class(base)
+
+
+@functools.lru_cache(maxsize=None)
+def _root_class(base):
+    cls = type(
+        base.__name__,
+        (AdaptedRoot, base),
+        {
+            # Keras names this module when it can't find the class, in a
+            # process that has not imported the library.
+            "__module__": "keras_randadapt",
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_root_base": base,
+        },
+    )
+    _compat.alias_registered_class(cls, AdaptedModel)
+    return cls
+
+
+@contextlib.contextmanager
+def plain_classes(model):
+    """For a block, the model and its sites have their own classes back."""
+    adapted = type(model)
+    with site_layers.as_base_class(*model._randadapt.site_layers):
+        model.__class__ = adapted._root_base
+        try:
+            yield
+        finally:
+            model.__class__ = adapted
+
+
+def serialize_adapter(template):
+    """A JSON-ready description of an adapter template."""
+    return {
+        "class": keras.saving.get_registered_name(type(template)),
+        "config": template.get_config(),
+    }
+
+
+def deserialize_adapter(config):
+    """The template that `serialize_adapter` described.
+
+    Raises:
+        ValueError: If the class is not a registered adapter: a file must not
+            be able to name any other class.
+    """
+    from keras_randadapt.adapters.base import Adapter
+
+    cls = keras.saving.get_registered_object(config["class"])
+    if not isinstance(cls, type) or not issubclass(cls, Adapter):
+        raise ValueError(
+            f"'{config['class']}' is no registered adapter. If it is your "
+            "own, import its module first. This version of keras_randadapt "
+            "may also be older than the file."
+        )
+    return cls.from_config(config["config"])

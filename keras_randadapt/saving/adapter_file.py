@@ -1,0 +1,528 @@
+"""Adapter files: a safetensors file of one adapter's trained weights.
+
+One float32 tensor a site, keyed by the site's structural address, holds the
+site's weights one after the other, and one tensor a weight of each kept layer.
+Everything else is rebuilt from the metadata: one JSON text under the key
+`keras_randadapt`, with the adapter's class and config, what it was trained on,
+and a hash of each basis. Keys are sorted and the JSON is canonical, so every
+backend writes the same bytes.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_randadapt import injection
+from keras_randadapt import report
+from keras_randadapt import root
+from keras_randadapt import site_layers
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "keras_randadapt"
+
+
+def save_adapter(model, filepath, name=None, *, preset=None):
+    """Saves one adapter: its trained weights, config and seed.
+
+    Nothing that a seed rebuilds is stored, nor any of the base model but the
+    layers that were kept trainable. The file is complete or absent: it is
+    written beside its destination and moved there.
+
+    Args:
+        model: An adapted model.
+        filepath: Path of the file, by convention `*.safetensors`.
+        name: Which adapter; the only one by default.
+        preset: Optional string: the name of the KerasHub preset that the
+            base model came from. Loading can then check it.
+
+    Raises:
+        ValueError: If the model has no adapter, or several and no `name`.
+
+    Example:
+
+    ```python
+    kra.save_adapter(model, "sentiment.safetensors")
+    ```
+    """
+    state = injection.state_of(model)
+    if name is None:
+        if len(state.records) > 1:
+            raise ValueError(
+                "The model has several adapters: say which to save with "
+                f"`name`. Attached: {sorted(state.records)}"
+            )
+        (name,) = state.records
+    injection.check_names(state, [name])
+    tensors = _site_tensors(state, name)
+    tensors.update(_kept_tensors(state, name))
+    metadata = _metadata(model, name, preset)
+    data = safetensors.numpy.save(
+        tensors, metadata={_METADATA_KEY: _canonical(metadata)}
+    )
+    _write(filepath, data)
+
+
+def load_adapter(model, filepath, name=None, *, preset=None) -> report.Report:
+    """Loads a saved adapter into a model, attaching it if need be.
+
+    Files load on every backend, whichever wrote them, and into the backbone
+    of the task that they were trained on. Loading is strict: every check is
+    made before anything changes.
+
+    A model without adapters computes with the loaded one at once. Beside
+    other adapters it is attached inactive; see `set_active`. If the model has
+    an adapter of this name, of the same config and on the same sites, its
+    weights are replaced.
+
+    Args:
+        model: A built Keras model of the architecture that the adapter was
+            trained on.
+        filepath: Path of the file.
+        name: The adapter's name in the model; the name that it was saved
+            under by default.
+        preset: Optional string: the preset that this model came from. If the
+            file states one too, the two must be equal.
+
+    Returns:
+        A `Report` of the adapter.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, foreign, or of a newer format, if
+            the model is of another class or lacks a site, a shape differs, a
+            basis would not be rebuilt as it was, or the name is taken by a
+            different adapter. The model is then as it was.
+
+    Example:
+
+    ```python
+    kra.load_adapter(model, "sentiment.safetensors")
+    ```
+    """
+    tensors, metadata = _read(filepath)
+    try:
+        template = root.deserialize_adapter(metadata["adapter"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{filepath}' describes an adapter that can't be made here: "
+            f"{error}"
+        ) from error
+    name = metadata["name"] if name is None else name
+    injection.check_model(model)
+    layers = injection.layers_of(model)
+    rename = _relocation(filepath, metadata, tensors, model, layers)
+    _check_base(filepath, metadata, model, preset)
+
+    addresses = [rename(key) for key in _site_keys(tensors)]
+    kept = [rename(key) for key in metadata["kept"]]
+    order = {address: i for i, address in enumerate(layers)}
+    by_address = {
+        rename(key): tensors[key] for key in _site_keys(tensors)
+    }
+    _check_views(filepath, metadata, addresses, layers)
+    addresses.sort(key=order.get)
+    injection.check_attachable(model, layers, addresses, kept)
+    present = injection.is_adapted(model) and name in model._randadapt.records
+    if present:
+        _check_same(filepath, model, name, template, addresses, kept)
+        built = model._randadapt.adapters(name)
+    else:
+        injection.check_new_name(model, name)
+        built = injection.build_adapters(template, name, layers, addresses)
+    _check_bases(filepath, metadata, built)
+    values = _adapter_values(filepath, built, by_address)
+    kept_values = _kept_values(filepath, metadata, tensors, rename, layers)
+
+    # Nothing below can fail for anything in the file.
+    if not present:
+        injection.attach(model, template, name, addresses, kept, built)
+    for address, arrays in values.items():
+        for weight, array in zip(built[address].weights, arrays):
+            weight.assign(array)
+    record = model._randadapt.records[name]
+    if record.kept_values is None:
+        for address, arrays in kept_values.items():
+            root.assign_kept_layer_values(layers[address], arrays)
+    else:
+        record.kept_values = kept_values
+    return report.Report(model, name)
+
+
+def size(model, name):
+    """The exact size in bytes of an adapter's file, without writing it."""
+    state = model._randadapt
+    record = state.records[name]
+    shapes = {
+        address: ("F32", (_count(adapter),))
+        for address, adapter in state.adapters(name).items()
+    }
+    for address in record.kept:
+        for i, weight in enumerate(state.layers[address].weights):
+            array = np.zeros(0, _stored_dtype(weight))
+            kind = "F" if array.dtype.kind == "f" else "I"
+            dtype = f"{kind}{8 * array.dtype.itemsize}"
+            shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
+    header = {
+        "__metadata__": {
+            _METADATA_KEY: _canonical(_metadata(model, name, None))
+        }
+    }
+    offset = 0
+    # safetensors lays tensors out by falling alignment, then by name.
+    order = sorted(shapes, key=lambda k: (-int(shapes[k][0][1:]), k))
+    for key in order:
+        dtype, shape = shapes[key]
+        end = offset + math.prod(shape) * int(dtype[1:]) // 8
+        header[key] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    length = len(text.encode())
+    return 8 + (length + 7) // 8 * 8 + offset
+
+
+# Writing.
+
+
+def _count(adapter):
+    return sum(math.prod(weight.shape) for weight in adapter.weights)
+
+
+def _site_tensors(state, name):
+    return {
+        address: np.concatenate(
+            [_array(weight).astype("float32").ravel() for weight in a.weights]
+        )
+        for address, a in state.adapters(name).items()
+    }
+
+
+def _kept_tensors(state, name):
+    record = state.records[name]
+    tensors = {}
+    for address in record.kept:
+        layer = state.layers[address]
+        if record.kept_values is None:
+            values = root.kept_layer_values(layer)
+        else:
+            values = record.kept_values[address]
+        for i, (weight, value) in enumerate(zip(layer.weights, values)):
+            tensors[f"{address}#{i}"] = np.ascontiguousarray(
+                value.astype(_stored_dtype(weight))
+            )
+    return tensors
+
+
+def _stored_dtype(weight):
+    # bfloat16 and float16 widen to float32 and back without loss; bfloat16
+    # is no NumPy dtype.
+    dtype = keras.backend.standardize_dtype(weight.dtype)
+    if dtype in ("float16", "bfloat16"):
+        return "float32"
+    return dtype
+
+
+def _metadata(model, name, preset):
+    state = model._randadapt
+    record = state.records[name]
+    adapters = state.adapters(name)
+    shapes = [
+        f"{adapters[a].input_dim}x{adapters[a].output_dim}"
+        for a in sorted(record.addresses)
+    ]
+    metadata = {
+        "version": FORMAT_VERSION,
+        "name": name,
+        "adapter": root.serialize_adapter(record.template),
+        "model": _model_description(model),
+        # Run-length encoded, in the order of the sorted addresses.
+        "kernel_views": [
+            [shape, len(list(group))]
+            for shape, group in itertools.groupby(shapes)
+        ],
+        "bases": _basis_hashes(adapters),
+        "kept": sorted(record.kept),
+    }
+    if preset is not None:
+        metadata["preset"] = preset
+    return metadata
+
+
+def _model_description(model):
+    cls = type(model)
+    if injection.is_adapted(model):
+        cls = model._root_base
+    description = {"class": cls.__name__}
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, keras.Model):
+        description["backbone"] = type(backbone).__name__
+    return description
+
+
+def _basis_hashes(adapters):
+    """A hash of every distinct basis, by the role and shape it is made for."""
+    hashes = {}
+    for adapter in adapters.values():
+        digest = adapter.basis_digest()
+        if digest:
+            hashes[_basis_key(adapter)] = _short_hash(digest)
+    return hashes
+
+
+def _basis_key(adapter):
+    shape = f"{adapter.input_dim}x{adapter.output_dim}"
+    return f"{adapter.site_role} {shape}"
+
+
+def _short_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _canonical(metadata):
+    return json.dumps(
+        metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+
+
+def _array(variable):
+    return np.asarray(keras.ops.convert_to_numpy(variable))
+
+
+def _write(filepath, data):
+    filepath = os.fspath(filepath)
+    folder = os.path.dirname(os.path.abspath(filepath))
+    handle, temporary = tempfile.mkstemp(
+        dir=folder, prefix=f".{os.path.basename(filepath)}."
+    )
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, filepath)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# Reading and checking.
+
+
+def _read(filepath):
+    filepath = os.fspath(filepath)
+    if not os.path.exists(filepath):
+        raise FileNotFoundError(f"There is no file '{filepath}'.")
+    try:
+        with safetensors.safe_open(filepath, framework="np") as file:
+            header = file.metadata() or {}
+            if _METADATA_KEY not in header:
+                raise ValueError(
+                    f"'{filepath}' is a safetensors file, but not one that "
+                    "`keras_randadapt.save_adapter` wrote."
+                )
+            metadata = json.loads(header[_METADATA_KEY])
+            if metadata.get("version") != FORMAT_VERSION:
+                raise ValueError(
+                    f"'{filepath}' has format version "
+                    f"{metadata.get('version')!r}; this release of "
+                    f"keras_randadapt reads version {FORMAT_VERSION}. "
+                    "Upgrade keras_randadapt."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"'{filepath}' is no adapter file, or is damaged or cut short: "
+            f"{error}"
+        ) from error
+    missing = {
+        "name",
+        "adapter",
+        "model",
+        "kernel_views",
+        "bases",
+        "kept",
+    } - set(metadata)
+    if missing:
+        raise ValueError(
+            f"'{filepath}' lacks the metadata {sorted(missing)}; it is "
+            "damaged."
+        )
+    return tensors, metadata
+
+
+def _site_keys(tensors):
+    return sorted(key for key in tensors if "#" not in key)
+
+
+def _relocation(filepath, metadata, tensors, model, layers):
+    """The function from a file's addresses to the model's.
+
+    A task holds its backbone under a prefix; a file trained on either loads
+    into the other, by adding or removing one prefix everywhere.
+    """
+    keys = [*_site_keys(tensors), *metadata["kept"]]
+    if not keys:
+        raise ValueError(f"'{filepath}' holds no site.")
+    if all(key in layers for key in keys):
+        return lambda key: key
+    prefixes = set()
+    for address in layers:
+        if address.endswith(f"/{keys[0]}"):
+            prefixes.add(address[: -len(keys[0])])
+    fits = [p for p in prefixes if all(p + key in layers for key in keys)]
+    if len(fits) == 1:
+        prefix = fits[0]
+        return lambda key: prefix + key
+    parts = os.path.commonprefix(keys).split("/")[:-1]
+    for n in range(1, len(parts) + 1):
+        prefix = "/".join(parts[:n]) + "/"
+        if all(key.removeprefix(prefix) in layers for key in keys):
+            return lambda key: key.removeprefix(prefix)
+    missing = [key for key in keys if key not in layers]
+    raise ValueError(
+        f"'{filepath}' was trained on a {metadata['model']['class']}; this "
+        f"{_model_description(model)['class']} lacks {len(missing)} of its "
+        f"{len(keys)} addresses: {missing[:5]}"
+        + (" and more." if len(missing) > 5 else ".")
+    )
+
+
+def _check_base(filepath, metadata, model, preset):
+    theirs = metadata["model"]
+    ours = _model_description(model)
+    equal = theirs["class"] == ours["class"]
+    # A backbone and a task around the same class of backbone.
+    related = {theirs.get("backbone", theirs["class"])} & {
+        ours.get("backbone", ours["class"])
+    }
+    if not equal and not related:
+        raise ValueError(
+            f"'{filepath}' was trained on a {theirs['class']}; this model is "
+            f"a {ours['class']}."
+        )
+    stated = metadata.get("preset")
+    if preset is not None and stated is not None and preset != stated:
+        raise ValueError(
+            f"'{filepath}' was trained on the preset {stated!r}. "
+            f"Received: preset={preset!r}"
+        )
+
+
+def _check_views(filepath, metadata, addresses, layers):
+    # `addresses` are in the file's order, as the views are.
+    views = [
+        shape for shape, n in metadata["kernel_views"] for _ in range(n)
+    ]
+    if len(views) != len(addresses):
+        raise ValueError(f"'{filepath}' is damaged: it misses sites.")
+    wrong = []
+    for address, theirs in zip(addresses, views):
+        if site_layers.supported_class(layers[address]) is None:
+            raise ValueError(
+                f"'{filepath}' adapts '{address}', which in this model is a "
+                f"{type(layers[address]).__name__} and can't be adapted."
+            )
+        ours = "{}x{}".format(*site_layers.view_of(layers[address]))
+        if ours != theirs:
+            wrong.append(f"'{address}' ({theirs} in the file, {ours} here)")
+    if wrong:
+        raise ValueError(
+            f"'{filepath}' was trained on kernels of other shapes: "
+            + ", ".join(wrong[:5])
+            + (f" and {len(wrong) - 5} more." if len(wrong) > 5 else ".")
+        )
+
+
+def _check_same(filepath, model, name, template, addresses, kept):
+    record = model._randadapt.records[name]
+    ours = root.serialize_adapter(record.template)
+    theirs = root.serialize_adapter(template)
+    if _canonical(ours) != _canonical(theirs):
+        difference = f"the file's is {theirs}, the model's {ours}"
+    elif set(record.addresses) != set(addresses):
+        difference = "they are on different sites"
+    elif set(record.kept) != set(kept):
+        difference = "they keep different layers trainable"
+    else:
+        return
+    raise ValueError(
+        f"The model has an adapter called '{name}' that differs from the one "
+        f"in '{filepath}': {difference}. Give another `name`."
+    )
+
+
+def _check_bases(filepath, metadata, built):
+    ours = _basis_hashes(built)
+    theirs = metadata["bases"]
+    # Roles are last parts of addresses, which no relocation changes.
+    wrong = sorted(
+        role
+        for role in set(ours) | set(theirs)
+        if ours.get(role) != theirs.get(role)
+    )
+    if wrong:
+        raise ValueError(
+            f"'{filepath}' was trained with other bases than its seed gives "
+            f"here, for {wrong[:5]}. The file was edited, or written by an "
+            "incompatible version of keras_randadapt."
+        )
+
+
+def _adapter_values(filepath, built, tensors):
+    values = {}
+    for address, adapter in built.items():
+        flat = tensors[address]
+        expected = _count(adapter)
+        if flat.shape != (expected,) or flat.dtype != np.float32:
+            raise ValueError(
+                f"'{filepath}' holds {flat.dtype} values of shape "
+                f"{flat.shape} for '{address}'; the adapter that it describes "
+                f"has {expected} float32 weights there."
+            )
+        arrays = []
+        for weight in adapter.weights:
+            n = math.prod(weight.shape)
+            arrays.append(flat[:n].reshape(weight.shape))
+            flat = flat[n:]
+        values[address] = arrays
+    return values
+
+
+def _kept_values(filepath, metadata, tensors, rename, layers):
+    values = {}
+    for key in metadata["kept"]:
+        weights = layers[rename(key)].weights
+        arrays = []
+        for i, weight in enumerate(weights):
+            array = tensors.get(f"{key}#{i}")
+            if array is None or array.shape != tuple(weight.shape):
+                found = "nothing" if array is None else f"shape {array.shape}"
+                raise ValueError(
+                    f"'{filepath}' holds {found} for weight {i} of the kept "
+                    f"layer '{key}'; the model's has shape "
+                    f"{tuple(weight.shape)}."
+                )
+            arrays.append(array)
+        extra = f"{key}#{len(weights)}"
+        if extra in tensors:
+            raise ValueError(
+                f"'{filepath}' holds more weights for the kept layer '{key}' "
+                f"than the model's {len(weights)}."
+            )
+        values[rename(key)] = arrays
+    return values

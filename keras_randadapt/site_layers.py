@@ -1,0 +1,688 @@
+"""Sites: the layers that adapters attach to, each seen as a matrix product.
+
+A site's layer keeps its identity and gets a subclass of its own class, made
+here, that puts the adapters' delta between the base product and the bias. How
+the kernel of each layer class is seen as a matrix, the kernel view, is here
+too; which layers become sites is decided in `targets` and done in `injection`.
+"""
+
+import functools
+import threading
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import _compat
+
+#: Quantization modes whose layers can be sites.
+QUANTIZATION_MODES = (None, "int8", "int4")
+
+# Setting bias and activation aside changes the layer for the length of a
+# call; two threads must not see each other's changes.
+_QUANTIZED_CALL_LOCK = threading.RLock()
+
+
+class KernelView(NamedTuple):
+    """The shape of a kernel seen as a matrix."""
+
+    input_dim: int
+    output_dim: int
+
+
+class AdapterStack(keras.layers.Layer):
+    """The adapters of one site, by name, and which of them are active.
+
+    A sublayer of the site named `adapter`, so that variables are called
+    `<site>/adapter/<adapter name>/<variable>`. It knows nothing of the site.
+    """
+
+    def __init__(self, name="adapter"):
+        super().__init__(name=name, dtype="float32")
+        self.built = True
+        self.active_names = ()
+
+    def add(self, name, adapter):
+        _compat.attach_sublayer(self, _attribute(name), adapter)
+
+    def remove(self, name):
+        _compat.detach_sublayer(self, _attribute(name))
+
+    def get(self, name):
+        return getattr(self, _attribute(name), None)
+
+    @property
+    def active(self):
+        """The active adapters of this site, in order of activation."""
+        found = (self.get(name) for name in self.active_names)
+        return [adapter for adapter in found if adapter is not None]
+
+    def load_own_variables(self, store):
+        # Empty in files of adapted models, absent in files of plain ones.
+        return
+
+
+def _attribute(name):
+    # The prefix keeps a user's name ("path", "name") off Keras's attributes.
+    return f"named_{name}"
+
+
+class Site:
+    """Mixed into a site's own class; see `site_class`."""
+
+    _site_base = None
+
+    @classmethod
+    def from_config(cls, config):
+        # A config describes the layer without adapters.
+        return cls._site_base.from_config(config)
+
+    def save_own_variables(self, store):
+        # Keras stores the `kernel` property, which here is the merged kernel.
+        with as_base_class(self):
+            self.save_own_variables(store)
+
+    def quantized_call(self, *args, **kwargs):
+        # Keras calls this instead of `call`; ours branches further down.
+        return self.call(*args, **kwargs)
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer '{self.name}' carries an adapter of keras_randadapt, "
+            "which Keras's own LoRA can't see. Call "
+            "`keras_randadapt.eject(model)` first, or add a second adapter "
+            "with `keras_randadapt.inject(model, LoRA(...), name=...)`."
+        )
+
+    def _is_training(self, training):
+        if training is None:
+            return _compat.training_phase(self)
+        return training
+
+    def _merged_kernel_view(self, kernel):
+        """The kernel view with every active adapter folded in, float32."""
+        view = ops.cast(self.to_view(kernel), "float32")
+        for adapter in self.adapter.active:
+            view = adapter.merged(view)
+        return view
+
+    def _merged_or_base(self, kernel):
+        """What the public `kernel` or `embeddings` property shows."""
+        if not self.adapter.active:
+            return kernel
+        merged = self.from_view(self._merged_kernel_view(kernel))
+        return ops.cast(merged, self.compute_dtype)
+
+
+class _ProductSite(Site):
+    """Dense and EinsumDense."""
+
+    @property
+    def kernel(self):
+        # Exporters and Gemma4's feed-forward read the kernel and multiply
+        # themselves: they must see the update. A quantized kernel is integers
+        # that only the layer can scale, so it stays what it is.
+        with as_base_class(self):
+            kernel = self.kernel
+        if self.quantization_mode is not None:
+            return kernel
+        return self._merged_or_base(kernel)
+
+    def call(self, inputs, training=None):
+        y = self._adapted_product(inputs, self._is_training(training))
+        if self.bias is not None:
+            y = ops.add(y, self.bias)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+    def _base_product(self, x):
+        if self.quantization_mode is None:
+            return self._float_product(x, self._kernel)
+        call = functools.partial(self._site_base.quantized_call, self, x)
+        if self.bias is None and self.activation is None:
+            return call()
+        with _QUANTIZED_CALL_LOCK:
+            with _compat.instance_attributes(self, bias=None, activation=None):
+                return call()
+
+
+class DenseSite(_ProductSite):
+    """A `Dense` layer; its kernel is its own kernel view."""
+
+    @property
+    def kernel_view(self):
+        # Not from the kernel: int4 kernels are packed.
+        return KernelView(int(self.input_spec.axes[-1]), self.units)
+
+    def to_view(self, kernel):
+        return kernel
+
+    def from_view(self, view):
+        return view
+
+    def _float_product(self, x, kernel):
+        return ops.matmul(x, kernel)
+
+    def _adapted_product(self, inputs, training):
+        return _adapt_all(
+            self.adapter.active, inputs, self._base_product, training
+        )
+
+
+class EinsumDenseSite(_ProductSite):
+    """An `EinsumDense` layer; its kernel's axes are factored by label."""
+
+    @property
+    def kernel_view(self):
+        return _einsum_plan(self).view_shape
+
+    def to_view(self, kernel):
+        return _einsum_plan(self).to_view(kernel)
+
+    def from_view(self, view):
+        return _einsum_plan(self).from_view(view)
+
+    def _float_product(self, x, kernel):
+        return ops.einsum(self.equation, x, kernel)
+
+    def _adapted_product(self, inputs, training):
+        plan = _einsum_plan(self)
+        active = self.adapter.active
+        if not active:
+            return self._base_product(inputs)
+        if not plan.is_matrix_product:
+            return _kernel_space_product(self, inputs, training)
+        x = plan.flatten_input(inputs)
+
+        def linear(z):
+            # The usual adapter passes its input on: the base product then
+            # takes the layer's own input and nothing is laid out twice.
+            z = inputs if z is x else plan.unflatten_input(z, inputs)
+            return plan.flatten_output(self._base_product(z))
+
+        y = _adapt_all(active, x, linear, training)
+        return plan.unflatten_output(y, inputs)
+
+
+class ConvSite(Site):
+    """A convolution, grouped and dilated ones included.
+
+    The kernel view of a kernel `(*window, channels / groups, filters)` is
+    `(prod(window) * channels / groups, filters)`. The delta is formed and
+    convolved: a kernel is small beside the activations it slides over, and
+    this way strides, padding, dilation and groups stay Keras's.
+    """
+
+    @property
+    def kernel(self):
+        with as_base_class(self):
+            kernel = self.kernel
+        return self._merged_or_base(kernel)
+
+    @property
+    def kernel_view(self):
+        *window, filters = self._kernel.shape
+        return KernelView(int(np.prod(window)), int(filters))
+
+    def to_view(self, kernel):
+        return ops.reshape(kernel, self.kernel_view)
+
+    def from_view(self, view):
+        return ops.reshape(view, self._kernel.shape)
+
+    def call(self, inputs):
+        y = _kernel_space_product(self, inputs, self._is_training(None))
+        if self.bias is not None:
+            # Broadcast over batch and space, wherever the channels are.
+            shape = [1] * (self.rank + 2)
+            channels = -1 if self.data_format == "channels_last" else 1
+            shape[channels] = self.filters
+            y = ops.add(y, ops.reshape(self.bias, shape))
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+    def _base_product(self, x):
+        return self._float_product(x, self._kernel)
+
+    def _float_product(self, x, kernel):
+        padding = self.padding
+        if padding == "causal":
+            x = ops.pad(x, self._compute_causal_padding())
+            padding = "valid"
+        return ops.conv(
+            x,
+            ops.convert_to_tensor(kernel),
+            strides=list(self.strides),
+            padding=padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+
+
+class EmbeddingSite(Site):
+    """An `Embedding`: the kernel view is `(vocabulary, features)`."""
+
+    @property
+    def embeddings(self):
+        with as_base_class(self):
+            embeddings = self.embeddings
+        if self.quantization_mode is not None:
+            return embeddings
+        return self._merged_or_base(embeddings)
+
+    @property
+    def kernel_view(self):
+        return KernelView(self.input_dim, self.output_dim)
+
+    def to_view(self, kernel):
+        return kernel
+
+    def from_view(self, view):
+        return view
+
+    def call(self, inputs):
+        return self._adapted_lookup(inputs)
+
+    def _adapted_lookup(self, inputs):
+        training = self._is_training(None)
+        ids = inputs
+        if keras.backend.standardize_dtype(ids.dtype) not in (
+            "int32",
+            "int64",
+        ):
+            ids = ops.cast(ids, "int32")
+        if self.quantization_mode is None:
+            y = ops.take(self._embeddings, ids, axis=0)
+            y = ops.cast(y, self.compute_dtype)
+        else:
+            y = self._site_base.quantized_call(self, ids)
+        for adapter in self.adapter.active:
+            y = y + adapter.lookup(ids, y.dtype, training)
+        return y
+
+
+class ReversibleEmbeddingSite(EmbeddingSite):
+    """A `ReversibleEmbedding`, adapted in both directions where tied.
+
+    With `tie_weights=False` the reverse projection has a matrix of its own,
+    which is not adapted.
+    """
+
+    def call(self, inputs, reverse=False):
+        if reverse:
+            return self._adapted_reverse(inputs)
+        y = self._adapted_lookup(inputs)
+        # Keras's layer sets its mask in `call` and computes none elsewhere.
+        mask = keras.layers.Embedding.compute_mask(self, inputs)
+        if mask is not None:
+            _compat.set_keras_mask(y, mask)
+        return y
+
+    def _adapted_reverse(self, inputs):
+        training = self._is_training(None)
+        logits = self._base_reverse(inputs)
+        if self.tie_weights:
+            x = ops.cast(inputs, logits.dtype)
+            for adapter in self.adapter.active:
+                logits = logits + adapter.delta_transpose(
+                    adapter.drop(x, training), training
+                )
+        if self.logit_soft_cap is not None:
+            cap = self.logit_soft_cap
+            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
+        return logits
+
+    def _base_reverse(self, inputs):
+        if self.quantization_mode is not None:
+            with _QUANTIZED_CALL_LOCK:
+                with _compat.instance_attributes(self, logit_soft_cap=None):
+                    return self._site_base.quantized_call(
+                        self, inputs, reverse=True
+                    )
+        if self.tie_weights:
+            kernel = ops.transpose(ops.convert_to_tensor(self._embeddings))
+        else:
+            kernel = ops.convert_to_tensor(self.reverse_embeddings)
+        dtype = self.reverse_dtype or self.compute_dtype
+        return ops.matmul(ops.cast(inputs, dtype), ops.cast(kernel, dtype))
+
+
+def _adapt_all(adapters, x, linear, training):
+    """Every adapter adapts what those before it made of the base product."""
+    for adapter in adapters:
+        linear = functools.partial(
+            adapter.adapt, linear=linear, training=training
+        )
+    return linear(x)
+
+
+def _kernel_space_product(site, inputs, training):
+    """The product with the merged kernel, or with base and delta apart."""
+    active = site.adapter.active
+    if not active:
+        return site._base_product(inputs)
+    dropped = training and any(adapter.dropout for adapter in active)
+    if site.compute_dtype in ("float32", "float64") and not dropped:
+        view = site._merged_kernel_view(site._kernel)
+        kernel = ops.cast(site.from_view(view), site.compute_dtype)
+        return site._float_product(inputs, kernel)
+    # In 16 bits a small delta would be rounded away in base + delta.
+    y = site._base_product(inputs)
+    for adapter in active:
+        delta = site.from_view(adapter.delta_kernel())
+        y = y + site._float_product(
+            adapter.drop(inputs, training), ops.cast(delta, inputs.dtype)
+        )
+    return y
+
+
+def _einsum_plan(layer):
+    shape = layer._kernel.shape
+    if layer.quantization_mode is not None:
+        # Quantized kernels are stored flattened, or packed.
+        shape = layer.original_kernel_shape
+    return EinsumPlan.of(
+        layer.equation, tuple(int(n) for n in shape), layer.input_spec.ndim
+    )
+
+
+class EinsumPlan:
+    """How one einsum equation's kernel is seen as a matrix.
+
+    Kernel axes are sorted by what their label does: contracted with the input
+    (rows of the view) or present in the output (columns). By label, never by
+    position, so a rank-r view update is a rank-r update of the linear map for
+    every equation, Gemma's `"btd,ndh->btnh"` included.
+    """
+
+    @staticmethod
+    @functools.lru_cache(maxsize=512)
+    def of(equation, kernel_shape, input_rank):
+        return EinsumPlan(equation, kernel_shape, input_rank)
+
+    def __init__(self, equation, kernel_shape, input_rank):
+        x, kernel, y = _parse_equation(
+            equation, len(kernel_shape), input_rank
+        )
+        sizes = dict(zip(kernel, kernel_shape))
+        rows = [label for label in kernel if label not in y]
+        columns = [label for label in kernel if label in y]
+        self._kernel_to_view = [kernel.index(a) for a in rows + columns]
+        self._view_to_kernel = _inverse(self._kernel_to_view)
+        self._kernel_shape = tuple(int(size) for size in kernel_shape)
+        self._row_sizes = [int(sizes[label]) for label in rows]
+        self._column_sizes = [int(sizes[label]) for label in columns]
+        self.view_shape = KernelView(
+            int(np.prod(self._row_sizes)), int(np.prod(self._column_sizes))
+        )
+        # One plain matrix product needs every row label in the input, no
+        # column label there, and nothing else summed over.
+        batch = [label for label in x if label not in kernel]
+        self.is_matrix_product = (
+            set(rows) <= set(x)
+            and not set(columns) & set(x)
+            and set(batch) <= set(y)
+            and set(y) == set(batch) | set(columns)
+        )
+        if not self.is_matrix_product:
+            return
+        self._flatten_x = [x.index(label) for label in batch + rows]
+        self._unflatten_x = _inverse(self._flatten_x)
+        self._flatten_y = [y.index(label) for label in batch + columns]
+        self._unflatten_y = _inverse(self._flatten_y)
+        self._batch_axes = [x.index(label) for label in batch]
+
+    def to_view(self, kernel):
+        """Kernel of the layer's shape to the matrix `view_shape`."""
+        return ops.reshape(
+            _transpose(kernel, self._kernel_to_view), self.view_shape
+        )
+
+    def from_view(self, view):
+        """Undoes `to_view`."""
+        shape = [self._kernel_shape[axis] for axis in self._kernel_to_view]
+        return _transpose(ops.reshape(view, shape), self._view_to_kernel)
+
+    def flatten_input(self, x):
+        """Layer input to `(*batch, input_dim)`."""
+        x = _transpose(x, self._flatten_x)
+        if len(self._row_sizes) == 1:
+            return x
+        batch = ops.shape(x)[: len(self._batch_axes)]
+        return ops.reshape(x, (*batch, self.view_shape.input_dim))
+
+    def unflatten_input(self, z, inputs):
+        """Undoes `flatten_input`; `inputs` gives the batch axes."""
+        if len(self._row_sizes) != 1:
+            shape = ops.shape(inputs)
+            batch = [shape[axis] for axis in self._batch_axes]
+            z = ops.reshape(z, (*batch, *self._row_sizes))
+        return _transpose(z, self._unflatten_x)
+
+    def probe(self, units, product):
+        """The view, read off the products with all unit vectors."""
+        ones = [1] * (len(self._batch_axes) - 1)
+        z = ops.reshape(units, (*ones, -1, *self._row_sizes))
+        y = product(_transpose(z, self._unflatten_x))
+        return ops.reshape(self.flatten_output(y), self.view_shape)
+
+    def flatten_output(self, y):
+        """Layer output to `(*batch, output_dim)`."""
+        y = _transpose(y, self._flatten_y)
+        if len(self._column_sizes) == 1:
+            return y
+        batch = ops.shape(y)[: len(self._batch_axes)]
+        return ops.reshape(y, (*batch, self.view_shape.output_dim))
+
+    def unflatten_output(self, y, inputs):
+        """Undoes `flatten_output`; `inputs` gives the batch axes."""
+        if len(self._column_sizes) != 1:
+            shape = ops.shape(inputs)
+            batch = [shape[axis] for axis in self._batch_axes]
+            y = ops.reshape(y, (*batch, *self._column_sizes))
+        return _transpose(y, self._unflatten_y)
+
+
+def _parse_equation(equation, kernel_rank, input_rank):
+    """An equation's three lists of labels, the ellipsis written out."""
+    left, y = equation.replace(" ", "").split("->")
+    x, kernel = left.split(",")
+    dots = input_rank - len(x.replace("...", ""))
+    # Labels that no einsum equation can use.
+    ellipsis = [f"...{i}" for i in range(dots)]
+
+    def labels(term):
+        before, _, after = term.partition("...")
+        middle = ellipsis if "..." in term else []
+        return [*before, *middle, *after]
+
+    x, kernel, y = labels(x), labels(kernel), labels(y)
+    for term in (x, kernel, y):
+        if len(set(term)) != len(term):
+            raise ValueError(
+                f"The equation {equation!r} repeats a label within one term; "
+                "such a kernel has no kernel view."
+            )
+    if len(kernel) != kernel_rank:
+        raise ValueError(
+            f"The equation {equation!r} does not fit a kernel of "
+            f"{kernel_rank} axes."
+        )
+    return x, kernel, y
+
+
+def _inverse(axes):
+    return [axes.index(i) for i in range(len(axes))]
+
+
+def _transpose(x, axes):
+    if list(axes) == list(range(len(axes))):
+        return x
+    return ops.transpose(x, axes)
+
+
+_SITE_CLASSES = {
+    keras.layers.Dense: DenseSite,
+    keras.layers.EinsumDense: EinsumDenseSite,
+    keras.layers.Conv1D: ConvSite,
+    keras.layers.Conv2D: ConvSite,
+    keras.layers.Conv3D: ConvSite,
+    keras.layers.Embedding: EmbeddingSite,
+    keras.layers.ReversibleEmbedding: ReversibleEmbeddingSite,
+}
+
+
+def supported_class(layer):
+    """The supported class that `layer` behaves as, or `None`.
+
+    A user's subclass counts if it leaves `call` alone; one that overrides it
+    computes something that this library does not know.
+    """
+    own = type(layer)
+    if issubclass(own, Site):
+        own = own._site_base
+    for cls in own.__mro__:
+        if cls in _SITE_CLASSES:
+            return cls if own.call is cls.call else None
+    return None
+
+
+def looks_supported(layer):
+    """Whether `layer` is a supported class, `call` overridden or not."""
+    return isinstance(layer, tuple(_SITE_CLASSES))
+
+
+def kernel_variable(layer):
+    """The variable that a merge writes."""
+    if isinstance(layer, keras.layers.Embedding):
+        return layer._embeddings
+    return layer._kernel
+
+
+def view_of(layer):
+    """The `KernelView` of a layer of a supported class, site or not."""
+    return _mixin(type(layer)).kernel_view.fget(layer)
+
+
+def check_site(address, layer):
+    """Raises `ValueError` if a layer of a supported class can't be a site."""
+    if getattr(layer, "lora_enabled", False) or getattr(
+        layer, "dora_enabled", False
+    ):
+        raise ValueError(
+            f"Layer '{layer.name}' at '{address}' has Keras's own LoRA "
+            "enabled. Build the model anew without `enable_lora`, or leave "
+            "the layer out with `exclude`."
+        )
+    if layer.quantization_mode not in QUANTIZATION_MODES:
+        raise ValueError(
+            f"Layer '{layer.name}' at '{address}' is quantized to "
+            f"'{layer.quantization_mode}'. Adapters attach to float, int8 and "
+            "int4 kernels."
+        )
+    if "adapter" in vars(layer) and not isinstance(layer, Site):
+        raise ValueError(
+            f"Layer '{layer.name}' at '{address}' has an attribute `adapter` "
+            "of its own, the name that adapters are kept under."
+        )
+    if isinstance(layer, keras.layers.EinsumDense):
+        plan = _einsum_plan(layer)
+        if layer.quantization_mode is not None and not plan.is_matrix_product:
+            raise ValueError(
+                f"Layer '{layer.name}' at '{address}' is quantized to "
+                f"'{layer.quantization_mode}', and its equation "
+                f"'{layer.equation}' is no plain matrix product: adapting it "
+                "takes a float kernel."
+            )
+
+
+def dequantized_kernel(site):
+    """A quantized site's base kernel as floats, in the unpacked shape.
+
+    Read off the products with the unit vectors, so it is the kernel that the
+    layer computes with, however this version of Keras packs and scales it.
+    """
+    view = site.kernel_view
+    if isinstance(site, keras.layers.Embedding):
+        return site._site_base.quantized_call(site, ops.arange(view.input_dim))
+    units = ops.eye(view.input_dim, dtype=site.compute_dtype)
+    if isinstance(site, keras.layers.Dense):
+        return site._base_product(units)
+    return site.from_view(_einsum_plan(site).probe(units, site._base_product))
+
+
+def requantize(site, kernel):
+    """Quantizes a float kernel as the site's own was, and stores it."""
+    mode, _, source = site.dtype_policy.name.partition("_from_")
+    config = site._site_base.get_config(site)
+    twin = site._site_base.from_config({**config, "dtype": source})
+    twin.build_from_config(site.get_build_config())
+    kernel_variable(twin).assign(kernel)
+    twin.quantize(
+        mode.partition("/")[0],
+        type_check=False,
+        config=site.quantization_config,
+    )
+    # A tied embedding's reverse shares these; an untied one's is no site.
+    for name in (
+        "_kernel",
+        "kernel_scale",
+        "kernel_zero",
+        "_embeddings",
+        "embeddings_scale",
+        "embeddings_zero",
+    ):
+        variable = getattr(twin, name, None)
+        if variable is not None:
+            getattr(site, name).assign(variable)
+
+
+def site_class(base):
+    """The class of a site whose layer has the class `base`.
+
+    It keeps the base's name, because weight files spell out class names, and
+    its module, because configs do.
+    """
+    return _site_class(base)
+
+
+def _mixin(cls):
+    return next(_SITE_CLASSES[c] for c in cls.__mro__ if c in _SITE_CLASSES)
+
+
+@functools.lru_cache(maxsize=None)
+def _site_class(base):
+    return type(
+        base.__name__,
+        (_mixin(base), base),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_site_base": base,
+        },
+    )
+
+
+class as_base_class:
+    """For a block, gives layers their own classes back.
+
+    Keras's saving then sees the layers it would see without adapters.
+    """
+
+    def __init__(self, *layers):
+        self._layers = [
+            layer for layer in layers if isinstance(layer, Site)
+        ]
+
+    def __enter__(self):
+        self._classes = [type(layer) for layer in self._layers]
+        for layer in self._layers:
+            layer.__class__ = layer._site_base
+
+    def __exit__(self, *exc_info):
+        for layer, cls in zip(self._layers, self._classes):
+            layer.__class__ = cls

@@ -1,0 +1,309 @@
+"""Which layers a `targets`, `exclude` or `keep_trainable` argument means."""
+
+import difflib
+import re
+
+import keras
+
+from keras_randadapt import _compat
+from keras_randadapt import site_layers
+
+#: The names that query and value projections go by in KerasHub's families;
+#: the last four are one kernel for query, key and value together.
+QUERY_VALUE_NAMES = (
+    "query",
+    "value",
+    "query_dense",
+    "value_dense",
+    "query_proj",
+    "value_proj",
+    "q_proj",
+    "v_proj",
+    "query_projector",
+    "value_projector",
+    "query_key_value",
+    "attention_qkv",
+    "qkv",
+    "in_proj_qkv",
+)
+
+#: Layers that choose experts: adapting them shifts every token's routing.
+_ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
+
+
+def layers_by_address(model):
+    """Every layer below `model`, by structural address.
+
+    The address is the path that the layer's weights have inside a
+    `.weights.h5` file: made of attribute names and class names, so equal on
+    every backend and in every run, where `layer.path` is neither unique nor
+    stable.
+
+    Args:
+        model: A built Keras model.
+
+    Returns:
+        dict from address to layer, in the order of Keras's weight files. A
+        layer used in several places is listed once, at the first.
+    """
+    found = {}
+    visited = {id(model)}
+    _walk_layer(model, "", found, visited)
+    return found
+
+
+def _walk_layer(layer, address, found, visited):
+    for attribute, value in _compat.walk_attributes(layer):
+        path = f"{address}/{attribute}" if address else attribute
+        _visit(value, path, found, visited)
+
+
+def _visit(value, path, found, visited):
+    if isinstance(value, keras.layers.Layer):
+        if id(value) in visited:
+            return
+        visited.add(id(value))
+        if isinstance(value, site_layers.AdapterStack):
+            return
+        found[path] = value
+        # Nothing below these is a layer, and looking at every attribute of
+        # every one would unpack quantized kernels.
+        if not site_layers.looks_supported(value):
+            _walk_layer(value, path, found, visited)
+    elif isinstance(value, (list, tuple, dict)):
+        if id(value) in visited:
+            return
+        visited.add(id(value))
+        _visit_container(value, path, found, visited)
+
+
+def _visit_container(container, path, found, visited):
+    # Names inside a container count all that Keras saves, layers or not.
+    used = {}
+    values = container.values() if isinstance(container, dict) else container
+    for value in list(values):
+        if _compat.is_saveable(value):
+            name = _compat.snake_case(type(value).__name__)
+        elif isinstance(value, (list, tuple, dict)):
+            name = "container"
+        else:
+            continue
+        used[name] = used.get(name, -1) + 1
+        if used[name]:
+            name = f"{name}_{used[name]}"
+        _visit(value, f"{path}/{name}", found, visited)
+
+
+def select_sites(layers, targets, exclude, kept):
+    """The addresses that `targets` means and `exclude` does not.
+
+    Args:
+        layers: dict from address to layer, see `layers_by_address`.
+        targets: See `inject`.
+        exclude: See `inject`.
+        kept: Addresses that stay trainable; `"all-linear"` and `None` leave
+            them out.
+
+    Returns:
+        list of addresses, in the order of `layers`.
+
+    Raises:
+        ValueError: If a target or an exclusion matches nothing, or if what is
+            left is nothing, or no supported layer.
+    """
+    candidates = {
+        address: layer
+        for address, layer in layers.items()
+        if site_layers.supported_class(layer) is not None
+    }
+    if targets is None:
+        chosen = _query_value(candidates, kept)
+    elif isinstance(targets, str) and targets == "all-linear":
+        chosen = _all_linear(candidates, kept)
+    elif callable(targets) and not isinstance(targets, re.Pattern):
+        chosen = [a for a, layer in candidates.items() if targets(layer)]
+        if not chosen:
+            raise ValueError(
+                "`targets` returned a false value for every one of the "
+                f"{len(candidates)} layers that can be adapted. "
+                + _available(candidates)
+            )
+    else:
+        chosen = match(layers, targets, "targets")
+        _refuse_unsupported(layers, chosen, targets)
+        chosen = [address for address in chosen if address in candidates]
+    if exclude is None:
+        return chosen
+    if callable(exclude) and not isinstance(exclude, re.Pattern):
+        left = [a for a in chosen if not exclude(layers[a])]
+    else:
+        parents = match(layers, exclude, "exclude")
+        left = [a for a in chosen if not _is_below(a, parents)]
+    if not left:
+        raise ValueError(
+            f"`exclude` left none of the {len(chosen)} layers that `targets` "
+            f"matched. Received: targets={targets!r}, exclude={exclude!r}"
+        )
+    return left
+
+
+def select_kept(layers, keep_trainable):
+    """Addresses that `keep_trainable` means, without any below another."""
+    if keep_trainable is None:
+        return []
+    if callable(keep_trainable) and not isinstance(keep_trainable, re.Pattern):
+        found = [a for a, layer in layers.items() if keep_trainable(layer)]
+    else:
+        found = match(layers, keep_trainable, "keep_trainable")
+    return [
+        a
+        for a in found
+        if not any(a.startswith(f"{other}/") for other in found)
+    ]
+
+
+def match(layers, targets, argument):
+    """Addresses that names or a pattern match.
+
+    Args:
+        layers: dict from address to layer.
+        targets: A name, a list of names or a `re.Pattern`.
+        argument: The argument's name, for errors.
+
+    Returns:
+        list of addresses, in the order of `layers`.
+
+    Raises:
+        TypeError: If `targets` is of another type.
+        ValueError: If one of `targets` matches nothing.
+    """
+    if isinstance(targets, (str, re.Pattern)):
+        targets = [targets]
+    if not isinstance(targets, (list, tuple, set, frozenset)) or not all(
+        isinstance(target, (str, re.Pattern)) for target in targets
+    ):
+        raise TypeError(
+            f"`{argument}` must be a name, a list of names, a `re.Pattern`, "
+            "a function of a layer or `None`. "
+            f"Received: {argument}={targets!r}"
+        )
+    if not targets:
+        raise ValueError(f"`{argument}` is empty. Received: {targets!r}")
+    found = set()
+    for target in targets:
+        hits = {a for a, layer in layers.items() if _matches(target, a, layer)}
+        if not hits:
+            raise ValueError(
+                f"`{argument}` matches no layer: {_shown(target)}. "
+                + _near_misses(target, layers)
+            )
+        found |= hits
+    return [address for address in layers if address in found]
+
+
+def _matches(target, address, layer):
+    path = layer.path or layer.name
+    if isinstance(target, re.Pattern):
+        return bool(target.search(path) or target.search(address))
+    return (
+        layer.name == target
+        or f"/{path}".endswith(f"/{target}")
+        or f"/{address}".endswith(f"/{target}")
+    )
+
+
+def _query_value(candidates, kept):
+    chosen = [
+        address
+        for address, layer in candidates.items()
+        if layer.name in QUERY_VALUE_NAMES and not _is_below(address, kept)
+    ]
+    if not chosen:
+        raise ValueError(
+            "This model has no query or value projection by any name that "
+            "`targets=None` looks for. Name the layers to adapt in `targets`, "
+            'or give "all-linear". ' + _available(candidates)
+        )
+    return chosen
+
+
+def _all_linear(candidates, kept):
+    chosen = [
+        address
+        for address, layer in candidates.items()
+        if isinstance(
+            layer, (keras.layers.Dense, keras.layers.EinsumDense)
+        )
+        and not _is_below(address, kept)
+        and not _ROUTER.search(layer.path or "")
+    ]
+    if not chosen:
+        raise ValueError(
+            '`targets="all-linear"` found no Dense or EinsumDense layer '
+            "besides those in `keep_trainable`. " + _available(candidates)
+        )
+    return chosen
+
+
+def _is_below(address, parents):
+    return any(
+        address == parent or address.startswith(f"{parent}/")
+        for parent in parents
+    )
+
+
+def _refuse_unsupported(layers, chosen, targets):
+    """An error if a target matched only layers that can't be adapted."""
+    supported = [a for a in chosen if site_layers.supported_class(layers[a])]
+    overridden = [
+        a
+        for a in chosen
+        if site_layers.looks_supported(layers[a]) and a not in supported
+    ]
+    if overridden:
+        layer = layers[overridden[0]]
+        raise ValueError(
+            f"Layer '{layer.name}' at '{overridden[0]}' is a "
+            f"{type(layer).__name__} that overrides `call`, so where its "
+            "kernel enters is not known. Leave it out of `targets`, or let "
+            "it inherit `call`."
+        )
+    if not supported:
+        kinds = sorted({type(layers[a]).__name__ for a in chosen})
+        raise ValueError(
+            f"`targets` matches only layers of classes {kinds}, which can't "
+            "be adapted. Supported: Dense, EinsumDense, Embedding, "
+            "ReversibleEmbedding, Conv1D, Conv2D, Conv3D. "
+            f"Received: targets={targets!r}"
+        )
+
+
+def _shown(target):
+    if isinstance(target, re.Pattern):
+        return f"re.compile({target.pattern!r})"
+    return repr(target)
+
+
+def _near_misses(target, layers):
+    names = sorted({layer.name for layer in layers.values()})
+    paths = sorted({layer.path or layer.name for layer in layers.values()})
+    wanted = target.pattern if isinstance(target, re.Pattern) else target
+    close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+    close += [
+        path
+        for path in difflib.get_close_matches(wanted, paths, n=3, cutoff=0.5)
+        if path not in close
+    ]
+    if close:
+        return f"Near misses: {close}."
+    return _available(
+        {a: x for a, x in layers.items() if site_layers.supported_class(x)}
+    )
+
+
+def _available(candidates):
+    names = sorted({layer.name for layer in candidates.values()})
+    if not names:
+        return "The model has no layer of a supported class."
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"Layers that can be adapted are called: {shown}."
