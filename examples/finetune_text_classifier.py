@@ -36,35 +36,34 @@ COMPARED = 64
 def parse_arguments(arguments=None):
     """Reads the command line, and fills in what `--quick` decides."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"{__doc__.splitlines()[0]} Defaults are in brackets."
     )
     add = parser.add_argument
-    add("--preset", default="minilm", help="'minilm' or any KerasHub preset")
-    add("--data", help="a CSV file with a header row; default: movie reviews")
-    add("--text-column", help="default: 'text' or 'sentence'")
-    add("--label-column", default="label", help="the column of labels")
-    add("--backend", choices=BACKENDS, default="jax", help="for training")
+    add("--preset", default="minilm", help="minilm or any KerasHub preset")
+    add("--data", help="a CSV file with a header row (movie reviews)")
+    add("--text-column", help="the column of texts (text or sentence)")
+    add("--label-column", default="label", help="the column of labels (label)")
+    add("--backend", choices=BACKENDS, default="jax", help="trains (jax)")
     add(
         "--second-backend",
         choices=BACKENDS,
-        help="for the second process; default: tensorflow, or jax after it",
+        help="loads what was trained (tensorflow; jax if that one trained)",
     )
-    add("--train-examples", type=int, default=200, help="in all")
-    add("--validation-examples", type=int, help="default: 1000, quick 500")
-    add("--epochs", type=int, help="default: 20, quick 8")
-    add("--sequence-length", type=int, default=48, help="in tokens")
-    add("--rank", type=int, default=512, help="RLoRA's rank")
-    add("--adapter-rate", type=float, default=5e-2, help="RLoRA's rate")
-    add("--lora-rank", type=int, default=8, help="the rank of enable_lora")
-    add("--lora-rate", type=float, default=1e-3, help="enable_lora's rate")
-    add("--head-rate", type=float, default=1e-3, help="the rate of the head")
-    add("--seed", type=int, default=0, help="head, dropout and order")
+    add("--train-examples", type=int, default=200, help="in all (200)")
+    add("--validation-examples", type=int, help="in all (1000; quick 400)")
+    add("--epochs", type=int, help="for each method (20; quick 8)")
+    add("--sequence-length", type=int, help="in tokens (48; quick 32)")
+    add("--rank", type=int, default=512, help="RLoRA's rank (512)")
+    add("--adapter-rate", type=float, default=5e-2, help="RLoRA's rate (5e-2)")
+    add("--lora-rank", type=int, default=8, help="enable_lora's rank (8)")
+    add("--lora-rate", type=float, default=3e-3, help="its rate (3e-3)")
+    add("--head-rate", type=float, default=3e-3, help="the head's (3e-3)")
+    add("--seed", type=int, default=0, help="of head, dropout and order (0)")
     add(
         "--judge-by",
         choices=("validation", "tuning"),
         default="validation",
-        help="'tuning': other examples, for choosing hyperparameters",
+        help="tuning: other examples, for choosing rates and ranks",
     )
     add(
         "--ask",
@@ -75,14 +74,16 @@ def parse_arguments(arguments=None):
         "--output-dir",
         type=pathlib.Path,
         default=pathlib.Path("outputs/finetune_text_classifier"),
-        help="where files are written",
+        help="where files are written (outputs/finetune_text_classifier)",
     )
-    add("--quick", action="store_true", help="fewer epochs and examples")
+    add("--quick", action="store_true", help="a short run")
     arguments = parser.parse_args(arguments)
     if arguments.epochs is None:
         arguments.epochs = 8 if arguments.quick else 20
     if arguments.validation_examples is None:
-        arguments.validation_examples = 500 if arguments.quick else 1000
+        arguments.validation_examples = 400 if arguments.quick else 1000
+    if arguments.sequence_length is None:
+        arguments.sequence_length = 32 if arguments.quick else 48
     if arguments.second_backend is None:
         trained_on_tensorflow = arguments.backend == "tensorflow"
         arguments.second_backend = (
@@ -245,11 +246,11 @@ def summarize(arguments, runs, stages):
     print(
         "\nReading the table: KerasHub's attention kernels have three axes, "
         "and Keras's\nenable_lora(r) factors only the last one: it trains "
-        "more weights than a matrix\nLoRA of rank r, and the biases of the "
-        "layers too. Its file leaves biases and\nhead out; RLoRA's file "
-        "has all that was trained. One seed is one draw: differences\nof two "
-        "or three points mean little. Seconds are the median without the "
-        "first\nepoch, which compiles."
+        "more weights than a matrix\nLoRA of rank r, and the layers' biases "
+        "too. Its file leaves biases and head out;\nRLoRA's has all that was "
+        "trained. One seed is one draw: differences of two or\nthree points "
+        "mean little. Seconds are the median without the first epoch, which"
+        "\ncompiles."
     )
     print("\nFiles:")
     for what, path in (

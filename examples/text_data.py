@@ -71,8 +71,9 @@ def few_shot_split(examples, train, validation, seed=0):
 
     The order is that of a hash of seed and text, so the same texts fall on the
     same side on every machine and whatever library version is installed, and a
-    text that occurs twice cannot fall on both. Validation and tuning examples
-    come first: they stay the same when `train` changes.
+    text that occurs twice cannot fall on both. Validation examples are taken
+    from the front and training examples from the back: asking for more of one
+    leaves the other as it was.
 
     Args:
         examples: A list of `(text, label)`.
@@ -98,7 +99,7 @@ def few_shot_split(examples, train, validation, seed=0):
     share = train // len(labels)
     taken = collections.Counter()
     chosen = []
-    for text, label in rest:
+    for text, label in reversed(rest):
         if taken[label] < share:
             taken[label] += 1
             chosen.append((text, label))

@@ -647,9 +647,7 @@ def check_attachable(model, layers, addresses, kept):
         sharing = owners.get(id(kernel), [])
         if len(sharing) > 1:
             others = [
-                x.path or x.name
-                for x in sharing
-                if x is not layers[address]
+                x.path or x.name for x in sharing if x is not layers[address]
             ]
             raise ValueError(
                 f"The kernel of '{address}' belongs to other layers as well "

@@ -381,8 +381,8 @@ def _kernel_space_product(site, inputs, training):
 
 def _einsum_plan(layer):
     shape = layer._kernel.shape
-    if layer.quantization_mode is not None:
-        # Quantized kernels are stored flattened, or packed.
+    if layer.quantization_mode == "int4":
+        # Stored flattened and packed.
         shape = layer.original_kernel_shape
     return EinsumPlan.of(
         layer.equation, tuple(int(n) for n in shape), layer.input_spec.ndim
@@ -404,9 +404,7 @@ class EinsumPlan:
         return EinsumPlan(equation, kernel_shape, input_rank)
 
     def __init__(self, equation, kernel_shape, input_rank):
-        x, kernel, y = _parse_equation(
-            equation, len(kernel_shape), input_rank
-        )
+        x, kernel, y = _parse_equation(equation, len(kernel_shape), input_rank)
         sizes = dict(zip(kernel, kernel_shape))
         rows = [label for label in kernel if label not in y]
         columns = [label for label in kernel if label in y]
@@ -674,9 +672,7 @@ class as_base_class:
     """
 
     def __init__(self, *layers):
-        self._layers = [
-            layer for layer in layers if isinstance(layer, Site)
-        ]
+        self._layers = [layer for layer in layers if isinstance(layer, Site)]
 
     def __enter__(self):
         self._classes = [type(layer) for layer in self._layers]

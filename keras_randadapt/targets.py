@@ -231,9 +231,7 @@ def _all_linear(candidates, kept):
     chosen = [
         address
         for address, layer in candidates.items()
-        if isinstance(
-            layer, (keras.layers.Dense, keras.layers.EinsumDense)
-        )
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
         and not _is_below(address, kept)
         and not _ROUTER.search(layer.path or "")
     ]

@@ -17,6 +17,11 @@ from keras_randadapt.ops import steps
 _transform = jax.extend.core.Primitive("randomized_transform")
 
 
+def compile_time(function):
+    """Marks Python that is not to be traced; JAX never traces it."""
+    return function
+
+
 def apply(x, program):
     """Applies a program to the last axis of an array.
 
@@ -78,11 +83,11 @@ def _dot(a, b):
 
 
 def _abstract(x, program):
-    return x.update(shape=(*x.shape[:-1], program[-1].output_dim))
+    return x.update(shape=(*x.shape[:-1], program.steps[-1].output_dim))
 
 
 def _transpose(cotangent, x, program):
-    return [apply(cotangent, steps.transposed(program))]
+    return [apply(cotangent, program.transpose)]
 
 
 def _batch(args, axes, program):
@@ -90,12 +95,8 @@ def _batch(args, axes, program):
     return apply(jnp.moveaxis(x, axis, 0), program), 0
 
 
-_transform.def_impl(
-    functools.partial(jax.jit(_run, static_argnames="program"))
-)
+_transform.def_impl(functools.partial(jax.jit(_run, static_argnames="program")))
 _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch
-mlir.register_lowering(
-    _transform, mlir.lower_fun(_run, multiple_results=False)
-)
+mlir.register_lowering(_transform, mlir.lower_fun(_run, multiple_results=False))

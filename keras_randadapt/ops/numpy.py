@@ -5,6 +5,11 @@ import numpy as np
 from keras_randadapt.ops import steps
 
 
+def compile_time(function):
+    """Marks Python that is not to be traced; NumPy never traces it."""
+    return function
+
+
 def apply(x, program):
     """Applies a program to the last axis of an array."""
     batch = x.shape[:-1]

@@ -1,7 +1,5 @@
 """What a randomized transform is: signs, and where input and output go."""
 
-import functools
-
 import numpy as np
 
 from keras_randadapt.hadamard import _check_positive
@@ -67,6 +65,13 @@ class RandomizedTransform:
         self._output_index = self._check_index(
             output_index, self._output_dim, "output_index"
         )
+        self._program = steps.randomized_steps(
+            self._signs,
+            self._selection(self._input_index, self._input_dim).transpose,
+            self._selection(self._output_index, self._output_dim),
+        )
+        # Both now, since compilers that trace Python should not meet NumPy.
+        self._adjoint_program = self._program.transpose
 
     @property
     def order(self):
@@ -92,16 +97,14 @@ class RandomizedTransform:
     def output_index(self):
         return self._output_index
 
-    @functools.cached_property
+    @property
     def program(self):
         """The steps that apply the transform, see `steps.py`."""
-        embed = self._selection(self._input_index, self._input_dim).transpose
-        select = self._selection(self._output_index, self._output_dim)
-        return steps.randomized_steps(self._signs, embed, select)
+        return self._program
 
-    @functools.cached_property
+    @property
     def adjoint_program(self):
-        return steps.transposed(self.program)
+        return self._adjoint_program
 
     def dense(self):
         """The matrix `T`, `float64`, of shape `(output_dim, input_dim)`."""

@@ -1,8 +1,8 @@
 """Linear maps on the last axis, as short programs of pure NumPy data.
 
-A program is a tuple of steps, applied first to last. Each backend module
-interprets the five kinds of step below and knows nothing else; the adjoint
-and the gradient of a program is `transposed(program)`, a program again.
+Each backend module interprets the five kinds of step below and knows nothing
+else; the adjoint and the gradient of a program is `program.transpose`, a
+program again.
 
 Steps compare by identity, so that a program can be the static argument of a
 compiled function without hashing its arrays.
@@ -10,7 +10,9 @@ compiled function without hashing its arrays.
 
 import dataclasses
 import functools
+import itertools
 import math
+import weakref
 
 import numpy as np
 
@@ -143,7 +145,9 @@ class Window:
     @functools.cached_property
     def transpose(self):
         step = self.step.transpose
-        return _of_transpose(self, Window(self.dim, self.start, self.stop, step))
+        return _of_transpose(
+            self, Window(self.dim, self.start, self.stop, step)
+        )
 
 
 def _of_transpose(step, transpose):
@@ -153,17 +157,40 @@ def _of_transpose(step, transpose):
     return transpose
 
 
-def transposed(program):
-    """The program of the transposed map."""
-    return tuple(step.transpose for step in reversed(program))
+class Program:
+    """Steps to apply first to last.
+
+    `key` finds the program again, where only a number can be passed on.
+    """
+
+    _by_key = weakref.WeakValueDictionary()
+    _counter = itertools.count()
+
+    def __init__(self, steps):
+        self.steps = tuple(steps)
+        self.key = next(self._counter)
+        self._by_key[self.key] = self
+
+    def __iter__(self):
+        return iter(self.steps)
+
+    @classmethod
+    def from_key(cls, key):
+        return cls._by_key[key]
+
+    @functools.cached_property
+    def transpose(self):
+        """The program of the transposed map."""
+        steps = [step.transpose for step in reversed(self.steps)]
+        return _of_transpose(self, Program(steps))
 
 
 def hadamard_steps(order, normalize=True):
     """The Hadamard transform of a supported order."""
     factors = hadamard_factors(order)
     if not normalize:
-        return (Kronecker(factors),)
-    return (_normalized([factors])[0],)
+        return Program([Kronecker(factors)])
+    return Program(_normalized([factors]))
 
 
 def randomized_steps(signs, embed, select):
@@ -198,10 +225,11 @@ def randomized_steps(signs, embed, select):
         program += [Multiply(vector), *stage]
     program.append(select)
     program = _skip_unselected(program)
-    program = transposed(_skip_unselected(transposed(program)))
-    return tuple(
-        step
-        for step in program
+    program = [step.transpose for step in reversed(program)]
+    program = _skip_unselected(program)
+    return Program(
+        step.transpose
+        for step in reversed(program)
         if not isinstance(step, Resize) or step.input_dim != step.output_dim
     )
 

@@ -5,6 +5,11 @@ import tensorflow as tf
 from keras_randadapt.ops import steps
 
 
+def compile_time(function):
+    """Marks Python that is not to be traced; TensorFlow never traces it."""
+    return function
+
+
 def apply(x, program):
     """Applies a program to the last axis of a tensor.
 
@@ -14,7 +19,7 @@ def apply(x, program):
     @tf.custom_gradient
     def linear(x):
         def gradient(upstream):
-            return apply(upstream, steps.transposed(program))
+            return apply(upstream, program.transpose)
 
         return _run(x, program), gradient
 

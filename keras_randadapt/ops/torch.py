@@ -7,9 +7,15 @@ import torch.nn.functional as F
 
 from keras_randadapt.ops import steps
 
+# Marks Python that is not to be traced: `torch.compile` would follow the
+# construction of the matrices down to NumPy.
+compile_time = torch.compiler.assume_constant_result
+
 
 def apply(x, program):
     """Applies a program to the last axis of a tensor."""
+    if torch.compiler.is_dynamo_compiling():
+        return _apply_by_key(x, program.key)
     return _Linear.apply(x, program)
 
 
@@ -26,7 +32,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return apply(upstream, steps.transposed(ctx.program)), None
+        return apply(upstream, ctx.program.transpose), None
 
     @staticmethod
     def jvp(ctx, tangent, _):
@@ -35,6 +41,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, x, program):
         return apply(x.movedim(in_dims[0], 0), program), 0
+
+
+@torch.compiler.allow_in_graph
+def _apply_by_key(x, key):
+    """What `torch.compile` puts into its graph, and later traces itself."""
+    return _Linear.apply(x, steps.Program.from_key(key))
 
 
 def _run(x, program):

@@ -5,7 +5,6 @@ import importlib
 
 import keras
 
-from keras_randadapt.hadamard import _check_order
 from keras_randadapt.ops import steps
 from keras_randadapt.ops.plan import RandomizedTransform
 
@@ -62,7 +61,7 @@ def fwht(x, axis=-1, normalize=True, transpose=False):
         return FWHT(axis, normalize, transpose).symbolic_call(x)
     x = keras.ops.convert_to_tensor(x)
     axis = _check_fwht(x, axis)
-    program = _fwht_program(x.shape[axis], bool(normalize), bool(transpose))
+    program = _fwht_program(x.shape[axis], normalize, transpose)
     if axis == len(x.shape) - 1:
         return _backend.apply(x, program)
     x = keras.ops.moveaxis(x, axis, -1)
@@ -101,7 +100,7 @@ def randomized_transform(x, plan, adjoint=False):
     x = keras.ops.convert_to_tensor(x)
     _check_input(x, plan, adjoint)
     program = plan.adjoint_program if adjoint else plan.program
-    return _backend.apply(x, program) if program else x
+    return _backend.apply(x, program) if program.steps else x
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -118,7 +117,9 @@ class FWHT(keras.Operation):
         return fwht(x, self.axis, self.normalize, self.transpose)
 
     def compute_output_spec(self, x):
-        _check_fwht(x, self.axis)
+        axis = _check_fwht(x, self.axis)
+        # Raises for a size that has no transform.
+        _fwht_program(x.shape[axis], self.normalize, self.transpose)
         return keras.KerasTensor(x.shape, x.dtype)
 
 
@@ -142,10 +143,15 @@ class RandomizedTransformOperation(keras.Operation):
         return keras.KerasTensor((*x.shape[:-1], dim), x.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@_backend.compile_time
 def _fwht_program(order, normalize, transpose):
+    return _cached_program(order, bool(normalize), bool(transpose))
+
+
+@functools.lru_cache(maxsize=None)
+def _cached_program(order, normalize, transpose):
     program = steps.hadamard_steps(order, normalize)
-    return steps.transposed(program) if transpose else program
+    return program.transpose if transpose else program
 
 
 def _check_dtype(x):
@@ -179,7 +185,6 @@ def _check_fwht(x, axis):
             f"`x` must not be empty along `axis` {axis}. "
             f"Received: shape={tuple(x.shape)}"
         )
-    _check_order(size)
     return axis % rank
 
 

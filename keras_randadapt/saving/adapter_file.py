@@ -124,9 +124,7 @@ def load_adapter(model, filepath, name=None, *, preset=None) -> report.Report:
     addresses = [rename(key) for key in _site_keys(tensors)]
     kept = [rename(key) for key in metadata["kept"]]
     order = {address: i for i, address in enumerate(layers)}
-    by_address = {
-        rename(key): tensors[key] for key in _site_keys(tensors)
-    }
+    by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers)
     addresses.sort(key=order.get)
     injection.check_attachable(model, layers, addresses, kept)
@@ -359,8 +357,7 @@ def _read(filepath):
     } - set(metadata)
     if missing:
         raise ValueError(
-            f"'{filepath}' lacks the metadata {sorted(missing)}; it is "
-            "damaged."
+            f"'{filepath}' lacks the metadata {sorted(missing)}; it is damaged."
         )
     return tensors, metadata
 
@@ -425,9 +422,7 @@ def _check_base(filepath, metadata, model, preset):
 
 def _check_views(filepath, metadata, addresses, layers):
     # `addresses` are in the file's order, as the views are.
-    views = [
-        shape for shape, n in metadata["kernel_views"] for _ in range(n)
-    ]
+    views = [shape for shape, n in metadata["kernel_views"] for _ in range(n)]
     if len(views) != len(addresses):
         raise ValueError(f"'{filepath}' is damaged: it misses sites.")
     wrong = []

@@ -4,9 +4,9 @@ import pytest
 
 def test_quick_decides_what_is_not_given():
     arguments = example.parse_arguments(["--quick"])
-    assert (arguments.epochs, arguments.validation_examples) == (8, 500)
+    assert (arguments.epochs, arguments.validation_examples) == (8, 400)
     arguments = example.parse_arguments(["--quick", "--epochs", "3"])
-    assert (arguments.epochs, arguments.validation_examples) == (3, 500)
+    assert (arguments.epochs, arguments.validation_examples) == (3, 400)
     arguments = example.parse_arguments([])
     assert (arguments.epochs, arguments.validation_examples) == (20, 1000)
 

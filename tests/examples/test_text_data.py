@@ -60,16 +60,23 @@ def test_split_does_not_depend_on_the_order_or_on_duplicates():
     assert split == again
 
 
-def test_split_depends_on_the_seed_only_where_it_should():
+def test_split_depends_on_the_seed():
     split = text_data.few_shot_split(EXAMPLES, 20, 30)
     assert split != text_data.few_shot_split(EXAMPLES, 20, 30, seed=1)
+
+
+def test_the_size_of_one_part_leaves_the_others():
+    split = text_data.few_shot_split(EXAMPLES, 20, 30)
     fewer = text_data.few_shot_split(EXAMPLES, 10, 30)
     assert fewer.validation == split.validation
     assert fewer.tuning == split.tuning
+    fewer = text_data.few_shot_split(EXAMPLES, 20, 10)
+    assert fewer.validation == split.validation[:10]
+    assert fewer.train == split.train
 
 
 GOLDEN_VALIDATION = ["text 153", "text 28"]
-GOLDEN_TRAIN = ["text 38", "text 162", "text 195", "text 85"]
+GOLDEN_TRAIN = ["text 156", "text 141", "text 76", "text 139"]
 
 
 def test_split_is_the_same_everywhere():

@@ -1,0 +1,271 @@
+"""What holds for every method, on every class of site and family of models.
+
+One row a method in `METHODS`, one column a model of `zoo`; the rows of a new
+method are the proof that it keeps the contract.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from tests import zoo
+
+#: Templates with ranks that fit the smallest kernels of the zoo.
+METHODS = {
+    "lora": lambda seed=0: kra.LoRA(2, alpha=3, seed=seed),
+    "rlora": lambda seed=0: kra.RLoRA(5, scaling=2.0, seed=seed),
+    "rlora_stacked": lambda seed=0: kra.RLoRA(23, seed=seed),
+}
+#: Models on which a second configuration of a method adds nothing.
+_ONE_IS_ENOUGH = {"rlora_stacked": {"dense", "einsum_gemma", "embedding"}}
+
+
+def _cases():
+    for method in METHODS:
+        for model in zoo.ALL:
+            if model in _ONE_IS_ENOUGH.get(method, zoo.ALL):
+                yield pytest.param((method, model), id=f"{method}-{model}")
+
+
+class Case:
+    """A model adapted and trained once; tests put back what they change."""
+
+    def __init__(self, method, model_name, folder):
+        self.method = method
+        self.builder = zoo.ALL[model_name]
+        self.quantized = model_name in zoo.QUANTIZED
+        self.kept = ["logits"] if model_name == "bert_classifier" else None
+        self.model, self.x, self.targets = self.builder()
+        self.base = zoo.outputs(self.model, self.x)
+        self.variables = list(self.model.variables)
+        self.before = zoo.snapshot(self.model)
+        self.classes = self._classes()
+        self.flags = [v.trainable for v in self.variables]
+        self.report = self.inject()
+        self.at_init = zoo.outputs(self.model, self.x)
+        self.adapter_at_init = self._trained_values()
+        zoo.fit(self.model, self.x)
+        self.after_fit = zoo.snapshot(self.model)
+        self.trained_values = self._trained_values()
+        # Three small steps barely move an int4 model: make sure that there
+        # is something to save, merge and switch.
+        zoo.randomize(self.model)
+        self.out = zoo.outputs(self.model, self.x)
+        self.file = folder / "adapter.safetensors"
+        kra.save_adapter(self.model, self.file)
+
+    def inject(self, seed=0, **kwargs):
+        return kra.inject(
+            self.model,
+            METHODS[self.method](seed),
+            self.targets,
+            keep_trainable=self.kept,
+            **kwargs,
+        )
+
+    def restore(self):
+        if kra.sites(self.model):
+            kra.eject(self.model)
+        for variable, (_, value) in zip(self.variables, self.before.values()):
+            variable.assign(value)
+        kra.load_adapter(self.model, self.file)
+
+    def _classes(self):
+        return [type(x) for x in self.model._flatten_layers()]
+
+    def _trained_values(self):
+        return {
+            v.path: np.array(keras.ops.convert_to_numpy(v))
+            for v in self.model.trainable_variables
+        }
+
+
+@pytest.fixture(scope="module", params=_cases())
+def case(request, tmp_path_factory):
+    # Of module scope, so that pytest runs all tests of a case in a row.
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp("-".join(request.param))
+    return Case(*request.param, folder)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(
+        a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max())
+    )
+
+
+class TestMatrix:
+    def test_no_op_at_init(self, case):
+        close(case.at_init, case.base, 1e-6)
+
+    def test_fit_trains_adapters_and_nothing_else(self, case):
+        trained = set(case.trained_values)
+        assert trained
+        for path, value in case.trained_values.items():
+            assert np.any(value != case.adapter_at_init[path]), path
+        adapters = [p for p in trained if "/adapter/default/" in p]
+        assert len(trained) == len(adapters) + (2 if case.kept else 0)
+        kept = {"logits/kernel", "logits/bias"} if case.kept else set()
+        for key, (path, value) in case.before.items():
+            if path in kept or "seed_generator" in path:
+                continue
+            np.testing.assert_array_equal(
+                case.after_fit[key][1], value, err_msg=path
+            )
+
+    def test_adapter_changes_outputs(self, case):
+        assert np.abs(case.out - case.base).max() > 1e-3
+
+    def test_disabled_is_base(self, case):
+        with kra.disabled(case.model):
+            close(zoo.outputs(case.model, case.x), case.base, 1e-6)
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+
+    def test_predict_is_call(self, case):
+        y = keras.tree.flatten(case.model.predict(case.x, verbose=0))
+        flat = np.concatenate([np.ravel(part) for part in y])
+        close(flat, case.out, 1e-4)
+
+    def test_merged_block(self, case):
+        before = zoo.snapshot(case.model)
+        with kra.merged(case.model):
+            merged = zoo.outputs(case.model, case.x)
+        close(merged, case.out, 0.5 if case.quantized else 1e-5)
+        after = zoo.snapshot(case.model)
+        for key, (path, value) in before.items():
+            np.testing.assert_array_equal(after[key][1], value, err_msg=path)
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+
+    def test_merge(self, case):
+        assert kra.merge(case.model) is case.model
+        merged = zoo.outputs(case.model, case.x)
+        assert kra.sites(case.model) == {}
+        assert case._classes() == case.classes
+        case.restore()
+        if case.quantized:
+            # Quantized anew: nearer to the adapted model than to the base.
+            error = np.abs(merged - case.out).mean()
+            assert error < 0.5 * np.abs(case.base - case.out).mean()
+        else:
+            close(merged, case.out, 1e-5)
+
+    def test_eject_restores_bit_for_bit(self, case):
+        kra.eject(case.model)
+        assert case._classes() == case.classes
+        assert [id(v) for v in case.model.variables] == [
+            id(v) for v in case.variables
+        ]
+        assert [v.trainable for v in case.variables] == case.flags
+        after = zoo.snapshot(case.model)
+        for key, (path, value) in case.before.items():
+            if "seed_generator" in path:
+                continue
+            np.testing.assert_array_equal(after[key][1], value, err_msg=path)
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.base
+        )
+        case.restore()
+
+    def test_save_and_load_under_another_global_seed(self, case):
+        kra.eject(case.model)
+        keras.utils.set_random_seed(99)
+        np.random.seed(99)
+        kra.load_adapter(case.model, case.file)
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+
+    def test_file_is_small_and_of_the_reported_size(self, case):
+        trained = case.report.adapter_parameters + case.report.head_parameters
+        size = case.file.stat().st_size
+        assert size == case.report.file_bytes
+        assert size <= 4 * trained + 200 * len(case.report.sites) + 4096
+
+    def test_second_adapter_leaves_the_first_alone(self, case, tmp_path):
+        case.inject(seed=7, name="b")
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+        zoo.randomize(case.model, "b", seed=5)
+        kra.save_adapter(case.model, tmp_path / "b", name="b")
+        kra.set_active(case.model, "b")
+        of_b = zoo.outputs(case.model, case.x)
+        assert np.abs(of_b - case.out).max() > 1e-3
+        kra.eject(case.model, "b")
+        kra.set_active(case.model, "default")
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+        kra.load_adapter(case.model, tmp_path / "b")
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+        kra.set_active(case.model, "b")
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), of_b)
+        kra.eject(case.model, "b")
+        kra.set_active(case.model, "default")
+
+    def test_whole_model_file(self, case, tmp_path):
+        case.model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert list(kra.sites(loaded)) == list(kra.sites(case.model))
+        np.testing.assert_allclose(
+            zoo.outputs(loaded, case.x), case.out, rtol=1e-6, atol=1e-6
+        )
+        with kra.disabled(loaded):
+            close(zoo.outputs(loaded, case.x), case.base, 1e-6)
+
+    def test_weights_file_loads_with_and_without_adapters(
+        self, case, tmp_path
+    ):
+        path = tmp_path / "adapted.weights.h5"
+        case.model.save_weights(path)
+        fresh, _, _ = case.builder()
+        fresh.load_weights(path)
+        if not case.kept:
+            close(zoo.outputs(fresh, case.x), case.base, 1e-6)
+        zoo.randomize(case.model, seed=3)
+        case.model.load_weights(path)
+        np.testing.assert_array_equal(
+            zoo.outputs(case.model, case.x), case.out
+        )
+
+    def test_failed_inject_leaves_no_trace(self, case):
+        kra.eject(case.model)
+        for arguments in (
+            {"targets": ["no_such_layer"]},
+            {"targets": case.targets, "name": "no/name"},
+            {"targets": case.targets, "keep_trainable": "no_such_layer"},
+        ):
+            with pytest.raises(ValueError):
+                kra.inject(case.model, METHODS[case.method](), **arguments)
+        with pytest.raises(ValueError, match="`rank` must be at most"):
+            kra.inject(case.model, kra.LoRA(10_000), case.targets)
+        assert case._classes() == case.classes
+        assert "_randadapt" not in vars(case.model)
+        assert [id(v) for v in case.model.variables] == [
+            id(v) for v in case.variables
+        ]
+        assert [v.trainable for v in case.variables] == case.flags
+        case.restore()
+
+    def test_kernel_shows_base_plus_delta(self, case):
+        # The view of the delta is what `merge` and exporters rely on.
+        adapters = case.model._randadapt.adapters("default")
+        for address, layer in kra.sites(case.model).items():
+            delta = adapters[address].delta_kernel()
+            assert tuple(delta.shape) == tuple(layer.kernel_view)
+            assert keras.backend.standardize_dtype(delta.dtype) == "float32"
+            if case.quantized or "embedding" in case.builder.__name__:
+                continue
+            kernel = kra.site_layers.kernel_variable(layer)
+            close(
+                keras.ops.convert_to_numpy(layer.kernel),
+                keras.ops.convert_to_numpy(kernel + layer.from_view(delta)),
+                1e-6,
+            )

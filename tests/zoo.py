@@ -1,0 +1,439 @@
+"""Small models, one for each class of site and each family of models.
+
+Every builder gives a fresh model with the same weights on every backend, and
+inputs for it. Weights come from NumPy, because Keras's initializers draw
+different numbers on different backends.
+"""
+
+import os
+import zlib
+
+import keras
+import numpy as np
+from keras import layers
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def set_weights(model, seed=0):
+    """Fills a model with numbers that depend only on seed and order."""
+    for i, weight in enumerate(model.weights):
+        if "int" in str(weight.dtype):
+            continue
+        generator = np.random.default_rng([seed, i])
+        fan_in = int(np.prod(weight.shape[:-1])) or 1
+        values = generator.normal(size=weight.shape) / np.sqrt(fan_in)
+        if "variance" in weight.path or "gamma" in weight.path:
+            values = 1 + 0.1 * np.abs(values)
+        weight.assign(values.astype("float32"))
+    return model
+
+
+def normal(*shape, seed=0):
+    generator = np.random.default_rng([seed, *shape])
+    return generator.normal(size=shape).astype("float32")
+
+
+def integers(*shape, high, seed=0):
+    generator = np.random.default_rng([seed, high, *shape])
+    return generator.integers(0, high, shape).astype("int32")
+
+
+def _around(layer, x, before=(), after=()):
+    """A functional model of one layer between fixed neighbours."""
+    inputs = keras.Input(x.shape[1:], dtype=x.dtype)
+    y = inputs
+    for one in [*before, layer, *after]:
+        y = one(y)
+    return set_weights(keras.Model(inputs, y)), x
+
+
+def dense():
+    return *_around(
+        layers.Dense(6, activation="tanh", name="site"), normal(8, 10)
+    ), ["site"]
+
+
+def dense_no_bias():
+    return *_around(
+        layers.Dense(6, use_bias=False, name="site"), normal(8, 3, 10)
+    ), ["site"]
+
+
+def _einsum(equation, output_shape, bias_axes, x, **kwargs):
+    layer = layers.EinsumDense(
+        equation,
+        output_shape,
+        bias_axes=bias_axes,
+        activation="gelu",
+        name="site",
+        **kwargs,
+    )
+    return *_around(layer, x), ["site"]
+
+
+def einsum_query():
+    return _einsum("abc,cde->abde", (None, 2, 4), "de", normal(8, 3, 6))
+
+
+def einsum_output():
+    return _einsum("abcd,cde->abe", (None, 6), "e", normal(8, 3, 2, 4))
+
+
+def einsum_gemma():
+    # The contracted axis is the middle one.
+    return _einsum("btd,ndh->btnh", (None, 2, 4), None, normal(8, 3, 6))
+
+
+def einsum_xlnet():
+    return _einsum("ibnd,hnd->ibh", (None, 6), None, normal(8, 3, 2, 4))
+
+
+def einsum_ellipsis():
+    return _einsum("...x,xy->...y", 5, "y", normal(8, 2, 3, 6))
+
+
+def einsum_shared():
+    # One matrix a group: no plain matrix product.
+    return _einsum("bnc,ncd->bnd", (3, 4), "nd", normal(8, 3, 6))
+
+
+def einsum_summed():
+    # The second axis of the input is summed over.
+    return _einsum("abc,cd->ad", (6,), "d", normal(8, 3, 6))
+
+
+def _quantized(mode, builder):
+    def build():
+        model, x, targets = builder()
+        model.quantize(mode)
+        return model, x, targets
+
+    return build
+
+
+dense_int8 = _quantized("int8", dense)
+dense_int4 = _quantized("int4", dense)
+einsum_int8 = _quantized("int8", einsum_query)
+einsum_int4 = _quantized("int4", einsum_output)
+
+
+def embedding():
+    return *_around(
+        layers.Embedding(11, 6, name="site"),
+        integers(8, 5, high=11),
+        after=[layers.Dense(4, activation="tanh")],
+    ), ["site"]
+
+
+embedding_int8 = _quantized("int8", embedding)
+
+
+def _tied(tie_weights):
+    x = integers(8, 5, high=11)
+    site = layers.ReversibleEmbedding(
+        11, 6, tie_weights=tie_weights, logit_soft_cap=3.0, name="site"
+    )
+    inputs = keras.Input((5,), dtype="int32")
+    hidden = layers.Dense(6, activation="tanh")(site(inputs))
+    return set_weights(keras.Model(inputs, site(hidden, reverse=True))), x
+
+
+def reversible_embedding():
+    return *_tied(True), ["site"]
+
+
+def reversible_embedding_untied():
+    return *_tied(False), ["site"]
+
+
+def conv1d_causal():
+    layer = layers.Conv1D(
+        6, 3, padding="causal", dilation_rate=2, activation="relu", name="site"
+    )
+    return *_around(layer, normal(8, 9, 4)), ["site"]
+
+
+def conv2d_strided():
+    layer = layers.Conv2D(6, (3, 2), strides=2, padding="same", name="site")
+    return *_around(layer, normal(8, 7, 6, 4)), ["site"]
+
+
+def conv2d_grouped():
+    layer = layers.Conv2D(6, 3, groups=2, padding="same", name="site")
+    return *_around(layer, normal(8, 5, 5, 4)), ["site"]
+
+
+def conv2d_dilated():
+    layer = layers.Conv2D(6, 2, dilation_rate=2, use_bias=False, name="site")
+    return *_around(layer, normal(8, 6, 6, 4)), ["site"]
+
+
+def conv3d():
+    layer = layers.Conv3D(5, 2, activation="tanh", name="site")
+    return *_around(layer, normal(4, 4, 4, 3, 4)), ["site"]
+
+
+def sequential():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu"),
+            keras.Sequential([layers.Dense(7, activation="relu")]),
+            layers.BatchNormalization(),
+            layers.Dense(5),
+        ]
+    )
+    return set_weights(model), normal(8, 6), "all-linear"
+
+
+def functional():
+    """Attention, and one layer that is called twice."""
+    inputs = keras.Input((5, 8))
+    attention = layers.MultiHeadAttention(2, 4, dropout=0.1)
+    shared = layers.Dense(8, activation="relu", name="shared")
+    x = shared(layers.LayerNormalization()(inputs))
+    x = shared(attention(x, x))
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    return set_weights(model), normal(8, 5, 8), "all-linear"
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras.Model):
+    """Layers in attributes and lists, and a weight of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [layers.Dense(6, activation="relu") for _ in range(2)]
+        self.head = layers.Dense(3)
+
+    def build(self, input_shape):
+        for block in self.blocks:
+            block.build(input_shape)
+        self.head.build(input_shape)
+        self.offset = self.add_weight(shape=(3,), name="offset")
+
+    def call(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x) + self.offset
+
+
+def subclassed():
+    model = Subclassed()
+    model.build((None, 6))
+    return set_weights(model), normal(8, 6), "all-linear"
+
+
+def _tokens(**others):
+    ids = integers(4, 6, high=20)
+    return {
+        "token_ids": ids,
+        "padding_mask": np.ones_like(ids),
+        **{name: np.full_like(ids, value) for name, value in others.items()},
+    }
+
+
+def bert():
+    import keras_hub
+
+    model = keras_hub.models.BertBackbone(
+        vocabulary_size=20,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+    )
+    return set_weights(model), _tokens(segment_ids=0), None
+
+
+def bert_classifier():
+    import keras_hub
+
+    backbone, x, _ = bert()
+    model = keras_hub.models.BertTextClassifier(
+        backbone=backbone, num_classes=3, preprocessor=None
+    )
+    return set_weights(model), x, None
+
+
+def gpt2():
+    import keras_hub
+
+    model = keras_hub.models.GPT2Backbone(
+        vocabulary_size=20,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+    )
+    return set_weights(model), _tokens(), None
+
+
+def llama():
+    import keras_hub
+
+    model = keras_hub.models.LlamaBackbone(
+        vocabulary_size=20,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+    )
+    return set_weights(model), _tokens(), None
+
+
+def vit():
+    import keras_hub
+
+    model = keras_hub.models.ViTBackbone(
+        image_shape=(8, 8, 3),
+        patch_size=(4, 4),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        mlp_dim=12,
+    )
+    return set_weights(model), normal(4, 8, 8, 3), None
+
+
+def deberta():
+    import keras_hub
+
+    model = keras_hub.models.DebertaV3Backbone(
+        vocabulary_size=20,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+        bucket_size=4,
+    )
+    return set_weights(model), _tokens(), None
+
+
+def clip():
+    import keras_hub
+
+    vision = keras_hub.models.CLIPVisionEncoder(
+        patch_size=4,
+        hidden_dim=8,
+        num_layers=2,
+        num_heads=2,
+        intermediate_dim=12,
+        intermediate_activation="quick_gelu",
+        image_shape=(8, 8, 3),
+    )
+    text = keras_hub.models.CLIPTextEncoder(
+        vocabulary_size=20,
+        embedding_dim=8,
+        hidden_dim=8,
+        num_layers=2,
+        num_heads=2,
+        intermediate_dim=12,
+        intermediate_activation="quick_gelu",
+        max_sequence_length=6,
+    )
+    model = keras_hub.models.CLIPBackbone(
+        vision_encoder=vision, text_encoder=text, projection_dim=8
+    )
+    ids = integers(4, 6, high=20)
+    return set_weights(model), {
+        "images": normal(4, 8, 8, 3),
+        "token_ids": ids,
+    }, None
+
+
+SITE_CLASSES = {
+    builder.__name__: builder
+    for builder in (
+        dense,
+        dense_no_bias,
+        einsum_query,
+        einsum_output,
+        einsum_gemma,
+        einsum_xlnet,
+        einsum_ellipsis,
+        einsum_shared,
+        einsum_summed,
+        embedding,
+        reversible_embedding,
+        reversible_embedding_untied,
+        conv1d_causal,
+        conv2d_strided,
+        conv2d_grouped,
+        conv2d_dilated,
+        conv3d,
+    )
+}
+QUANTIZED = {
+    "dense_int8": dense_int8,
+    "dense_int4": dense_int4,
+    "einsum_int8": einsum_int8,
+    "einsum_int4": einsum_int4,
+    "embedding_int8": embedding_int8,
+}
+MODELS = {
+    builder.__name__: builder
+    for builder in (
+        sequential,
+        functional,
+        subclassed,
+        bert,
+        bert_classifier,
+        gpt2,
+        llama,
+        vit,
+        deberta,
+        clip,
+    )
+}
+ALL = {**SITE_CLASSES, **QUANTIZED, **MODELS}
+
+
+def outputs(model, x):
+    """The model's outputs in inference, as one flat float32 array."""
+    y = keras.tree.flatten(model(x, training=False))
+    return np.concatenate(
+        [np.ravel(keras.ops.convert_to_numpy(part)) for part in y]
+    ).astype("float32")
+
+
+def fit(model, x, steps=3, **compile_args):
+    """`steps` steps of plain `model.fit` towards fixed random targets."""
+    batch = len(keras.tree.flatten(x)[0])
+    arguments = {"optimizer": keras.optimizers.Adam(0.05)}
+    if hasattr(model, "backbone"):
+        # KerasHub's classifiers insist on measuring accuracy.
+        y = integers(batch, high=model.num_classes)
+        arguments["loss"] = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True
+        )
+    else:
+        y = keras.tree.map_structure(
+            lambda part: normal(*part.shape, seed=1), model(x, training=False)
+        )
+        arguments["loss"] = "mse"
+    model.compile(**{**arguments, **compile_args})
+    return model.fit(x, y, batch_size=batch, epochs=steps, verbose=0)
+
+
+def randomize(model, name="default", seed=0, scale=0.3):
+    """Gives every adapter weight a value that matters."""
+    state = model._randadapt
+    for address, adapter in state.adapters(name).items():
+        for weight in adapter.weights:
+            key = zlib.crc32(f"{address}/{weight.name}".encode())
+            generator = np.random.default_rng([seed, key])
+            weight.assign(scale * generator.normal(size=weight.shape))
+
+
+def snapshot(model):
+    """Copies of all variables by id, in every respect that could change."""
+    return {
+        id(v): (v.path, np.array(keras.ops.convert_to_numpy(v)))
+        for v in model.variables
+    }
