@@ -7,7 +7,7 @@ the weights and exported to a TensorFlow SavedModel, which a third process asks
 without having the library.
 
     python examples/finetune_text_classifier.py            # 20 epochs
-    python examples/finetune_text_classifier.py --quick    # 8 epochs
+    python examples/finetune_text_classifier.py --quick    # 6 epochs
     python examples/finetune_text_classifier.py --preset roberta_base_en
     python examples/finetune_text_classifier.py --data reviews.csv
 
@@ -51,7 +51,7 @@ def parse_arguments(arguments=None):
     )
     add("--train-examples", type=int, default=200, help="in all (200)")
     add("--validation-examples", type=int, help="in all (1000; quick 400)")
-    add("--epochs", type=int, help="for each method (20; quick 8)")
+    add("--epochs", type=int, help="for each method (20; quick 6)")
     add("--sequence-length", type=int, help="in tokens (48; quick 32)")
     add("--rank", type=int, default=512, help="RLoRA's rank (512)")
     add("--adapter-rate", type=float, default=5e-2, help="RLoRA's rate (5e-2)")
@@ -67,7 +67,7 @@ def parse_arguments(arguments=None):
     )
     add(
         "--ask",
-        default="A warm and funny film that never puts a foot wrong.",
+        default="A warm, funny and beautifully acted film.",
         help="the sentence that the exported model is asked",
     )
     add(
@@ -79,7 +79,7 @@ def parse_arguments(arguments=None):
     add("--quick", action="store_true", help="a short run")
     arguments = parser.parse_args(arguments)
     if arguments.epochs is None:
-        arguments.epochs = 8 if arguments.quick else 20
+        arguments.epochs = 6 if arguments.quick else 20
     if arguments.validation_examples is None:
         arguments.validation_examples = 400 if arguments.quick else 1000
     if arguments.sequence_length is None:

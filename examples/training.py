@@ -112,7 +112,8 @@ def train_rlora(model, data, epochs, rank, adapter_rate, head_rate, path):
     report = kra.inject(
         model,
         kra.RLoRA(rank=rank, seed=0),
-        targets=["query", "value"],
+        # The query and value projections, whatever the encoder calls them.
+        targets=None,
         keep_trainable=[classifier.HEAD],
     )
     print(report)

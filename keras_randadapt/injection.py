@@ -21,6 +21,14 @@ from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
 from keras_randadapt.adapters.base import Adapter
 
+#: Layers of KerasHub that multiply by a sublayer's `kernel` instead of calling
+#: it, which is wrong for integers that only the sublayer can scale.
+_READS_KERNELS = {
+    "Gemma4TextDecoderBlock",
+    "Gemma4VisionDecoderBlock",
+    "Gemma4ClippableEinsumDense",
+}
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
 
@@ -643,6 +651,7 @@ def check_attachable(model, layers, addresses, kept):
             owners.setdefault(id(variable), []).append(layer)
     for address in addresses:
         site_layers.check_site(address, layers[address])
+        _check_parent(address, layers)
         kernel = site_layers.kernel_variable(layers[address])
         sharing = owners.get(id(kernel), [])
         if len(sharing) > 1:
@@ -665,6 +674,19 @@ def check_attachable(model, layers, addresses, kept):
                 f"part of '{address}', whose own weights are trained. Choose "
                 "one of the two."
             )
+
+
+def _check_parent(address, layers):
+    layer = layers[address]
+    parent = layers.get(address.rpartition("/")[0])
+    reads = type(parent).__name__ in _READS_KERNELS
+    if layer.quantization_mode is not None and reads:
+        raise ValueError(
+            f"'{address}' is quantized to '{layer.quantization_mode}', and "
+            f"KerasHub's {type(parent).__name__} multiplies by its integers "
+            "without their scale. Leave it out with `exclude`, or do not "
+            "quantize."
+        )
 
 
 def _check_distribution(address, kernel):

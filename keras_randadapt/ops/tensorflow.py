@@ -23,7 +23,8 @@ def apply(x, program):
 
         return _run(x, program), gradient
 
-    return linear(x)
+    # Keras leaves a variable as it is.
+    return linear(tf.convert_to_tensor(x))
 
 
 def _run(x, program):

@@ -59,7 +59,7 @@ def fwht(x, axis=-1, normalize=True, transpose=False):
     """
     if keras.utils.is_keras_tensor(x):
         return FWHT(axis, normalize, transpose).symbolic_call(x)
-    x = keras.ops.convert_to_tensor(x)
+    x = _as_tensor(x)
     axis = _check_fwht(x, axis)
     program = _fwht_program(x.shape[axis], normalize, transpose)
     if axis == len(x.shape) - 1:
@@ -97,7 +97,7 @@ def randomized_transform(x, plan, adjoint=False):
         )
     if keras.utils.is_keras_tensor(x):
         return RandomizedTransformOperation(plan, adjoint).symbolic_call(x)
-    x = keras.ops.convert_to_tensor(x)
+    x = _as_tensor(x)
     _check_input(x, plan, adjoint)
     program = plan.adjoint_program if adjoint else plan.program
     return _backend.apply(x, program) if program.steps else x
@@ -152,6 +152,13 @@ def _fwht_program(order, normalize, transpose):
 def _cached_program(order, normalize, transpose):
     program = steps.hadamard_steps(order, normalize)
     return program.transpose if transpose else program
+
+
+def _as_tensor(x):
+    if keras.ops.is_tensor(x) and not isinstance(x, keras.Variable):
+        # Keras would move a PyTorch tensor to its default device.
+        return x
+    return keras.ops.convert_to_tensor(x)
 
 
 def _check_dtype(x):

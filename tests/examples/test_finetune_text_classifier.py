@@ -1,10 +1,15 @@
+import os
+import re
+import subprocess
+import sys
+
 import finetune_text_classifier as example
 import pytest
 
 
 def test_quick_decides_what_is_not_given():
     arguments = example.parse_arguments(["--quick"])
-    assert (arguments.epochs, arguments.validation_examples) == (8, 400)
+    assert (arguments.epochs, arguments.validation_examples) == (6, 400)
     arguments = example.parse_arguments(["--quick", "--epochs", "3"])
     assert (arguments.epochs, arguments.validation_examples) == (3, 400)
     arguments = example.parse_arguments([])
@@ -43,3 +48,75 @@ def test_data_from_a_csv_file(tmp_path, capsys):
     assert label_names == ["bad", "good"]
     assert [len(part) for part in split] == [8, 10, 10]
     assert "60 examples: 8 to train on, 10" in capsys.readouterr().out
+
+
+WORDS = {"bad": ("dull", "poor", "bleak"), "good": ("fine", "great", "warm")}
+
+
+@pytest.fixture
+def csv_file(tmp_path):
+    """Texts that one word decides, in columns of other names."""
+    rows = [
+        f"a {word} film number {i},{label}\n"
+        for i in range(40)
+        for label, words in WORDS.items()
+        for word in words
+    ]
+    path = tmp_path / "films.csv"
+    path.write_text("review,mood\n" + "".join(rows))
+    return path
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """A tiny DistilBERT with random weights, saved as a KerasHub preset."""
+    keras_hub = pytest.importorskip("keras_hub")
+    words = [word for words in WORDS.values() for word in words]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary += ["a", "film", "number", *words]
+    tokenizer = keras_hub.models.DistilBertTokenizer(vocabulary)
+    backbone = keras_hub.models.DistilBertBackbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=16,
+    )
+    path = tmp_path / "preset"
+    backbone.save_to_preset(path)
+    keras_hub.models.DistilBertTextClassifierPreprocessor(
+        tokenizer
+    ).save_to_preset(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend, second", [("jax", "tensorflow"), ("tensorflow", "torch")]
+)
+def test_whole_run_on_any_preset_and_csv(
+    backend, second, preset, csv_file, tmp_path
+):
+    root = example.HERE.parent
+    output = tmp_path / "output"
+    result = subprocess.run(
+        [sys.executable, example.__file__, "--quick"]
+        + ["--preset", str(preset), "--sequence-length", "8"]
+        + ["--data", str(csv_file), "--text-column", "review"]
+        + ["--label-column", "mood", "--train-examples", "60"]
+        + ["--validation-examples", "40", "--rank", "8"]
+        + ["--backend", backend, "--second-backend", second]
+        + ["--output-dir", str(output)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"predictions on {second} equal those on {backend}" in result.stdout
+    assert "sentences answered as before the export" in result.stdout
+    assert re.search(r"^RLoRA, rank 8 +\d", result.stdout, re.MULTILINE)
+    assert (output / "learning_curves.png").exists()
+    assert (output / "saved_model/saved_model.pb").exists()
+    # A second run into the same folder replaces what the first one left.
+    assert (output / "adapter.safetensors").stat().st_size < 10_000

@@ -53,6 +53,7 @@ def vjp(function, x, upstream):
     return torch.autograd.grad(function(x), x, upstream, create_graph=True)[0]
 
 
+@functools.lru_cache
 def dense_stage(order):
     """The orthogonal matrix of one stage, from its definition."""
     window = window_order(order)
@@ -112,10 +113,10 @@ CASES = [
     (768, 2, 700, 512, True, True),
     (1024, 3, 1000, 100, False, True),
     (1600, 1, 1600, 200, False, False),
-    # Windows: 1031 and 1021 are prime.
+    # Windows: 1031 and 257 are prime.
     (1031, 2, 1031, 1031, False, False),
-    (1021, 1, 900, 17, True, False),
-    (1021, 2, 17, 900, False, True),
+    (257, 1, 200, 17, True, False),
+    (257, 2, 17, 200, False, True),
 ]
 
 
@@ -138,7 +139,7 @@ def test_fwht(order):
     )
 
 
-@pytest.mark.parametrize("order", [4096, 11008, 16384])
+@pytest.mark.parametrize("order", [4096, 11008])
 def test_fwht_of_large_orders(order):
     x = normal(2, order)
     y = to_numpy(fwht(x))
@@ -189,7 +190,7 @@ def test_randomized_transform(case):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("order", [3, 20, 64, 96, 768, 1021])
+@pytest.mark.parametrize("order", [3, 20, 96, 257])
 def test_plan_is_dense_transform(order, stages):
     for inputs in {order, max(1, order - 1), order // 3}:
         for outputs in {order, max(1, order // 2), 2}:
@@ -200,8 +201,6 @@ def test_plan_is_dense_transform(order, stages):
                     np.testing.assert_allclose(
                         plan.dense(), matrix, atol=1e-12, err_msg=str(plan)
                     )
-        if order > 100:
-            break
 
 
 @pytest.mark.parametrize("order", [30522, 50257])
@@ -458,6 +457,7 @@ def test_functional_model(tmp_path):
     np.testing.assert_allclose(loaded.predict(x), expected, atol=1e-5)
 
 
+@differentiable
 def test_layer_in_a_model_that_trains():
     layer = Transform()
     inputs = keras.Input((None, 20))
