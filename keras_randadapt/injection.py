@@ -99,30 +99,24 @@ def inject(
     chosen = targets_lib.select_sites(layers, targets, exclude, kept)
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
-    attach(model, adapter, name, chosen, kept)
+    check_attachable(model, layers, chosen, kept)
+    built = build_adapters(adapter, name, layers, chosen)
+    attach(model, adapter, name, chosen, kept, layers, built)
     return report_lib.Report(model, name)
 
 
-def attach(model, adapter, name, addresses, kept, built=None):
-    """Attaches `adapter` at known addresses: `inject` after targets.
-
-    Nothing of the model changes before everything that can fail has been
-    done.
+def attach(model, template, name, addresses, kept, layers, built):
+    """Attaches built adapters at checked sites: the part that changes things.
 
     Args:
         model: A built model.
-        adapter: The template.
+        template: The template that the adapters are clones of.
         name: The adapter's name.
         addresses: Structural addresses of the sites.
         kept: Structural addresses of the layers to keep trainable.
-        built: Optional dict from address to built adapter, if the caller has
-            made and checked them.
+        layers: dict from structural address to layer; see `layers_of`.
+        built: dict from address to adapter; see `build_adapters`.
     """
-    layers = layers_of(model)
-    if built is None:
-        check_attachable(model, layers, addresses, kept)
-        built = build_adapters(adapter, name, layers, addresses)
-
     trainable_before = list(map(id, model.trainable_variables))
     if not is_adapted(model):
         _become_root(model, layers)
@@ -130,7 +124,7 @@ def attach(model, adapter, name, addresses, kept, built=None):
     for address in addresses:
         _become_site(layers[address])
         layers[address].adapter.add(name, built[address])
-    record = root.AdapterRecord(adapter, addresses, kept)
+    record = root.AdapterRecord(template, addresses, kept)
     for address in kept:
         if address not in state.base_values:
             state.base_values[address] = root.kept_layer_values(layers[address])
@@ -143,6 +137,18 @@ def attach(model, adapter, name, addresses, kept, built=None):
     else:
         apply_trainable(model)
     _refresh(model, trainable_before)
+
+
+def attach_from_config(model, config):
+    """Attaches an adapter that a whole-model config describes."""
+    check_model(model)
+    layers = layers_of(model)
+    template = root.deserialize_adapter(config["adapter"])
+    name, addresses, kept = config["name"], config["sites"], config["kept"]
+    check_new_name(model, name)
+    check_attachable(model, layers, addresses, kept)
+    built = build_adapters(template, name, layers, addresses)
+    attach(model, template, name, addresses, kept, layers, built)
 
 
 def eject(model, name=None):
@@ -201,7 +207,7 @@ def merge(model):
     state = state_of(model)
     _check_finite_merge(state)
     for layer in state.site_layers:
-        if layer.adapter.active:
+        if layer.adapter.active():
             _write_kernel(layer, _merged_kernel(layer))
     # What the active adapters' heads learned is what stays.
     for name in state.active:
@@ -235,7 +241,7 @@ def merged(model):
     before = {}
     try:
         for layer in state.site_layers:
-            if layer.adapter.active:
+            if layer.adapter.active():
                 before[layer] = _kernel_values(layer)
                 _write_kernel(layer, _merged_kernel(layer))
         _show(model, ())
@@ -354,6 +360,7 @@ def apply_trainable(model):
 
 
 def state_of(model):
+    """The `RootState` of an adapted model; an error for any other."""
     _check_is_model(model)
     if not is_adapted(model):
         raise ValueError(
@@ -365,6 +372,7 @@ def state_of(model):
 
 
 def layers_of(model):
+    """dict from structural address to layer, of all of a model's layers."""
     if is_adapted(model):
         return model._randadapt.layers
     return targets_lib.layers_by_address(model)
@@ -513,7 +521,7 @@ def _float_kernel(layer):
 def _check_finite_merge(state):
     for address in state.site_addresses:
         layer = state.layers[address]
-        if not layer.adapter.active:
+        if not layer.adapter.active():
             continue
         kernel = _merged_kernel(layer)
         if layer.quantization_mode is None:
@@ -522,7 +530,7 @@ def _check_finite_merge(state):
                 keras.ops.cast(kernel, dtype)
             ).astype("float32")
         if not np.all(np.isfinite(kernel)):
-            names = [adapter.name for adapter in layer.adapter.active]
+            names = [adapter.name for adapter in layer.adapter.active()]
             raise ValueError(
                 f"Merging the adapters {names} into '{address}' would give a "
                 "kernel with NaN or infinity; nothing was merged. Either "
@@ -564,6 +572,7 @@ def _check_is_model(model):
 
 
 def check_model(model):
+    """Raises an error if adapters can't be attached to a model."""
     _check_is_model(model)
     if _compat.is_nnx_enabled():
         raise NotImplementedError(
@@ -588,7 +597,7 @@ def check_model(model):
                 f"already ('{layer.name}'). Inject into the same model as "
                 "before, or eject there first."
             )
-    if len(model._inbound_nodes) > 1:
+    if model._inbound_nodes:
         warnings.warn(
             f"Model '{model.name}' is used inside another model. If that one "
             "was trained before, its compiled steps do not know of the "
@@ -616,6 +625,7 @@ def _check_adapter(adapter):
 
 
 def check_new_name(model, name):
+    """Raises `ValueError` if an adapter can't be given this name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             "`name` must consist of letters, digits, `_` and `-`, and start "
@@ -630,6 +640,7 @@ def check_new_name(model, name):
 
 
 def check_names(state, names):
+    """Raises `ValueError` if one of these adapters is not attached."""
     for name in names:
         if name not in state.records:
             raise ValueError(

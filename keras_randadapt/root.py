@@ -145,14 +145,7 @@ class AdaptedRoot:
             config["base"], custom_objects=custom_objects
         )
         for entry in config["adapters"]:
-            injection.check_model(model)
-            injection.attach(
-                model,
-                deserialize_adapter(entry["adapter"]),
-                entry["name"],
-                entry["sites"],
-                entry["kept"],
-            )
+            injection.attach_from_config(model, entry)
         injection.set_active(model, config["active"])
         return model
 

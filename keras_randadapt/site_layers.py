@@ -52,9 +52,12 @@ class AdapterStack(keras.layers.Layer):
     def get(self, name):
         return getattr(self, _attribute(name), None)
 
-    @property
     def active(self):
-        """The active adapters of this site, in order of activation."""
+        """The active adapters of this site, in order of activation.
+
+        A method, because Keras's saving walks into lists that properties
+        give.
+        """
         found = (self.get(name) for name in self.active_names)
         return [adapter for adapter in found if adapter is not None]
 
@@ -103,13 +106,13 @@ class Site:
     def _merged_kernel_view(self, kernel):
         """The kernel view with every active adapter folded in, float32."""
         view = ops.cast(self.to_view(kernel), "float32")
-        for adapter in self.adapter.active:
+        for adapter in self.adapter.active():
             view = adapter.merged(view)
         return view
 
     def _merged_or_base(self, kernel):
         """What the public `kernel` or `embeddings` property shows."""
-        if not self.adapter.active:
+        if not self.adapter.active():
             return kernel
         merged = self.from_view(self._merged_kernel_view(kernel))
         return ops.cast(merged, self.compute_dtype)
@@ -167,7 +170,7 @@ class DenseSite(_ProductSite):
 
     def _adapted_product(self, inputs, training):
         return _adapt_all(
-            self.adapter.active, inputs, self._base_product, training
+            self.adapter.active(), inputs, self._base_product, training
         )
 
 
@@ -189,7 +192,7 @@ class EinsumDenseSite(_ProductSite):
 
     def _adapted_product(self, inputs, training):
         plan = _einsum_plan(self)
-        active = self.adapter.active
+        active = self.adapter.active()
         if not active:
             return self._base_product(inputs)
         if not plan.is_matrix_product:
@@ -299,7 +302,7 @@ class EmbeddingSite(Site):
             y = ops.cast(y, self.compute_dtype)
         else:
             y = self._site_base.quantized_call(self, ids)
-        for adapter in self.adapter.active:
+        for adapter in self.adapter.active():
             y = y + adapter.lookup(ids, y.dtype, training)
         return y
 
@@ -326,7 +329,7 @@ class ReversibleEmbeddingSite(EmbeddingSite):
         logits = self._base_reverse(inputs)
         if self.tie_weights:
             x = ops.cast(inputs, logits.dtype)
-            for adapter in self.adapter.active:
+            for adapter in self.adapter.active():
                 logits = logits + adapter.delta_transpose(
                     adapter.drop(x, training), training
                 )
@@ -361,7 +364,7 @@ def _adapt_all(adapters, x, linear, training):
 
 def _kernel_space_product(site, inputs, training):
     """The product with the merged kernel, or with base and delta apart."""
-    active = site.adapter.active
+    active = site.adapter.active()
     if not active:
         return site._base_product(inputs)
     dropped = training and any(adapter.dropout for adapter in active)

@@ -21,6 +21,8 @@ QUERY_VALUE_NAMES = (
     "v_proj",
     "query_projector",
     "value_projector",
+    "q_dense_layer",
+    "v_dense_layer",
     "query_key_value",
     "attention_qkv",
     "qkv",
@@ -55,10 +57,10 @@ def layers_by_address(model):
 def _walk_layer(layer, address, found, visited):
     for attribute, value in _compat.walk_attributes(layer):
         path = f"{address}/{attribute}" if address else attribute
-        _visit(value, path, found, visited)
+        _visit(value, path, found, visited, ())
 
 
-def _visit(value, path, found, visited):
+def _visit(value, path, found, visited, containers):
     if isinstance(value, keras.layers.Layer):
         if id(value) in visited:
             return
@@ -71,13 +73,13 @@ def _visit(value, path, found, visited):
         if not site_layers.looks_supported(value):
             _walk_layer(value, path, found, visited)
     elif isinstance(value, (list, tuple, dict)):
-        if id(value) in visited:
-            return
-        visited.add(id(value))
-        _visit_container(value, path, found, visited)
+        # Only the containers around this one: properties make lists anew, so
+        # the identity of one walked before may be another's by now.
+        if not any(value is other for other in containers):
+            _visit_container(value, path, found, visited, (*containers, value))
 
 
-def _visit_container(container, path, found, visited):
+def _visit_container(container, path, found, visited, containers):
     # Names inside a container count all that Keras saves, layers or not.
     used = {}
     values = container.values() if isinstance(container, dict) else container
@@ -91,7 +93,7 @@ def _visit_container(container, path, found, visited):
         used[name] = used.get(name, -1) + 1
         if used[name]:
             name = f"{name}_{used[name]}"
-        _visit(value, f"{path}/{name}", found, visited)
+        _visit(value, f"{path}/{name}", found, visited, containers)
 
 
 def select_sites(layers, targets, exclude, kept):
@@ -216,7 +218,7 @@ def _query_value(candidates, kept):
     chosen = [
         address
         for address, layer in candidates.items()
-        if layer.name in QUERY_VALUE_NAMES and not _is_below(address, kept)
+        if _is_query_or_value(address, layer) and not _is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
@@ -225,6 +227,12 @@ def _query_value(candidates, kept):
             'or give "all-linear". ' + _available(candidates)
         )
     return chosen
+
+
+def _is_query_or_value(address, layer):
+    # Some families leave projections unnamed; the attribute tells then.
+    attribute = address.rpartition("/")[2].lstrip("_")
+    return layer.name in QUERY_VALUE_NAMES or attribute in QUERY_VALUE_NAMES
 
 
 def _all_linear(candidates, kept):

@@ -120,9 +120,7 @@ class TestMatrix:
     def test_disabled_is_base(self, case):
         with kra.disabled(case.model):
             close(zoo.outputs(case.model, case.x), case.base, 1e-6)
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
 
     def test_predict_is_call(self, case):
         y = keras.tree.flatten(case.model.predict(case.x, verbose=0))
@@ -137,9 +135,7 @@ class TestMatrix:
         after = zoo.snapshot(case.model)
         for key, (path, value) in before.items():
             np.testing.assert_array_equal(after[key][1], value, err_msg=path)
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
 
     def test_merge(self, case):
         assert kra.merge(case.model) is case.model
@@ -176,9 +172,7 @@ class TestMatrix:
         keras.utils.set_random_seed(99)
         np.random.seed(99)
         kra.load_adapter(case.model, case.file)
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
 
     def test_file_is_small_and_of_the_reported_size(self, case):
         trained = case.report.adapter_parameters + case.report.head_parameters
@@ -188,9 +182,7 @@ class TestMatrix:
 
     def test_second_adapter_leaves_the_first_alone(self, case, tmp_path):
         case.inject(seed=7, name="b")
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
         zoo.randomize(case.model, "b", seed=5)
         kra.save_adapter(case.model, tmp_path / "b", name="b")
         kra.set_active(case.model, "b")
@@ -198,13 +190,9 @@ class TestMatrix:
         assert np.abs(of_b - case.out).max() > 1e-3
         kra.eject(case.model, "b")
         kra.set_active(case.model, "default")
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
         kra.load_adapter(case.model, tmp_path / "b")
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
         kra.set_active(case.model, "b")
         np.testing.assert_array_equal(zoo.outputs(case.model, case.x), of_b)
         kra.eject(case.model, "b")
@@ -220,9 +208,7 @@ class TestMatrix:
         with kra.disabled(loaded):
             close(zoo.outputs(loaded, case.x), case.base, 1e-6)
 
-    def test_weights_file_loads_with_and_without_adapters(
-        self, case, tmp_path
-    ):
+    def test_weights_file_loads_with_and_without_adapters(self, case, tmp_path):
         path = tmp_path / "adapted.weights.h5"
         case.model.save_weights(path)
         fresh, _, _ = case.builder()
@@ -231,9 +217,7 @@ class TestMatrix:
             close(zoo.outputs(fresh, case.x), case.base, 1e-6)
         zoo.randomize(case.model, seed=3)
         case.model.load_weights(path)
-        np.testing.assert_array_equal(
-            zoo.outputs(case.model, case.x), case.out
-        )
+        np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
 
     def test_failed_inject_leaves_no_trace(self, case):
         kra.eject(case.model)

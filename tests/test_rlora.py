@@ -160,9 +160,7 @@ class TestRLoRA:
             (adapter.beta, beta, expected[1]),
         ):
             moved = before - _numpy(variable)
-            np.testing.assert_allclose(
-                moved, gradient, rtol=1e-3, atol=2e-5
-            )
+            np.testing.assert_allclose(moved, gradient, rtol=1e-3, atol=2e-5)
         # Euler's identity: both are <delta, dl / d delta>.
         np.testing.assert_allclose(
             alpha @ (alpha - _numpy(adapter.alpha)),

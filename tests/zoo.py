@@ -341,10 +341,14 @@ def clip():
         vision_encoder=vision, text_encoder=text, projection_dim=8
     )
     ids = integers(4, 6, high=20)
-    return set_weights(model), {
-        "images": normal(4, 8, 8, 3),
-        "token_ids": ids,
-    }, None
+    return (
+        set_weights(model),
+        {
+            "images": normal(4, 8, 8, 3),
+            "token_ids": ids,
+        },
+        None,
+    )
 
 
 SITE_CLASSES = {

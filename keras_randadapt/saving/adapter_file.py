@@ -141,7 +141,7 @@ def load_adapter(model, filepath, name=None, *, preset=None) -> report.Report:
 
     # Nothing below can fail for anything in the file.
     if not present:
-        injection.attach(model, template, name, addresses, kept, built)
+        injection.attach(model, template, name, addresses, kept, layers, built)
     for address, arrays in values.items():
         for weight, array in zip(built[address].weights, arrays):
             weight.assign(array)

@@ -1,0 +1,488 @@
+"""What is special in attaching, switching and removing; `test_matrix.py` has
+what holds everywhere."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_randadapt as kra
+from tests import zoo
+
+BACKEND = keras.config.backend()
+
+
+def _numpy(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+class TestReport:
+    def test_numbers_and_text(self):
+        model, _, _ = zoo.bert_classifier()
+        base = sum(np.prod(v.shape) for v in model.weights)
+        report = kra.inject(
+            model, kra.RLoRA(16), keep_trainable="logits", name="task"
+        )
+        assert report.method == "RLoRA" and report.name == "task"
+        assert report.adapter_parameters == 4 * (16 + 8)
+        assert report.head_parameters == 27
+        assert report.base_parameters == base - 27
+        text = str(report)
+        for part in ("RLoRA 'task'", "96", "27", "KB"):
+            assert part in text
+
+
+class TestSeveralAdapters:
+    def test_sum_of_active_adapters(self):
+        model, x, targets = zoo.dense_no_bias()
+        base = zoo.outputs(model, x)
+        kra.inject(model, kra.LoRA(2), targets, name="a")
+        kra.inject(model, kra.RLoRA(9, seed=4), targets, name="b")
+        zoo.randomize(model, "a")
+        zoo.randomize(model, "b")
+        only = {}
+        for name in ("a", "b"):
+            kra.set_active(model, name)
+            only[name] = zoo.outputs(model, x) - base
+        kra.set_active(model, ["a", "b"])
+        both = zoo.outputs(model, x) - base
+        np.testing.assert_allclose(both, only["a"] + only["b"], atol=1e-5)
+        with kra.merged(model):
+            np.testing.assert_allclose(
+                zoo.outputs(model, x), base + both, atol=1e-5
+            )
+        kra.set_active(model, [])
+        np.testing.assert_array_equal(zoo.outputs(model, x), base)
+        kra.set_active(model, ["a", "b"])
+        kra.merge(model)
+        np.testing.assert_allclose(
+            zoo.outputs(model, x), base + both, atol=1e-5
+        )
+
+    def test_different_sites(self):
+        model, x, _ = zoo.sequential()
+        kra.inject(model, kra.LoRA(2), lambda d: d.units == 8, name="a")
+        kra.inject(model, kra.LoRA(3), "all-linear", name="b")
+        assert len(kra.sites(model)) == 3
+        kra.eject(model, "b")
+        assert len(kra.sites(model)) == 1
+        kra.eject(model)
+        assert kra.sites(model) == {}
+
+    def test_only_active_adapters_are_trained(self):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets, name="a")
+        kra.inject(model, kra.LoRA(2), targets, name="b")
+        kra.set_active(model, "b")
+        paths = [v.path for v in model.trainable_variables]
+        assert paths == ["site/adapter/b/lora_a", "site/adapter/b/lora_b"]
+        zoo.randomize(model, "a")
+        before = {v.path: _numpy(v) for v in model.variables}
+        zoo.fit(model, x)
+        for v in model.variables:
+            changed = np.any(_numpy(v) != before[v.path])
+            assert changed == ("adapter/b" in v.path), v.path
+        kra.set_active(model, ["a", "b"])
+        assert len(model.trainable_variables) == 4
+
+    def test_each_has_a_head_of_its_own(self):
+        model, x, _ = zoo.bert_classifier()
+        base = zoo.outputs(model, x)
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="a")
+        zoo.fit(model, x)
+        of_a = zoo.outputs(model, x)
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="b")
+        np.testing.assert_array_equal(zoo.outputs(model, x), of_a)
+        kra.set_active(model, "b")
+        # b is untrained: the base model, head included.
+        np.testing.assert_allclose(zoo.outputs(model, x), base, atol=1e-6)
+        zoo.fit(model, x, optimizer=keras.optimizers.Adam(0.2))
+        of_b = zoo.outputs(model, x)
+        assert np.abs(of_b - of_a).max() > 1e-3
+        with pytest.raises(ValueError, match="only one can be active"):
+            kra.set_active(model, ["a", "b"])
+        kra.set_active(model, "a")
+        np.testing.assert_array_equal(zoo.outputs(model, x), of_a)
+        kra.set_active(model, "b")
+        np.testing.assert_array_equal(zoo.outputs(model, x), of_b)
+        kra.merge(model)
+        np.testing.assert_allclose(zoo.outputs(model, x), of_b, atol=1e-5)
+
+    def test_bad_names(self):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(ValueError, match="an adapter called 'default'"):
+            kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(ValueError, match="no adapter called 'fr'"):
+            kra.set_active(model, "fr")
+        with pytest.raises(ValueError, match="no adapter called 'fr'"):
+            kra.eject(model, "fr")
+        with pytest.raises(ValueError, match="repeats a name"):
+            kra.set_active(model, ["default", "default"])
+        for name in ("", "a/b", "a.b", 3, None):
+            with pytest.raises(ValueError, match="`name` must consist of"):
+                kra.inject(model, kra.LoRA(2), targets, name=name)
+
+
+class TestBadInput:
+    def test_not_a_model(self):
+        with pytest.raises(TypeError, match="`model` must be a `keras.Model`"):
+            kra.inject(layers.Dense(3), kra.LoRA(2))
+
+    def test_unbuilt_model(self):
+        with pytest.raises(ValueError, match="is not built"):
+            kra.inject(keras.Sequential([layers.Dense(3)]), kra.LoRA(2))
+        with pytest.raises(ValueError, match="is not built"):
+            kra.inject(zoo.Subclassed(), kra.LoRA(2), "all-linear")
+
+    def test_not_an_adapter(self):
+        model, _, targets = zoo.dense()
+        with pytest.raises(TypeError, match="write `LoRA\\(...\\)`"):
+            kra.inject(model, kra.LoRA, targets)
+        with pytest.raises(TypeError, match="`adapter` must be an adapter"):
+            kra.inject(model, layers.Dense(2), targets)
+
+    def test_built_adapter(self):
+        model, _, targets = zoo.dense()
+        adapter = kra.LoRA(2)
+        adapter.build((10, 6))
+        with pytest.raises(ValueError, match="is built already"):
+            kra.inject(model, adapter, targets)
+
+    def test_template_is_left_alone(self):
+        template = kra.LoRA(2)
+        for builder in (zoo.dense, zoo.einsum_query):
+            model, _, targets = builder()
+            kra.inject(model, template, targets)
+        assert not template.built
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            kra.eject,
+            kra.merge,
+            lambda m: kra.set_active(m, "x"),
+            lambda m: kra.disabled(m).__enter__(),
+            lambda m: kra.merged(m).__enter__(),
+            lambda m: kra.save_adapter(m, "x"),
+        ],
+    )
+    def test_model_without_adapters(self, call):
+        model, _, _ = zoo.dense()
+        with pytest.raises(ValueError, match="has no adapter attached"):
+            call(model)
+
+    def test_nan_in_a_merge(self):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        (adapter,) = model._randadapt.adapters("default").values()
+        adapter.lora_a.assign(np.full((10, 2), np.nan))
+        before = zoo.snapshot(model)
+        for call in (kra.merge, lambda m: kra.merged(m).__enter__()):
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                call(model)
+        after = zoo.snapshot(model)
+        assert list(after) == list(before)
+        for key, (path, value) in before.items():
+            np.testing.assert_array_equal(after[key][1], value, err_msg=path)
+        assert kra.sites(model)
+
+    def test_kernel_shared_by_two_layers(self):
+        inputs = keras.Input((4,))
+        first, second = layers.Dense(4, name="a"), layers.Dense(4, name="b")
+        model = keras.Model(inputs, second(first(inputs)))
+        second._tracker.unlock()
+        second._kernel = first._kernel
+        with pytest.raises(ValueError, match="belongs to other layers as well"):
+            kra.inject(model, kra.LoRA(2), "a")
+
+    def test_keras_lora(self):
+        model, _, targets = zoo.dense()
+        model.get_layer("site").enable_lora(2)
+        with pytest.raises(ValueError, match="Keras's own LoRA"):
+            kra.inject(model, kra.LoRA(2), targets)
+
+    def test_enable_lora_afterwards(self):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(ValueError, match="carries an adapter"):
+            model.get_layer("site").enable_lora(2)
+
+    def test_quantize_afterwards(self):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(ValueError, match="Quantize first"):
+            model.quantize("int8")
+        kra.eject(model)
+        model.quantize("int8")
+
+    def test_unsupported_quantization(self):
+        model, _, targets = zoo.dense()
+        model.quantize("float8")
+        with pytest.raises(ValueError, match="quantized to 'float8'"):
+            kra.inject(model, kra.LoRA(2), targets)
+
+    def test_quantized_kernel_that_is_no_matrix_product(self):
+        model, _, targets = zoo.einsum_shared()
+        model.quantize("int8")
+        with pytest.raises(ValueError, match="no plain matrix product"):
+            kra.inject(model, kra.LoRA(2), targets)
+
+    def test_a_part_is_adapted_already(self):
+        backbone, _, _ = zoo.bert()
+        kra.inject(backbone, kra.LoRA(2))
+        inputs = backbone.input
+        outer = keras.Model(inputs, backbone(inputs)["sequence_output"])
+        with pytest.raises(ValueError, match="has adapters attached"):
+            kra.inject(outer, kra.LoRA(2))
+
+    def test_part_of_another_model_warns(self):
+        inner, x, _ = zoo.sequential()
+        inputs = keras.Input((6,))
+        outer = keras.Model(inputs, layers.Dense(2)(inner(inputs)))
+        with pytest.warns(UserWarning, match="used inside another model"):
+            kra.inject(inner, kra.LoRA(2), "all-linear")
+        assert len(outer.trainable_variables) > 2
+
+    def test_gemma4_quantized_feed_forward(self):
+        # KerasHub multiplies by its integers, without their scale.
+        class Gemma4TextDecoderBlock(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.ffw_linear = layers.Dense(4, name="ffw_linear")
+
+            def build(self, input_shape):
+                self.ffw_linear.build(input_shape)
+
+            def call(self, x):
+                return self.ffw_linear(x)
+
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, Gemma4TextDecoderBlock()(inputs))
+        model.quantize("int8")
+        with pytest.raises(ValueError, match="without their scale"):
+            kra.inject(model, kra.LoRA(2), "ffw_linear")
+
+
+class TestTraining:
+    @pytest.mark.parametrize("jit_compile", [True, False])
+    def test_compilation(self, jit_compile):
+        model, x, targets = zoo.einsum_query()
+        kra.inject(model, kra.RLoRA(5), targets)
+        zoo.randomize(model)
+        if BACKEND == "torch" and jit_compile:
+            # Keras hands this to torch.compile, which needs a compiler for
+            # the CPU; the traced forward is what can be checked everywhere.
+            import torch
+
+            compiled = torch.compile(
+                lambda t: model(t, training=False), backend="aot_eager"
+            )
+            got = _numpy(compiled(torch.from_numpy(x))).ravel()
+            np.testing.assert_allclose(
+                got, zoo.outputs(model, x), rtol=1e-5, atol=1e-5
+            )
+            return
+        history = zoo.fit(model, x, jit_compile=jit_compile)
+        losses = history.history["loss"]
+        assert losses[-1] < losses[0]
+
+    def test_inject_after_compile_and_fit(self):
+        model, x, targets = zoo.einsum_query()
+        zoo.fit(model, x)
+        trained = {v.path: _numpy(v) for v in model.variables}
+        kra.inject(model, kra.LoRA(2), targets)
+        y = zoo.normal(*model(x).shape, seed=1)
+        # No recompilation by the user.
+        model.fit(x, y, epochs=2, verbose=0)
+        for v in model.variables:
+            if v.path in trained and "optimizer" not in v.path:
+                np.testing.assert_array_equal(
+                    _numpy(v), trained[v.path], err_msg=v.path
+                )
+            elif "lora_b" in v.path:
+                assert np.any(_numpy(v))
+        adapted = model.predict(x, verbose=0)
+        kra.eject(model)
+        plain = model.predict(x, verbose=0)
+        assert np.abs(adapted - plain).max() > 1e-4
+        model.fit(x, y, epochs=1, verbose=0)
+        kernel = next(v for v in model.variables if v.path == "site/kernel")
+        assert np.any(_numpy(kernel) != trained["site/kernel"])
+
+    def test_switching_reaches_predict(self):
+        model, x, targets = zoo.dense()
+        base = model.predict(x, verbose=0)
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        adapted = model.predict(x, verbose=0)
+        assert np.abs(adapted - base).max() > 1e-3
+        with kra.disabled(model):
+            np.testing.assert_allclose(
+                model.predict(x, verbose=0), base, atol=1e-6
+            )
+        np.testing.assert_array_equal(model.predict(x, verbose=0), adapted)
+
+    def test_disabled_keeps_the_optimizer(self):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.fit(model, x)
+        optimizer = model.optimizer
+        with kra.disabled(model):
+            pass
+        assert model.optimizer is optimizer
+        assert int(optimizer.iterations) == 3
+
+    def test_disabled_nests_and_survives_an_error(self):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        with pytest.raises(RuntimeError, match="inside"):
+            with kra.disabled(model), kra.disabled(model):
+                raise RuntimeError("inside")
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        with pytest.raises(RuntimeError, match="inside"):
+            with kra.merged(model):
+                raise RuntimeError("inside")
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    def test_batch_normalization_stops_moving(self):
+        model, x, targets = zoo.sequential()
+        kra.inject(model, kra.LoRA(2), targets)
+        moving = [v for v in model.variables if "moving" in v.path]
+        before = [_numpy(v) for v in moving]
+        zoo.fit(model, x)
+        assert len(moving) == 2
+        for v, value in zip(moving, before):
+            np.testing.assert_array_equal(_numpy(v), value)
+
+    def test_setting_trainable_does_not_thaw_the_base(self):
+        model, x, targets = zoo.sequential()
+        kra.inject(model, kra.LoRA(2), targets)
+        paths = [v.path for v in model.trainable_variables]
+        model.trainable = False
+        assert model.trainable_variables == []
+        model.trainable = True
+        assert [v.path for v in model.trainable_variables] == paths
+
+    def test_frozen_before_stays_frozen_after(self):
+        model, _, targets = zoo.sequential()
+        model.layers[0].trainable = False
+        flags = [layer.trainable for layer in model._flatten_layers()]
+        kra.inject(model, kra.LoRA(2), targets)
+        kra.eject(model)
+        assert [x.trainable for x in model._flatten_layers()] == flags
+
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+    def test_mixed_precision(self, policy):
+        if BACKEND == "torch" and policy == "mixed_float16":
+            policy = "mixed_bfloat16"
+        keras.config.set_dtype_policy(policy)
+        try:
+            model, x, targets = zoo.einsum_query()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        base = zoo.outputs(model, x)
+        kra.inject(model, kra.RLoRA(5), targets)
+        np.testing.assert_array_equal(zoo.outputs(model, x), base)
+        assert {v.dtype for v in model.trainable_variables} == {"float32"}
+        zoo.fit(model, x)
+        out = zoo.outputs(model, x)
+        assert np.all(np.isfinite(out)) and np.any(out != base)
+        with kra.merged(model):
+            np.testing.assert_allclose(
+                zoo.outputs(model, x), out, rtol=2e-2, atol=2e-2
+            )
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize(
+        "builder",
+        [zoo.einsum_query, zoo.conv2d_grouped, zoo.reversible_embedding],
+        ids=lambda b: b.__name__,
+    )
+    def test_low_precision_models(self, dtype, builder):
+        keras.config.set_dtype_policy(dtype)
+        try:
+            model, x, targets = builder()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        base = zoo.outputs(model, x)
+        kra.inject(model, kra.RLoRA(5), targets)
+        np.testing.assert_array_equal(zoo.outputs(model, x), base)
+        assert {v.dtype for v in model.trainable_variables} == {"float32"}
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        assert np.abs(out - base).max() > 1e-2
+        with kra.merged(model):
+            np.testing.assert_allclose(
+                zoo.outputs(model, x), out, rtol=5e-2, atol=5e-2
+            )
+
+    @pytest.mark.skipif(BACKEND != "torch", reason="torch's parameter lists")
+    def test_torch_parameters(self):
+        model, x, targets = zoo.bert()
+        model(x)
+        kra.inject(model, kra.LoRA(2))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 8
+        assert sum("lora_a" in key for key in model.state_dict()) >= 4
+        # Gradients must not pile up from step to step.
+        values = []
+        for _ in range(3):
+            model.zero_grad()
+            keras.ops.sum(model(x)["sequence_output"] ** 2).backward()
+            values.append([float(p.grad.abs().sum()) for p in trained])
+        np.testing.assert_allclose(values[0], values[2], rtol=1e-5)
+
+    @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
+    def test_variable_paths_fit_layout_maps(self):
+        model, _, _ = zoo.bert()
+        kra.inject(model, kra.LoRA(2))
+        paths = {v.path for v in model.trainable_variables}
+        assert (
+            "transformer_layer_0/self_attention_layer/query/adapter/default/"
+            "lora_a" in paths
+        )
+
+
+class TestSites:
+    @pytest.mark.parametrize("builder", [zoo.einsum_gemma, zoo.einsum_query])
+    def test_rank_of_the_delta(self, builder):
+        # Keras factors by position: a rank-2 LoRA there has rank 2 * heads.
+        model, _, targets = builder()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        (layer,) = kra.sites(model).values()
+        (adapter,) = model._randadapt.adapters("default").values()
+        delta = _numpy(adapter.delta_kernel())
+        assert delta.shape == (6, 8)
+        assert np.linalg.matrix_rank(delta) == 2
+        axes = (1, 0, 2) if builder is zoo.einsum_gemma else (0, 1, 2)
+        shown = _numpy(layer.kernel) - _numpy(layer._kernel)
+        np.testing.assert_allclose(
+            np.transpose(shown, axes).reshape(6, 8), delta, atol=1e-6
+        )
+
+    def test_layers_keep_class_name_and_identity(self):
+        model, _, targets = zoo.dense()
+        layer = model.get_layer("site")
+        config = {**layer.get_config(), "trainable": False}
+        kra.inject(model, kra.LoRA(2), targets)
+        assert model.get_layer("site") is layer
+        assert isinstance(layer, layers.Dense)
+        assert type(layer).__name__ == "Dense"
+        assert layer.get_config() == config
+        again = type(layer).from_config(config)
+        assert type(again) is layers.Dense
+
+    def test_new_functional_model_of_adapted_layers(self):
+        model, x, targets = zoo.einsum_query()
+        kra.inject(model, kra.RLoRA(5), targets)
+        zoo.randomize(model)
+        inputs = keras.Input((None, 6))
+        again = keras.Model(inputs, model.get_layer("site")(inputs))
+        np.testing.assert_allclose(
+            zoo.outputs(again, x), zoo.outputs(model, x), atol=1e-6
+        )

@@ -1,0 +1,263 @@
+"""Which layers `targets`, `exclude` and `keep_trainable` mean."""
+
+import re
+
+import keras
+import pytest
+from keras import layers
+
+import keras_randadapt as kra
+from keras_randadapt import targets as targets_lib
+from tests import zoo
+
+LORA = kra.LoRA(2)
+
+
+def _names(model):
+    return [layer.path for layer in kra.sites(model).values()]
+
+
+def _inject(builder, *args, **kwargs):
+    model = builder()[0]
+    kra.inject(model, LORA, *args, **kwargs)
+    return _names(model)
+
+
+class TestTargets:
+    def test_default_is_query_and_value(self):
+        assert _inject(zoo.bert) == [
+            f"transformer_layer_{i}/self_attention_layer/{name}"
+            for i in range(2)
+            for name in ("query", "value")
+        ]
+
+    def test_name(self):
+        assert len(_inject(zoo.bert, "key")) == 2
+
+    def test_names_and_ends_of_paths(self):
+        found = _inject(
+            zoo.bert, ["transformer_layer_1/self_attention_layer/key", "query"]
+        )
+        assert len(found) == 3
+
+    def test_a_name_is_not_a_suffix_of_a_name(self):
+        # "uery" ends the path, but is no whole part of it.
+        with pytest.raises(ValueError, match="Near misses: .*'query'"):
+            _inject(zoo.bert, "uery")
+
+    def test_pattern(self):
+        found = _inject(zoo.bert, re.compile(r"layer_1/.*(key|query)$"))
+        assert len(found) == 2
+
+    def test_all_linear(self):
+        # Per layer: query, key, value, output and two of the feed-forward;
+        # and BERT's pooler.
+        assert len(_inject(zoo.bert, "all-linear")) == 13
+
+    def test_all_linear_leaves_the_head_of_a_task(self):
+        found = _inject(zoo.bert_classifier, "all-linear")
+        assert len(found) == 13
+        assert not any("logits" in path for path in found)
+
+    def test_function(self):
+        found = _inject(
+            zoo.bert, lambda x: isinstance(x, layers.Dense) and x.units == 12
+        )
+        assert len(found) == 2
+
+    def test_exclude(self):
+        assert len(_inject(zoo.bert, exclude="query")) == 2
+        assert len(_inject(zoo.bert, exclude=re.compile("layer_0"))) == 2
+        assert len(_inject(zoo.bert, exclude="transformer_layer_1")) == 2
+        assert len(_inject(zoo.bert, exclude=lambda x: x.name == "value")) == 2
+
+    def test_shared_layer_is_one_site(self):
+        model, x, _ = zoo.functional()
+        report = kra.inject(model, LORA, "shared")
+        assert len(report.sites) == 1
+        assert report.adapter_parameters == 2 * (8 + 8)
+
+    def test_keep_trainable(self):
+        model = zoo.bert_classifier()[0]
+        report = kra.inject(model, LORA, keep_trainable="logits")
+        assert report.head_parameters == 8 * 3 + 3
+        kept = [v.path for v in model.trainable_variables]
+        assert "logits/kernel" in kept and "logits/bias" in kept
+        assert sum("/adapter/" not in path for path in kept) == 2
+
+    def test_routers_are_left_out(self):
+        inputs = keras.Input((4,))
+        x = layers.Dense(4, name="router")(inputs)
+        model = keras.Model(inputs, layers.Dense(4, name="expert")(x))
+        kra.inject(model, LORA, "all-linear")
+        assert _names(model) == ["expert"]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"targets": "qeury"}, "matches no layer: 'qeury'. Near misses"),
+            ({"targets": ["query", "velue"]}, "matches no layer: 'velue'"),
+            (
+                {"targets": re.compile("xyz")},
+                "matches no layer: re.compile..xyz",
+            ),
+            ({"targets": []}, "`targets` is empty"),
+            ({"targets": lambda layer: False}, "returned a false value"),
+            (
+                {"targets": "self_attention_layer_norm"},
+                "matches only layers of classes .*LayerNormalization",
+            ),
+            ({"exclude": "valeu"}, "`exclude` matches no layer"),
+            (
+                {"targets": "query", "exclude": "query"},
+                "`exclude` left none of the 2",
+            ),
+            (
+                {"keep_trainable": "logist"},
+                "`keep_trainable` matches no layer",
+            ),
+            (
+                {"targets": "query", "keep_trainable": "query"},
+                "both a target and",
+            ),
+        ],
+        ids=str,
+    )
+    def test_bad_values(self, arguments, message):
+        model, _, _ = zoo.bert()
+        with pytest.raises(ValueError, match=message):
+            kra.inject(model, LORA, **arguments)
+        assert "_randadapt" not in vars(model)
+
+    @pytest.mark.parametrize("targets", [3, [3], {"query": 1}], ids=str)
+    def test_bad_types(self, targets):
+        model, _, _ = zoo.bert()
+        with pytest.raises(TypeError, match="`targets` must be a name"):
+            kra.inject(model, LORA, targets)
+
+    def test_no_projection_by_a_known_name(self):
+        model, _, _ = zoo.dense()
+        with pytest.raises(ValueError, match="called: site"):
+            kra.inject(model, LORA)
+
+    def test_layer_that_overrides_call(self):
+        class Loud(layers.Dense):
+            def call(self, inputs, training=None):
+                return 2 * super().call(inputs)
+
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, Loud(3, name="loud")(inputs))
+        with pytest.raises(ValueError, match="Loud that overrides `call`"):
+            kra.inject(model, LORA, "loud")
+
+    def test_subclass_that_keeps_call(self):
+        class Quiet(layers.Dense):
+            pass
+
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, Quiet(3, name="quiet")(inputs))
+        kra.inject(model, LORA, "quiet")
+        assert isinstance(model.get_layer("quiet"), Quiet)
+
+
+class TestAddresses:
+    """An address is the path of a layer's weights in a `.weights.h5` file."""
+
+    @pytest.mark.parametrize(
+        "builder",
+        [
+            zoo.sequential,
+            zoo.functional,
+            zoo.subclassed,
+            zoo.bert_classifier,
+            zoo.clip,
+            zoo.llama,
+        ],
+        ids=lambda b: b.__name__,
+    )
+    def test_equal_paths_in_weight_files(self, builder, tmp_path):
+        import h5py
+
+        model, _, targets = builder()
+        targets = targets or "all-linear"
+        kra.inject(model, LORA, targets)
+        model.save_weights(tmp_path / "x.weights.h5")
+        groups = set()
+        with h5py.File(tmp_path / "x.weights.h5") as file:
+            file.visit(groups.add)
+        for address, layer in kra.sites(model).items():
+            assert f"{address}/vars/0" in groups
+            assert f"{address}/adapter/named_default/vars/0" in groups
+
+    def test_stable_over_instances(self):
+        first = zoo.sequential()[0]
+        second = zoo.sequential()[0]
+        paths = [[x.path for x in m._flatten_layers()] for m in (first, second)]
+        assert paths[0] != paths[1]
+        assert list(targets_lib.layers_by_address(first)) == list(
+            targets_lib.layers_by_address(second)
+        )
+
+
+class TestEveryFamily:
+    """`targets=None` finds the projections that KerasHub's default misses."""
+
+    def _t5(self, hub):
+        return hub.models.T5Backbone(
+            vocabulary_size=20,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=8,
+        )
+
+    def _gpt_neo_x(self, hub):
+        return hub.models.GPTNeoXBackbone(
+            vocabulary_size=20,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=8,
+        )
+
+    def _smollm3(self, hub):
+        return hub.models.SmolLM3Backbone(
+            vocabulary_size=20,
+            hidden_dim=8,
+            intermediate_dim=8,
+            num_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            attention_bias=False,
+            attention_dropout=0.0,
+            rope_layer_enabled_list=[True, True],
+            layer_types=["full_attention", "full_attention"],
+            mlp_bias=False,
+            layer_norm_epsilon=1e-5,
+            max_position_embeddings=16,
+            rope_theta=10000.0,
+            partial_rotary_factor=1.0,
+        )
+
+    def _esm(self, hub):
+        return hub.models.ESMBackbone(
+            vocabulary_size=20,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=8,
+        )
+
+    @pytest.mark.parametrize(
+        "family, sites",
+        [("t5", 6), ("gpt_neo_x", 1), ("smollm3", 4), ("esm", 2)],
+    )
+    def test_default_targets(self, family, sites):
+        import keras_hub
+
+        model = getattr(self, f"_{family}")(keras_hub)
+        report = kra.inject(model, LORA)
+        assert len(report.sites) == sites
+        # SmolLM3 calls every block's value projection by the same path.
+        paths = [v.path for v in model.trainable_variables]
+        assert len(set(paths)) == len(paths) == 2 * sites
