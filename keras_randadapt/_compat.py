@@ -29,6 +29,7 @@ __all__ = [
     "set_layer_trainable_flag",
     "snake_case",
     "training_phase",
+    "unpickle_model",
     "walk_attributes",
 ]
 
@@ -89,6 +90,11 @@ def is_saveable(value):
 def snake_case(name):
     """`"EinsumDense"` to `"einsum_dense"`, as weight files spell it."""
     return naming.to_snake_case(name)
+
+
+def unpickle_model(buffer):
+    """The model in the bytes that Keras pickles one as."""
+    return keras.Model._unpickle_model(buffer)
 
 
 def alias_registered_class(cls, registered_class):

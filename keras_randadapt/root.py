@@ -149,6 +149,12 @@ class AdaptedRoot:
         injection.set_active(model, config["active"])
         return model
 
+    def __reduce__(self):
+        # Keras names the class's own method, and pickle can't find a class
+        # that was made on the fly.
+        _, arguments = super().__reduce__()
+        return _compat.unpickle_model, arguments
+
     def get_build_config(self):
         # The base's config rebuilds it before the adapters are attached.
         return None

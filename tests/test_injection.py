@@ -377,8 +377,6 @@ class TestTraining:
 
     @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
     def test_mixed_precision(self, policy):
-        if BACKEND == "torch" and policy == "mixed_float16":
-            policy = "mixed_bfloat16"
         keras.config.set_dtype_policy(policy)
         try:
             model, x, targets = zoo.einsum_query()

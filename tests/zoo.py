@@ -243,6 +243,7 @@ def bert():
         num_heads=2,
         hidden_dim=8,
         intermediate_dim=12,
+        dropout=0.0,
         max_sequence_length=6,
     )
     return set_weights(model), _tokens(segment_ids=0), None
@@ -253,7 +254,7 @@ def bert_classifier():
 
     backbone, x, _ = bert()
     model = keras_hub.models.BertTextClassifier(
-        backbone=backbone, num_classes=3, preprocessor=None
+        backbone=backbone, num_classes=3, preprocessor=None, dropout=0.0
     )
     return set_weights(model), x, None
 

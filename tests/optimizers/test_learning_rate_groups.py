@@ -1,0 +1,115 @@
+"""Two learning rates in one optimizer."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from keras_randadapt.optimizers import learning_rate_groups
+from tests import zoo
+
+HAS_MULTI = hasattr(keras.optimizers, "MultiOptimizer")
+needs_multi = pytest.mark.skipif(
+    not HAS_MULTI, reason="this Keras has no MultiOptimizer"
+)
+
+
+def _model():
+    model, x, _ = zoo.bert_classifier()
+    kra.inject(model, kra.LoRA(2), keep_trainable="logits")
+    return model, x
+
+
+def _values(model):
+    return {
+        v.path: keras.ops.convert_to_numpy(v) for v in model.trainable_variables
+    }
+
+
+@needs_multi
+class TestLearningRateGroups:
+    @pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "lion"])
+    def test_each_group_moves_at_its_rate(self, name):
+        """One step equals that of plain optimizers of either rate."""
+        steps = {}
+        for kind in ("groups", "adapter", "head"):
+            model, x = _model()
+            rates = {"adapter": 0.1, "head": 0.01}
+            if kind == "groups":
+                optimizer = learning_rate_groups(model, name, **rates)
+            else:
+                optimizer = keras.optimizers.get(name)
+                optimizer.learning_rate = rates[kind]
+            zoo.fit(model, x, steps=1, optimizer=optimizer)
+            steps[kind] = _values(model)
+        for path, value in steps["groups"].items():
+            kind = "adapter" if "/adapter/" in path else "head"
+            np.testing.assert_allclose(
+                value, steps[kind][path], rtol=1e-5, atol=1e-6, err_msg=path
+            )
+
+    def test_settings_of_the_optimizer_are_kept(self):
+        model, _ = _model()
+        optimizer = learning_rate_groups(
+            model,
+            keras.optimizers.AdamW(weight_decay=0.5, beta_1=0.7),
+            adapter=0.1,
+            head=0.01,
+        )
+        assert {o.weight_decay for o in optimizer.optimizers} == {0.5}
+        assert {o.beta_1 for o in optimizer.optimizers} == {0.7}
+
+    def test_schedules(self):
+        model, x = _model()
+        schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [1, 2], [0.1, 0.0, 0.0]
+        )
+        optimizer = learning_rate_groups(
+            model, "sgd", adapter=schedule, head=0.01
+        )
+        zoo.fit(model, x, steps=2, optimizer=optimizer)
+        before = _values(model)
+        y = zoo.integers(4, high=3)
+        model.fit(x, y, batch_size=4, epochs=2, verbose=0)
+        for path, value in _values(model).items():
+            moved = np.any(value != before[path])
+            assert moved == ("/adapter/" not in path), path
+
+    def test_mixed_precision(self):
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            model, x = _model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        before = _values(model)
+        optimizer = learning_rate_groups(model, "adam", adapter=0.1, head=0.1)
+        zoo.fit(model, x, steps=6, optimizer=optimizer)
+        for path, value in _values(model).items():
+            assert np.all(np.isfinite(value))
+            assert np.any(value != before[path]), path
+
+    def test_bad_input(self):
+        model, _ = _model()
+        rates = {"adapter": 0.1, "head": 0.01}
+        with pytest.raises(TypeError, match="must be a Keras optimizer"):
+            learning_rate_groups(model, 3, **rates)
+        built = keras.optimizers.Adam()
+        built.build(model.trainable_variables)
+        with pytest.raises(ValueError, match="built already"):
+            learning_rate_groups(model, built, **rates)
+        with pytest.raises(ValueError, match="a plain optimizer"):
+            learning_rate_groups(
+                model,
+                keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+                **rates,
+            )
+        kra.eject(model)
+        with pytest.raises(ValueError, match="no adapter attached"):
+            learning_rate_groups(model, "adam", **rates)
+
+
+@pytest.mark.skipif(HAS_MULTI, reason="this Keras has MultiOptimizer")
+def test_older_keras():
+    model, _ = _model()
+    with pytest.raises(NotImplementedError, match="Upgrade Keras"):
+        learning_rate_groups(model, "adam", adapter=0.1, head=0.01)

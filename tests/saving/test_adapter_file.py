@@ -1,0 +1,362 @@
+"""Adapter files: what they hold, and every way in which one can be wrong."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from keras import layers
+
+import keras_randadapt as kra
+from tests import zoo
+
+
+def _numpy(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A classifier with a trained adapter and head, and its file."""
+    model, x, _ = zoo.bert_classifier()
+    kra.inject(model, kra.RLoRA(9, seed=2), keep_trainable="logits")
+    zoo.randomize(model)
+    model.get_layer("logits").bias.assign([0.1, -0.2, 0.3])
+    path = tmp_path / "task.safetensors"
+    kra.save_adapter(model, path)
+    return model, x, path
+
+
+def _edit(path, metadata=None, tensors=None):
+    """Rewrites a file with some of its content changed."""
+    with safetensors.safe_open(path, framework="np") as file:
+        old = json.loads(file.metadata()["keras_randadapt"])
+        content = {key: file.get_tensor(key) for key in file.keys()}
+    new = {**old, **(metadata or {})}
+    content.update(tensors or {})
+    content = {k: v for k, v in content.items() if v is not None}
+    safetensors.numpy.save_file(
+        content, path, {"keras_randadapt": json.dumps(new)}
+    )
+
+
+def _sites(path):
+    with safetensors.safe_open(path, framework="np") as file:
+        return sorted(key for key in file.keys() if "#" not in key)
+
+
+class TestContent:
+    def test_nothing_that_a_seed_rebuilds(self, saved):
+        model, _, path = saved
+        with safetensors.safe_open(path, framework="np") as file:
+            sizes = {k: file.get_tensor(k).size for k in file.keys()}
+            metadata = json.loads(file.metadata()["keras_randadapt"])
+        assert sorted(k for k in sizes if "#" not in k) == sorted(
+            kra.sites(model)
+        )
+        for address in kra.sites(model):
+            assert sizes[address] == 9 + 8
+        assert sizes["layers/dense#0"] == 24 and sizes["layers/dense#1"] == 3
+        assert metadata["version"] == 1
+        assert metadata["model"] == {
+            "class": "BertTextClassifier",
+            "backbone": "BertBackbone",
+        }
+        assert metadata["adapter"]["class"] == "keras_randadapt>RLoRA"
+        assert len(metadata["bases"]) == 2
+
+    def test_same_bytes_again(self, saved, tmp_path):
+        model, _, path = saved
+        kra.save_adapter(model, tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+    def test_writing_is_all_or_nothing(self, saved, monkeypatch):
+        model, _, path = saved
+        before = path.read_bytes()
+
+        def fail(*args):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            kra.save_adapter(model, path)
+        assert path.read_bytes() == before
+        assert os.listdir(path.parent) == [path.name]
+
+    def test_readable_as_other_files_are(self, saved, tmp_path):
+        other = tmp_path / "other"
+        other.write_text("x")
+        assert saved[2].stat().st_mode == other.stat().st_mode
+
+    def test_which_of_several(self, saved, tmp_path):
+        model, _, _ = saved
+        kra.inject(model, kra.LoRA(2), name="b")
+        with pytest.raises(ValueError, match="say which to save"):
+            kra.save_adapter(model, tmp_path / "x")
+        kra.save_adapter(model, tmp_path / "x", name="b")
+        with pytest.raises(ValueError, match="no adapter called 'c'"):
+            kra.save_adapter(model, tmp_path / "x", name="c")
+
+    def test_inactive_adapter_saves_its_own_head(self, saved, tmp_path):
+        model, x, path = saved
+        out = zoo.outputs(model, x)
+        kra.set_active(model, [])
+        kra.save_adapter(model, tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == path.read_bytes()
+        kra.set_active(model, "default")
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    def test_size_of_a_deep_model(self, tmp_path):
+        import keras_hub
+
+        model = keras_hub.models.BertBackbone(
+            vocabulary_size=20,
+            num_layers=24,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=8,
+            max_sequence_length=6,
+        )
+        report = kra.inject(model, kra.RLoRA(8), "all-linear")
+        kra.save_adapter(model, tmp_path / "x")
+        size = (tmp_path / "x").stat().st_size
+        assert size == report.file_bytes
+        assert (
+            size
+            <= 4 * report.adapter_parameters + 200 * len(report.sites) + 4096
+        )
+
+
+class TestLoading:
+    def test_head_comes_along(self, saved):
+        model, x, path = saved
+        out = zoo.outputs(model, x)
+        fresh, _, _ = zoo.bert_classifier()
+        report = kra.load_adapter(fresh, path)
+        assert report.head_parameters == 27
+        np.testing.assert_array_equal(zoo.outputs(fresh, x), out)
+        fresh_head = fresh.get_layer("logits")
+        assert fresh_head.trainable and fresh_head.kernel.trainable
+
+    def test_resuming_into_the_same_adapter(self, saved):
+        model, x, path = saved
+        out = zoo.outputs(model, x)
+        zoo.fit(model, x)
+        assert np.abs(zoo.outputs(model, x) - out).max() > 1e-4
+        optimizer = model.optimizer
+        kra.load_adapter(model, path)
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        assert model.optimizer is optimizer
+
+    def test_under_another_name(self, saved):
+        model, x, path = saved
+        kra.load_adapter(model, path, name="copy")
+        kra.set_active(model, "copy")
+        np.testing.assert_array_equal(
+            zoo.outputs(model, x),
+            (kra.set_active(model, "default"), zoo.outputs(model, x))[1],
+        )
+
+    def test_task_and_backbone(self, tmp_path):
+        task, x, _ = zoo.bert_classifier()
+        kra.inject(task, kra.LoRA(2))
+        zoo.randomize(task)
+        kra.save_adapter(task, tmp_path / "task")
+        backbone, _, _ = zoo.bert()
+        weights = {w.path: _numpy(w) for w in task.backbone.weights}
+        for w in backbone.weights:
+            w.assign(weights[w.path])
+        kra.load_adapter(backbone, tmp_path / "task")
+        np.testing.assert_allclose(
+            _numpy(backbone(x)["sequence_output"]),
+            _numpy(task.backbone(x)["sequence_output"]),
+            atol=1e-6,
+        )
+        kra.save_adapter(backbone, tmp_path / "backbone")
+        kra.eject(task)
+        kra.load_adapter(task, tmp_path / "backbone")
+        np.testing.assert_allclose(
+            _numpy(backbone(x)["sequence_output"]),
+            _numpy(task.backbone(x)["sequence_output"]),
+            atol=1e-6,
+        )
+
+    def test_presets_must_agree(self, saved, tmp_path):
+        model, _, _ = saved
+        path = tmp_path / "preset"
+        kra.save_adapter(model, path, preset="bert_tiny_en_uncased")
+        fresh, _, _ = zoo.bert_classifier()
+        with pytest.raises(ValueError, match="preset 'bert_tiny_en_uncased'"):
+            kra.load_adapter(fresh, path, preset="bert_tiny_en")
+        assert kra.sites(fresh) == {}
+        kra.load_adapter(fresh, path, preset="bert_tiny_en_uncased")
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _garbage(path):
+    path.write_bytes(b"PK\x03\x04 no safetensors at all")
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _foreign(path):
+    safetensors.numpy.save_file({"lora_A.weight": np.zeros((2, 2))}, path)
+
+
+def _newer(path):
+    _edit(path, {"version": 2})
+
+
+def _other_class(path):
+    _edit(path, {"adapter": {"class": "keras_randadapt>FWHT", "config": {}}})
+
+
+def _other_argument(path):
+    _edit(
+        path,
+        {"adapter": {"class": "keras_randadapt>RLoRA", "config": {"x": 1}}},
+    )
+
+
+def _other_seed(path):
+    config = kra.RLoRA(9, seed=3).get_config()
+    _edit(
+        path, {"adapter": {"class": "keras_randadapt>RLoRA", "config": config}}
+    )
+
+
+def _other_model(path):
+    _edit(path, {"model": {"class": "GPT2Backbone"}})
+
+
+def _other_shapes(path):
+    _edit(path, {"kernel_views": [["8x16", 4]]})
+
+
+def _missing_site(path):
+    _edit(path, tensors={_sites(path)[0]: None})
+
+
+def _unknown_site(path):
+    _edit(
+        path,
+        {"kernel_views": [["8x8", 5]]},
+        {"layers/no_such_layer": np.zeros(17, "float32")},
+    )
+
+
+def _short_tensor(path):
+    _edit(path, tensors={_sites(path)[0]: np.zeros(16, "float32")})
+
+
+def _wrong_dtype(path):
+    _edit(path, tensors={_sites(path)[0]: np.zeros(17, "float64")})
+
+
+def _missing_head(path):
+    _edit(path, tensors={"layers/dense#1": None})
+
+
+def _wrong_head(path):
+    _edit(path, tensors={"layers/dense#0": np.zeros((8, 4), "float32")})
+
+
+def _more_head(path):
+    _edit(path, tensors={"layers/dense#2": np.zeros(3, "float32")})
+
+
+def _no_metadata(path):
+    _edit(path, {"kept": None})
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = json.loads(file.metadata()["keras_randadapt"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    del metadata["kept"]
+    safetensors.numpy.save_file(
+        tensors, path, {"keras_randadapt": json.dumps(metadata)}
+    )
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (_truncate, "damaged or cut short"),
+            (_garbage, "damaged or cut short"),
+            (_empty, "damaged or cut short"),
+            (_foreign, "not one that `keras_randadapt.save_adapter` wrote"),
+            (_newer, "format version 2.*Upgrade"),
+            (_no_metadata, "lacks the metadata \\['kept'\\]"),
+            (_other_class, "is no registered adapter"),
+            (_other_argument, "can't be made here"),
+            (_other_seed, "trained with other bases"),
+            (_other_model, "trained on a GPT2Backbone; this model is a Bert"),
+            (_other_shapes, "kernels of other shapes.*8x16 in the file"),
+            (_missing_site, "it misses sites"),
+            (_unknown_site, "lacks 1 of its 6 addresses: .*no_such_layer"),
+            (_short_tensor, "has 17 float32 weights there"),
+            (_wrong_dtype, "float64 values"),
+            (_missing_head, "holds nothing for weight 1 of the kept"),
+            (_wrong_head, "shape \\(8, 4\\) for weight 0 of the kept"),
+            (_more_head, "holds more weights for the kept"),
+        ],
+        ids=lambda x: getattr(x, "__name__", ""),
+    )
+    def test_error_and_nothing_changed(self, saved, damage, message):
+        _, x, path = saved
+        damage(path)
+        fresh, _, _ = zoo.bert_classifier()
+        before = zoo.snapshot(fresh)
+        classes = [type(layer) for layer in fresh._flatten_layers()]
+        with pytest.raises(ValueError, match=message):
+            kra.load_adapter(fresh, path)
+        after = zoo.snapshot(fresh)
+        assert list(after) == list(before)
+        for key, (name, value) in before.items():
+            np.testing.assert_array_equal(after[key][1], value, err_msg=name)
+        assert [type(layer) for layer in fresh._flatten_layers()] == classes
+
+    def test_no_file(self, saved):
+        with pytest.raises(FileNotFoundError, match="no file 'nowhere'"):
+            kra.load_adapter(saved[0], "nowhere")
+
+    def test_damaged_file_for_an_adapter_in_place(self, saved):
+        model, x, path = saved
+        out = zoo.outputs(model, x)
+        _short_tensor(path)
+        with pytest.raises(ValueError, match="17 float32 weights"):
+            kra.load_adapter(model, path)
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    def test_name_is_another_adapters(self, saved):
+        model, _, path = saved
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2))
+        with pytest.raises(ValueError, match="differs from the one in"):
+            kra.load_adapter(model, path)
+        kra.load_adapter(model, path, name="other")
+
+    def test_site_that_can_not_be_adapted(self, tmp_path):
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, layers.Dense(4)(inputs))
+        kra.inject(model, kra.LoRA(2), "all-linear")
+        kra.save_adapter(model, tmp_path / "x")
+
+        class Dense(layers.Layer):
+            def build(self, input_shape):
+                self.w = self.add_weight(shape=(4, 4))
+
+            def call(self, x):
+                return x @ self.w
+
+        inputs = keras.Input((4,))
+        other = keras.Model(inputs, Dense()(inputs))
+        with pytest.raises(ValueError, match="can't be adapted"):
+            kra.load_adapter(other, tmp_path / "x")

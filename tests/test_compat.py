@@ -1,0 +1,152 @@
+"""One test a symbol of Keras's private API: which one moved, if one did."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_randadapt import _compat
+
+
+def _model():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, layers.Dense(2, name="d")(inputs))
+
+
+def test_flatten_layers():
+    model = _model()
+    found = _compat.flatten_layers(model)
+    assert found[0] is model and model.get_layer("d") in found
+
+
+def test_owned_variables():
+    layer = layers.BatchNormalization()
+    layer.build((None, 3))
+    assert len(_compat.owned_variables(layer)) == 4
+    assert _compat.owned_variables(_model()) == []
+
+
+def test_set_layer_trainable_flag():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    _compat.set_layer_trainable_flag(layer, False)
+    assert not layer.trainable
+    assert layer.kernel.trainable
+
+
+def test_attach_and_detach_sublayer():
+    layer, sublayer = layers.Dense(2), layers.Dense(4)
+    layer.build((None, 3))
+    sublayer.build((None, 3))
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.extra = sublayer
+    if hasattr(layer, "extra"):
+        del layer.extra
+    _compat.attach_sublayer(layer, "extra", sublayer)
+    assert len(layer.variables) == 4
+    _compat.detach_sublayer(layer, "extra")
+    assert len(layer.variables) == 2
+    assert not hasattr(layer, "extra")
+    assert layer._tracker.locked
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+def test_training_phase(training):
+    seen = []
+
+    class Probe(layers.Conv1D):
+        def call(self, inputs):
+            seen.append(_compat.training_phase(self))
+            return super().call(inputs)
+
+    model = keras.Sequential([Probe(2, 1)])
+    model(np.zeros((1, 3, 2), "float32"), training=training)
+    assert seen[-1] is bool(training)
+
+
+def test_walk_attributes():
+    names = dict(_compat.walk_attributes(_model()))
+    assert [x.name for x in names["layers"]][1:] == ["d"]
+
+
+def test_is_saveable():
+    assert _compat.is_saveable(layers.Dense(2))
+    assert not _compat.is_saveable(object())
+
+
+def test_snake_case():
+    assert _compat.snake_case("EinsumDense") == "einsum_dense"
+    assert _compat.snake_case("Conv2D") == "conv2d"
+
+
+def test_alias_registered_class():
+    @keras.saving.register_keras_serializable(package="tests")
+    class Registered:
+        def get_config(self):
+            return {}
+
+    class Other:
+        pass
+
+    _compat.alias_registered_class(Other, Registered)
+    assert keras.saving.get_registered_name(Other) == "tests>Registered"
+
+
+def test_unpickle_model():
+    _, arguments = _model().__reduce__()
+    assert _compat.unpickle_model(*arguments).get_layer("d").units == 2
+
+
+def test_reset_compiled_functions():
+    model = _model()
+    model.compile("sgd", "mse")
+    x, y = np.zeros((2, 3), "float32"), np.zeros((2, 2), "float32")
+    model.fit(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    assert model.train_function is not None
+    _compat.reset_compiled_functions(model)
+    assert model.train_function is None
+    assert model.predict_function is None
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="torch's parameter lists"
+)
+def test_refresh_torch_parameters():
+    model = _model()
+    list(model.parameters())
+    layer, sublayer = model.get_layer("d"), layers.Dense(4)
+    sublayer.build((None, 3))
+    _compat.attach_sublayer(layer, "extra", sublayer)
+    _compat.refresh_torch_parameters(model)
+    found = {id(p) for p in model.parameters()}
+    assert all(id(v.value) in found for v in sublayer.variables)
+
+
+def test_set_keras_mask():
+    tensor = keras.ops.ones((2, 3))
+    _compat.set_keras_mask(tensor, "mask")
+    assert tensor._keras_mask == "mask"
+
+
+def test_instance_attributes():
+    layer = layers.Dense(2, activation="relu")
+    layer.build((None, 3))
+    bias, variables = layer.bias, len(layer.variables)
+    with pytest.raises(RuntimeError):
+        with _compat.instance_attributes(layer, bias=None, activation=None):
+            assert layer.bias is None and layer.activation is None
+            raise RuntimeError
+    assert layer.bias is bias
+    assert layer.activation is keras.activations.relu
+    assert len(layer.variables) == variables
+
+
+def test_nnx_is_refused(monkeypatch):
+    import keras_randadapt as kra
+
+    assert _compat.is_nnx_enabled() is False
+    monkeypatch.setattr(_compat, "is_nnx_enabled", lambda: True)
+    with pytest.raises(NotImplementedError, match="NNX"):
+        kra.inject(_model(), kra.LoRA(1), "d")
