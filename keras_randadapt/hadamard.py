@@ -34,8 +34,9 @@ HARTLEY_CORE_LIMIT = 1024
 HARTLEY_COMPOSITE_LIMIT = 128
 # Above this, two overlapping windows are cheaper than the core itself.
 WINDOW_CORE_LIMIT = 256
-# Cost of one more pass over the data, in multiply-adds an element.
-PASS_COST = 100
+# What one more pass over data in cache costs, in multiply-adds an element:
+# fits the times of all backends on a CPU, see benchmarks/README.md.
+PASS_COST = 31
 _MAX_FACTORS = 4
 
 

@@ -18,7 +18,9 @@ METHODS = {
     "rlora_stacked": lambda seed=0: kra.RLoRA(23, seed=seed),
 }
 #: Models on which a second configuration of a method adds nothing.
-_ONE_IS_ENOUGH = {"rlora_stacked": {"dense", "einsum_gemma", "embedding"}}
+_ONE_IS_ENOUGH = {
+    "rlora_stacked": {"dense", "einsum_gemma", "embedding", "bert"}
+}
 
 
 def _cases():

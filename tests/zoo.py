@@ -234,14 +234,14 @@ def _tokens(**others):
     }
 
 
-def bert():
+def bert(hidden_dim=8):
     import keras_hub
 
     model = keras_hub.models.BertBackbone(
         vocabulary_size=20,
         num_layers=2,
         num_heads=2,
-        hidden_dim=8,
+        hidden_dim=hidden_dim,
         intermediate_dim=12,
         dropout=0.0,
         max_sequence_length=6,
@@ -249,10 +249,10 @@ def bert():
     return set_weights(model), _tokens(segment_ids=0), None
 
 
-def bert_classifier():
+def bert_classifier(hidden_dim=8):
     import keras_hub
 
-    backbone, x, _ = bert()
+    backbone, x, _ = bert(hidden_dim)
     model = keras_hub.models.BertTextClassifier(
         backbone=backbone, num_classes=3, preprocessor=None, dropout=0.0
     )

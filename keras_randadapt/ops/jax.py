@@ -1,6 +1,6 @@
 """JAX: a linear primitive, so that every transformation composes."""
 
-import functools
+import math
 
 import jax
 import jax.extend
@@ -15,6 +15,8 @@ from keras_randadapt.ops import steps
 # and rather than JAX's own transposition, which turns gathers into scatters
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
+# Elements a block of rows, on a CPU: 64 KiB of float32.
+_BLOCK = 1 << 14
 
 
 def compile_time(function):
@@ -34,9 +36,41 @@ def apply(x, program):
 def _run(x, program):
     batch = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
+    x = _run_rows(x, program)
+    return x.reshape(*batch, x.shape[-1])
+
+
+def _run_on_cpu(x, program):
+    """Runs a few rows at a time, so that what is between steps is in cache.
+
+    XLA gives each step a buffer of the whole size otherwise; getting those
+    from the system costs more than the arithmetic.
+    """
+    batch = x.shape[:-1]
+    rows = math.prod(batch)
+    block = max(1, _BLOCK // program.largest_dim)
+    # An exported function may have a batch of unknown size.
+    if not isinstance(rows, int) or rows < 2 * block:
+        return _run(x, program)
+    x = x.reshape(rows, x.shape[-1])
+
+    def body(i, y):
+        # The last block overlaps the one before rather than be a short one.
+        start = jnp.minimum(i * block, rows - block)
+        part = jax.lax.dynamic_slice_in_dim(x, start, block)
+        part = _run_rows(part, program)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, 0)
+
+    dim = program.steps[-1].output_dim
+    y = jnp.empty((rows, dim), x.dtype)
+    y = jax.lax.fori_loop(0, -(-rows // block), body, y)
+    return y.reshape(*batch, dim)
+
+
+def _run_rows(x, program):
     for step in program:
         x = _apply_step(x, step)
-    return x.reshape(*batch, x.shape[-1])
+    return x
 
 
 def _apply_step(x, step):
@@ -95,7 +129,7 @@ def _batch(args, axes, program):
     return apply(jnp.moveaxis(x, axis, 0), program), 0
 
 
-_transform.def_impl(functools.partial(jax.jit(_run, static_argnames="program")))
+_transform.def_impl(jax.jit(apply, static_argnames="program"))
 _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch

@@ -174,6 +174,10 @@ class Program:
     def __iter__(self):
         return iter(self.steps)
 
+    @functools.cached_property
+    def largest_dim(self):
+        return max(max(s.input_dim, s.output_dim) for s in self.steps)
+
     @classmethod
     def from_key(cls, key):
         return cls._by_key[key]

@@ -18,10 +18,16 @@ def apply(x, program):
 
     @tf.custom_gradient
     def linear(x):
+        y = _run(x, program)
+        dim = y.shape[-1]
+
         def gradient(upstream):
+            # What `tf.split` passes back does not know its own size.
+            batch = [None] * (upstream.shape.rank - 1)
+            upstream = tf.ensure_shape(upstream, [*batch, dim])
             return apply(upstream, program.transpose)
 
-        return _run(x, program), gradient
+        return y, gradient
 
     # Keras leaves a variable as it is.
     return linear(tf.convert_to_tensor(x))

@@ -11,6 +11,10 @@ from keras_randadapt.ops import steps
 # construction of the matrices down to NumPy.
 compile_time = torch.compiler.assume_constant_result
 
+# Elements a block of rows, on a CPU: what is between steps stays in cache,
+# and is not asked from the system, which costs more than the arithmetic.
+_BLOCK = 1 << 18
+
 
 def apply(x, program):
     """Applies a program to the last axis of a tensor."""
@@ -53,9 +57,28 @@ def _run(x, program):
     batch = x.shape[:-1]
     if len(batch) != 1:
         x = x.reshape(batch.numel(), x.shape[-1])
+    block = max(1, _BLOCK // program.largest_dim)
+    if x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
+        y = x.new_empty(len(x), program.steps[-1].output_dim)
+        for part, result in zip(x.split(block), y.split(block)):
+            result.copy_(_run_rows(part, program))
+    else:
+        y = _run_rows(x, program)
+    return y.reshape(*batch, y.shape[-1])
+
+
+def _is_plain(x):
+    # Neither traced nor a subclass with rules of its own.
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _run_rows(x, program):
     for step in program:
         x = _apply_step(x, step)
-    return x.reshape(*batch, x.shape[-1])
+    return x
 
 
 def _apply_step(x, step):

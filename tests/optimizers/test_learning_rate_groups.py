@@ -76,14 +76,24 @@ class TestLearningRateGroups:
             assert moved == ("/adapter/" not in path), path
 
     def test_mixed_precision(self):
+        """Inside the loss scaling that `compile` adds. No attention: JAX's
+        takes no float16 on a CPU."""
         keras.config.set_dtype_policy("mixed_float16")
         try:
-            model, x = _model()
+            model, x, _ = zoo.sequential()
         finally:
             keras.config.set_dtype_policy("float32")
+        kra.inject(
+            model,
+            kra.LoRA(2),
+            lambda layer: layer.units == 8,
+            keep_trainable=lambda layer: getattr(layer, "units", 0) == 5,
+        )
         before = _values(model)
+        assert len(before) == 4
         optimizer = learning_rate_groups(model, "adam", adapter=0.1, head=0.1)
         zoo.fit(model, x, steps=6, optimizer=optimizer)
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         for path, value in _values(model).items():
             assert np.all(np.isfinite(value))
             assert np.any(value != before[path]), path
