@@ -10,6 +10,9 @@ import contextlib
 import re
 import types
 import warnings
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -29,17 +32,26 @@ _READS_KERNELS = {
     "Gemma4ClippableEinsumDense",
 }
 
+#: What `targets`, `exclude` and `keep_trainable` may be.
+Targets = (
+    str
+    | re.Pattern
+    | Sequence[str | re.Pattern]
+    | Callable[[keras.layers.Layer], bool]
+    | None
+)
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
 
 def inject(
-    model,
-    adapter,
-    targets=None,
+    model: keras.Model,
+    adapter: Adapter,
+    targets: Targets = None,
     *,
-    exclude=None,
-    keep_trainable=None,
-    name="default",
+    exclude: Targets = None,
+    keep_trainable: Targets = None,
+    name: str = "default",
 ) -> report_lib.Report:
     """Attaches an adapter to a model, in place, and freezes the rest.
 
@@ -151,7 +163,7 @@ def attach_from_config(model, config):
     attach(model, template, name, addresses, kept, layers, built)
 
 
-def eject(model, name=None):
+def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     """Removes adapters: the model is then as it was before, bit for bit.
 
     Kept layers, heads mostly, get back the values they had at injection; to
@@ -185,7 +197,7 @@ def eject(model, name=None):
     return model
 
 
-def merge(model):
+def merge(model: keras.Model) -> keras.Model:
     """Folds the active adapters into the kernels, then ejects all adapters.
 
     Deltas are added in float32 and rounded once to the kernel's dtype.
@@ -219,7 +231,7 @@ def merge(model):
 
 
 @contextlib.contextmanager
-def merged(model):
+def merged(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the active adapters are folded into the kernels.
 
     Example:
@@ -253,7 +265,7 @@ def merged(model):
 
 
 @contextlib.contextmanager
-def disabled(model):
+def disabled(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the model computes what the base model does.
 
     Args:
@@ -281,7 +293,7 @@ def disabled(model):
         _refresh(model, trainable_before)
 
 
-def set_active(model, names):
+def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     """Chooses the adapters that the model computes with and trains.
 
     The deltas of several active adapters are summed. Layers kept trainable
@@ -315,7 +327,7 @@ def set_active(model, names):
     _refresh(model, trainable_before)
 
 
-def sites(model) -> dict:
+def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:
     """The sites of a model.
 
     Args:

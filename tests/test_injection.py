@@ -1,6 +1,10 @@
 """What is special in attaching, switching and removing; `test_matrix.py` has
 what holds everywhere."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -484,3 +488,80 @@ class TestSites:
         np.testing.assert_allclose(
             zoo.outputs(again, x), zoo.outputs(model, x), atol=1e-6
         )
+
+
+class TestGeneration:
+    def test_generate_follows_the_adapter(self):
+        """A KerasHub task compiles `generate` once; switching must reach it."""
+        import keras_hub
+
+        backbone, _, _ = zoo.gpt2()
+        task = keras_hub.models.GPT2CausalLM(
+            backbone=backbone, preprocessor=None
+        )
+        task.compile(sampler="greedy", optimizer="adam", loss="mse")
+        prompt = {
+            "token_ids": zoo.integers(2, 6, high=20),
+            "padding_mask": np.array([[1, 1, 0, 0, 0, 0]] * 2, "int32"),
+        }
+
+        def generate():
+            y = task.generate(prompt, stop_token_ids=None)
+            return _numpy(y["token_ids"])
+
+        base = generate()
+        kra.inject(task, kra.LoRA(4, scaling=20.0), "all-linear")
+        np.testing.assert_array_equal(generate(), base)
+        zoo.randomize(task, scale=1.0)
+        adapted = generate()
+        assert np.any(adapted != base)
+        with kra.disabled(task):
+            np.testing.assert_array_equal(generate(), base)
+        kra.eject(task)
+        np.testing.assert_array_equal(generate(), base)
+
+
+DISTRIBUTED = """
+import keras, numpy as np
+import keras_randadapt as kra
+from tests import zoo
+
+devices = keras.distribution.list_devices()
+assert len(devices) == 4
+mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], devices)
+layout = keras.distribution.LayoutMap(mesh)
+layout[".*(query|key|value)/kernel"] = (None, "model", None)
+distribution = keras.distribution.ModelParallel(
+    layout_map=layout, batch_dim_name="batch"
+)
+with distribution.scope():
+    model, x, _ = zoo.bert()
+try:
+    kra.inject(model, kra.LoRA(2))
+    raise AssertionError("no error")
+except ValueError as error:
+    assert "but no distribution is active" in str(error), error
+assert not kra.sites(model)
+keras.distribution.set_distribution(distribution)
+kra.inject(model, kra.RLoRA(5))
+before = zoo.snapshot(model)
+zoo.fit(model, x)
+for v in model.variables:
+    changed = np.any(np.asarray(v) != before[id(v)][1])
+    assert changed == ("/adapter/" in v.path), v.path
+"""
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
+def test_distribution():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", DISTRIBUTED],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -31,7 +31,14 @@ class Adapter(keras.layers.Layer):
     #: The learning rate that the method's source trains with (AdamW).
     recommended_learning_rate = None
 
-    def __init__(self, *, seed=0, dropout=0.0, dtype="float32", name=None):
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        dropout: float = 0.0,
+        dtype: str = "float32",
+        name: str | None = None,
+    ):
         super().__init__(dtype=dtype, name=name)
         self.seed = random.check_seed(seed)
         if not 0.0 <= dropout < 1.0:

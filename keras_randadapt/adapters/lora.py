@@ -52,10 +52,10 @@ class LoRA(base.Adapter):
 
     def __init__(
         self,
-        rank=8,
+        rank: int = 8,
         *,
-        alpha=None,
-        scaling=None,
+        alpha: float | None = None,
+        scaling: float | None = None,
         a_initializer="kaiming_uniform",
         b_initializer="zeros",
         **kwargs,

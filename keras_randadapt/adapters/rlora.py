@@ -74,12 +74,12 @@ class RLoRA(base.Adapter):
 
     def __init__(
         self,
-        rank=512,
+        rank: int = 512,
         *,
-        scaling=1.0,
-        stages=2,
-        rows="random",
-        hadamard="exact",
+        scaling: float = 1.0,
+        stages: int = 2,
+        rows: str = "random",
+        hadamard: str = "exact",
         alpha_initializer=None,
         beta_initializer="zeros",
         **kwargs,

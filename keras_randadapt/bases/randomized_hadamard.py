@@ -42,14 +42,14 @@ class RandomizedHadamard:
 
     def __init__(
         self,
-        dim,
-        rank,
-        seed,
-        role,
-        stages=2,
-        rows="random",
-        hadamard="exact",
-        expand=False,
+        dim: int,
+        rank: int,
+        seed: int,
+        role: str,
+        stages: int = 2,
+        rows: str = "random",
+        hadamard: str = "exact",
+        expand: bool = False,
     ):
         self.dim = dim
         self.rank = rank

@@ -134,3 +134,8 @@ _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch
 mlir.register_lowering(_transform, mlir.lower_fun(_run, multiple_results=False))
+mlir.register_lowering(
+    _transform,
+    mlir.lower_fun(_run_on_cpu, multiple_results=False),
+    platform="cpu",
+)

@@ -6,9 +6,15 @@ import keras
 
 from keras_randadapt import injection
 
+Rate = float | keras.optimizers.schedules.LearningRateSchedule
+
 
 def learning_rate_groups(
-    model, optimizer="adamw", *, adapter, head
+    model: keras.Model,
+    optimizer: str | keras.optimizers.Optimizer = "adamw",
+    *,
+    adapter: Rate,
+    head: Rate,
 ) -> keras.optimizers.Optimizer:
     """Builds an optimizer with one rate for adapters and one for the rest.
 

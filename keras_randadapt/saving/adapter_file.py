@@ -29,7 +29,13 @@ FORMAT_VERSION = 1
 _METADATA_KEY = "keras_randadapt"
 
 
-def save_adapter(model, filepath, name=None, *, preset=None):
+def save_adapter(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    name: str | None = None,
+    *,
+    preset: str | None = None,
+) -> None:
     """Saves one adapter: its trained weights, config and seed.
 
     Nothing that a seed rebuilds is stored, nor any of the base model but the
@@ -70,7 +76,13 @@ def save_adapter(model, filepath, name=None, *, preset=None):
     _write(filepath, data)
 
 
-def load_adapter(model, filepath, name=None, *, preset=None) -> report.Report:
+def load_adapter(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    name: str | None = None,
+    *,
+    preset: str | None = None,
+) -> report.Report:
     """Loads a saved adapter into a model, attaching it if need be.
 
     Files load on every backend, whichever wrote them, and into the backbone
