@@ -170,7 +170,9 @@ def main():
     import keras
 
     backend = keras.config.backend()
-    print(f"\n### {backend}, {os.cpu_count()} cores\n")
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    print(f"\n{backend}, {cores} cores, load before the run {load:.1f}\n")
     names = [name for name, _ in COLUMNS]
     print("| " + " | ".join(names) + " |")
     print("|" + " --- |" * len(names))

@@ -129,7 +129,9 @@ def refresh_torch_parameters(model):
     if keras.config.backend() != "torch":
         return
     for layer in flatten_layers(model):
-        if "_torch_params" in layer._modules:
+        # Not a look into `_modules`: functional models have it elsewhere,
+        # and then list no parameter at all until they track them anew.
+        if hasattr(layer, "_torch_params"):
             layer._track_variables()
 
 

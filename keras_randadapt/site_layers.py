@@ -383,10 +383,14 @@ def _kernel_space_product(site, inputs, training):
 
 
 def _einsum_plan(layer):
-    shape = layer._kernel.shape
+    shape = list(layer._kernel.shape)
     if layer.quantization_mode == "int4":
-        # Stored flattened and packed.
-        shape = layer.original_kernel_shape
+        # Packed: flattened since Keras 3.15, along one axis before.
+        if hasattr(layer, "original_kernel_shape"):
+            shape = layer.original_kernel_shape
+        else:
+            axis = layer._int4_pack_axis
+            shape[axis] = layer._orig_length_along_pack_axis
     return EinsumPlan.of(
         layer.equation, tuple(int(n) for n in shape), layer.input_spec.ndim
     )
@@ -622,11 +626,10 @@ def requantize(site, kernel):
     twin = site._site_base.from_config({**config, "dtype": source})
     twin.build_from_config(site.get_build_config())
     kernel_variable(twin).assign(kernel)
-    twin.quantize(
-        mode.partition("/")[0],
-        type_check=False,
-        config=site.quantization_config,
-    )
+    arguments = {}
+    if getattr(site, "quantization_config", None) is not None:
+        arguments["config"] = site.quantization_config
+    twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
     # A tied embedding's reverse shares these; an untied one's is no site.
     for name in (
         "_kernel",

@@ -19,6 +19,13 @@ def _blocks(text):
     return [inspect.cleandoc("\n" + code) for _, code in BLOCK.findall(text)]
 
 
+NEEDS_MULTI_OPTIMIZER = pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"),
+    reason="learning-rate groups need Keras's MultiOptimizer",
+)
+
+
+@NEEDS_MULTI_OPTIMIZER
 def test_readme(tmp_path, monkeypatch, capsys):
     """In order, in one namespace. A preset comes from the network, so here
     its name gives a model of the same class."""
@@ -48,7 +55,12 @@ def _public():
             if name.startswith("_") or inspect.ismodule(value):
                 continue
             if _blocks(inspect.getdoc(value) or ""):
-                yield pytest.param(value, id=f"{module.__name__}.{name}")
+                marks = []
+                if name == "learning_rate_groups":
+                    marks = [NEEDS_MULTI_OPTIMIZER]
+                yield pytest.param(
+                    value, id=f"{module.__name__}.{name}", marks=marks
+                )
 
 
 @pytest.mark.parametrize("value", list(_public()))

@@ -148,7 +148,7 @@ class TestMatrix:
         if case.quantized:
             # Quantized anew: nearer to the adapted model than to the base.
             error = np.abs(merged - case.out).mean()
-            assert error < 0.5 * np.abs(case.base - case.out).mean()
+            assert error < 0.7 * np.abs(case.base - case.out).mean()
         else:
             close(merged, case.out, 1e-5)
 

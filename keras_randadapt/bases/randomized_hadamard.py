@@ -112,8 +112,11 @@ def _plans(dim, rank, seed, role, stages, rows, hadamard, expand):
         block_role = f"{role}/{block}"
         signs = random.signs(seed, f"{block_role}/signs", (stages, order))
         index = None
-        if rows == "random":
-            index = random.permutation(seed, f"{block_role}/rows", order)[:size]
+        if rows == "random" and size < order:
+            # A set: in which order its members come is up to us, and memory
+            # is read in rising order.
+            chosen = random.permutation(seed, f"{block_role}/rows", order)
+            index = np.sort(chosen[:size])
         if expand:
             plan = RandomizedTransform(
                 order, signs, size, dim, input_index=index

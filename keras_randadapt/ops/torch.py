@@ -13,7 +13,7 @@ compile_time = torch.compiler.assume_constant_result
 
 # Elements a block of rows, on a CPU: what is between steps stays in cache,
 # and is not asked from the system, which costs more than the arithmetic.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 def apply(x, program):
@@ -60,8 +60,13 @@ def _run(x, program):
     block = max(1, _BLOCK // program.largest_dim)
     if x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
         y = x.new_empty(len(x), program.steps[-1].output_dim)
-        for part, result in zip(x.split(block), y.split(block)):
-            result.copy_(_run_rows(part, program))
+        *head, last = program
+        for part, out in zip(x.split(block), y.split(block)):
+            part = _run_rows(part, head)
+            if isinstance(last, steps.Kronecker):
+                _kronecker(part, last, out)
+            else:
+                out.copy_(_apply_step(part, last))
     else:
         y = _run_rows(x, program)
     return y.reshape(*batch, y.shape[-1])
@@ -102,20 +107,28 @@ def _apply_step(x, step):
             )
 
 
-def _kronecker(x, step):
+def _kronecker(x, step, out=None):
     rows = x.shape[0]
     matrices = _constants(step, x)
-    for i, right in step.products:
-        matrix = matrices[i]
-        dim = matrix.shape[1]
-        if right == 1:
-            x = x.reshape(-1, dim) @ matrix.T
-        else:
-            x = matrix @ x.reshape(-1, dim, right)
+    *head, last = step.products
+    for i, right in head:
+        x = _product(x, matrices[i], right)
+    i, right = last
+    x = _product(x, matrices[i], right, out)
     x = x.reshape(rows, step.output_dim)
     if x.dtype.itemsize < 4 and step.scale != 1.0:
-        x = x * step.scale
+        # In place, since `x` may be `out`; nothing else refers to it.
+        x *= step.scale
     return x
+
+
+def _product(x, matrix, right, out=None):
+    rows, columns = matrix.shape
+    if right == 1:
+        out = None if out is None else out.view(-1, rows)
+        return torch.matmul(x.reshape(-1, columns), matrix.T, out=out)
+    out = None if out is None else out.view(-1, rows, right)
+    return torch.matmul(matrix, x.reshape(-1, columns, right), out=out)
 
 
 def _constants(step, x):

@@ -701,3 +701,23 @@ def test_numpy_backend_in_float32():
 
 def test_the_backend_is_the_one_asked_for():
     assert os.environ.get("KERAS_BACKEND", BACKEND) == BACKEND
+
+
+@pytest.mark.skipif(
+    BACKEND not in ("jax", "torch"), reason="does not work in blocks of rows"
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("gather", [False, True])
+def test_blocks_of_rows(gather, dtype, monkeypatch):
+    from keras_randadapt.ops import transforms
+
+    # Four rows at a time, and eleven rows: the last block is short.
+    monkeypatch.setattr(transforms._backend, "_BLOCK", 100)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    # A last step that is a product, and one that is a selection.
+    plan, matrix = make(24, 1, 24, 24, gather=gather)
+    x = normal(11, 24).astype(dtype)
+    y = to_numpy(randomized_transform(x, plan))
+    np.testing.assert_allclose(y, x @ matrix.T, atol=tolerance)
+    gradient = vjp(lambda x: randomized_transform(x, plan), x, x)
+    np.testing.assert_allclose(to_numpy(gradient), x @ matrix, atol=tolerance)
