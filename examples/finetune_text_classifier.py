@@ -53,7 +53,7 @@ def parse_arguments(arguments=None):
     add("--validation-examples", type=int, help="in all (1000; quick 400)")
     add("--epochs", type=int, help="for each method (20; quick 6)")
     add("--sequence-length", type=int, help="in tokens (48; quick 32)")
-    add("--rank", type=int, default=512, help="RLoRA's rank (512)")
+    add("--rank", type=int, default=384, help="RLoRA's rank (384)")
     add("--adapter-rate", type=float, default=5e-2, help="RLoRA's rate (5e-2)")
     add("--lora-rank", type=int, default=8, help="enable_lora's rank (8)")
     add("--lora-rate", type=float, default=3e-3, help="its rate (3e-3)")

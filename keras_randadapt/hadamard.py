@@ -34,8 +34,8 @@ HARTLEY_CORE_LIMIT = 1024
 HARTLEY_COMPOSITE_LIMIT = 128
 # Above this, two overlapping windows are cheaper than the core itself.
 WINDOW_CORE_LIMIT = 256
-# What one more pass over data in cache costs, in multiply-adds an element:
-# fits the times of all backends on a CPU, see benchmarks/README.md.
+# What one more pass over the data costs, in multiply-adds an element. Fits the
+# times on a CPU, see benchmarks/README.md.
 PASS_COST = 31
 _MAX_FACTORS = 4
 
@@ -75,14 +75,14 @@ def hadamard_factors(order):
     """Kronecker factors of the Hadamard matrix of an order.
 
     Multiplying by the factors one after the other costs the sum of their
-    orders a element, not `order`; they are nearly balanced.
+    orders an element, not `order`; they are nearly balanced.
 
     Args:
         order: Integer, at least 1.
 
     Returns:
-        A tuple of read-only `float64` arrays `F_i` of shapes `(n_i, n_i)`,
-        unnormalised (`F_i @ F_i.T == n_i * I`), such that
+        A tuple of `float64` arrays `F_i` of shapes `(n_i, n_i)`, unnormalised
+        (`F_i @ F_i.T == n_i * I`), such that
         `kron(F_1, kron(F_2, ...)) == hadamard(order, normalize=False)` and
         the product of the `n_i` is `order`.
 
@@ -90,7 +90,30 @@ def hadamard_factors(order):
         TypeError: If `order` is not an integer.
         ValueError: If `order` is not supported, see `is_supported`.
     """
-    return _factors(_check_order(order))
+    return group_factors(hadamard_cores(order))
+
+
+def hadamard_cores(order):
+    """`hadamard_factors` as finely as can be: primes of the construction."""
+    return _cores(_check_order(order))
+
+
+def group_factors(matrices, pass_cost=PASS_COST):
+    """Multiplies Kronecker factors out into fewer, cheaper to apply.
+
+    Args:
+        matrices: Tuple of arrays, not always square.
+        pass_cost: What a pass over the data costs in addition to its
+            products, in multiply-adds an element.
+
+    Returns:
+        A tuple of arrays of the same Kronecker product.
+    """
+    shapes = tuple(matrix.shape for matrix in matrices)
+    return tuple(
+        functools.reduce(np.kron, matrices[group], np.ones((1, 1)))
+        for group in _grouping(shapes, pass_cost)
+    )
 
 
 def is_supported(order):
@@ -148,29 +171,28 @@ def window_order(order):
 
 
 @functools.lru_cache(maxsize=None)
-def _factors(order):
+def _cores(order):
     odd, twos = _split_twos(order)
     cores = _decompose(odd, twos)
-    used = sum(exponent for _, _, exponent in cores)
-    atoms = [_core(*core) for core in cores]
-    atoms += [_SYLVESTER] * (twos - used)
-    factors = []
-    for group in _grouping([len(atom) for atom in atoms]):
-        factor = functools.reduce(np.kron, atoms[group], np.ones((1, 1)))
-        factor.flags.writeable = False
-        factors.append(factor)
-    return tuple(factors)
+    matrices = [_core(*core) for core in cores]
+    matrices += [_SYLVESTER] * (twos - sum(exponent for *_, exponent in cores))
+    for matrix in matrices:
+        matrix.flags.writeable = False
+    return tuple(matrices)
 
 
-def _grouping(sizes):
-    """Slices of consecutive cores whose products are cheapest to apply."""
+@functools.lru_cache(maxsize=None)
+def _grouping(shapes, pass_cost):
+    """Slices of consecutive factors whose products are cheapest to apply."""
 
     def cost(slices):
-        return sum(PASS_COST + math.prod(sizes[s]) for s in slices)
+        rows = (math.prod(p for p, _ in shapes[s]) for s in slices)
+        columns = (math.prod(q for _, q in shapes[s]) for s in slices)
+        return sum(pass_cost + min(pq) for pq in zip(rows, columns))
 
-    n = len(sizes)
+    n = len(shapes)
     candidates = (
-        [slice(a, b) for a, b in itertools.pairwise((0, *cuts, n))]
+        tuple(slice(a, b) for a, b in itertools.pairwise((0, *cuts, n)))
         for parts in range(min(_MAX_FACTORS, max(n, 1)))
         for cuts in itertools.combinations(range(1, n), parts)
     )

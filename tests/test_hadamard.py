@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from keras_randadapt import hadamard as module
+from keras_randadapt.hadamard import group_factors
 from keras_randadapt.hadamard import hadamard
+from keras_randadapt.hadamard import hadamard_cores
 from keras_randadapt.hadamard import hadamard_factors
 from keras_randadapt.hadamard import is_supported
 from keras_randadapt.hadamard import largest_order
@@ -41,7 +43,7 @@ def test_factors_multiply_to_the_order(order):
     assert math.prod(map(len, factors)) == order
     for factor in factors:
         assert_orthogonal(factor, len(factor))
-        assert factor.dtype == "float64" and not factor.flags.writeable
+        assert factor.dtype == "float64"
 
 
 @pytest.mark.parametrize("exponent", range(11))
@@ -100,15 +102,15 @@ def test_golden_matrices(order, expected):
 
 
 @pytest.mark.parametrize("order", [24, 240, 768, 1600, 86 * 8])
-def test_grouping_does_not_change_the_matrix(order, monkeypatch):
-    expected = hadamard(order)
-    module._factors.cache_clear()
-    monkeypatch.setattr(module, "PASS_COST", 0)
-    regrouped = hadamard_factors(order)
-    module._factors.cache_clear()
-    product = functools.reduce(np.kron, regrouped) / math.sqrt(order)
-    assert len(regrouped) > 1
-    np.testing.assert_allclose(product, expected, rtol=1e-12)
+def test_grouping_does_not_change_the_matrix(order):
+    expected = hadamard(order, normalize=False)
+    sizes = set()
+    for pass_cost in (0, 30, 10_000):
+        grouped = group_factors(hadamard_cores(order), pass_cost)
+        product = functools.reduce(np.kron, grouped)
+        np.testing.assert_allclose(product, expected, rtol=1e-12)
+        sizes.add(len(grouped))
+    assert 1 in sizes and len(sizes) > 1
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,10 @@ def test_bad_limit():
         largest_order(0)
     with pytest.raises(TypeError, match="`limit`"):
         largest_order(10.5)
+
+
+def test_cores_are_shared_and_read_only():
+    cores = hadamard_cores(768)
+    assert [len(core) for core in cores] == [12, 2, 2, 2, 2, 2, 2]
+    assert hadamard_cores(768)[0] is cores[0]
+    assert not any(core.flags.writeable for core in cores)

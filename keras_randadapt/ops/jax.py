@@ -15,6 +15,8 @@ from keras_randadapt.ops import steps
 # and rather than JAX's own transposition, which turns gathers into scatters
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
+# In multiply-adds an element, see benchmarks/README.md.
+_PASS_COST = 31
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
 # fifth, but leaves the other cores idle.
 _BLOCK = 1 << 19
@@ -96,10 +98,9 @@ def _apply_step(x, step):
 
 def _kronecker(x, step):
     low_precision = x.dtype.itemsize < 4
-    matrices = step.matrices if low_precision else step.scaled_matrices
     rows = x.shape[0]
-    for i, right in step.products:
-        matrix = matrices[i].astype(x.dtype)
+    for matrix, right in step.grouped(_PASS_COST, exact=low_precision):
+        matrix = matrix.astype(x.dtype)
         dim = matrix.shape[1]
         if right == 1:
             x = _dot(x.reshape(-1, dim), matrix.T)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_randadapt.hadamard import PASS_COST
 from keras_randadapt.ops import steps
 
 
@@ -43,7 +44,7 @@ def _kronecker(x, step):
     if dtype.itemsize < 4:
         # NumPy sums half precision in half precision.
         x = x.astype(np.float32)
-    for i, right in step.products:
-        matrix = step.scaled_matrices[i].astype(x.dtype)
+    for matrix, right in step.grouped(PASS_COST, exact=False):
+        matrix = matrix.astype(x.dtype)
         x = matrix @ x.reshape(-1, matrix.shape[1], right)
     return x.reshape(rows, step.output_dim).astype(dtype)

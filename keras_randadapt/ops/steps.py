@@ -16,7 +16,8 @@ import weakref
 
 import numpy as np
 
-from keras_randadapt.hadamard import hadamard_factors
+from keras_randadapt.hadamard import group_factors
+from keras_randadapt.hadamard import hadamard_cores
 from keras_randadapt.hadamard import window_order
 
 
@@ -42,29 +43,39 @@ class Kronecker:
     def output_dim(self):
         return math.prod(m.shape[0] for m in self.matrices)
 
-    @functools.cached_property
-    def products(self):
-        """`(i, right)` in the order in which to multiply.
+    def grouped(self, pass_cost, exact):
+        """What to multiply by, in order.
 
-        The product by `M_i` takes `(..., q_i, right)` to `(..., p_i, right)`.
-        Matrices that shrink the data go first and those that grow it last.
+        Args:
+            pass_cost: See `keras_randadapt.hadamard.group_factors`.
+            exact: Whether to leave `scale` out, to be multiplied by at the
+                end, so that entries stay exact in low precision.
+
+        Returns:
+            A tuple of `(matrix, right)`. The product by a matrix of shape
+            `(p, q)` takes `(..., q, right)` to `(..., p, right)`. Matrices
+            that shrink the data come first, and those that grow it last.
         """
-        sizes = [m.shape[1] for m in self.matrices]
-        order = sorted(
-            range(len(self.matrices)),
-            key=lambda i: self.matrices[i].shape[0] / self.matrices[i].shape[1],
-        )
-        products = []
-        for i in order:
-            products.append((i, math.prod(sizes[i + 1 :])))
-            sizes[i] = self.matrices[i].shape[0]
-        return tuple(products)
+        key = pass_cost, exact
+        if key not in self._grouped:
+            self._grouped[key] = self._group(*key)
+        return self._grouped[key]
 
     @functools.cached_property
-    def scaled_matrices(self):
-        """The matrices with `scale` folded in, for full precision."""
-        first, *others = self.matrices
-        return (first * self.scale, *others)
+    def _grouped(self):
+        return {}
+
+    def _group(self, pass_cost, exact):
+        matrices = list(group_factors(self.matrices, pass_cost))
+        sizes = [matrix.shape[1] for matrix in matrices]
+        if not exact:
+            matrices[0] = matrices[0] * self.scale
+        growth = [matrix.shape[0] / matrix.shape[1] for matrix in matrices]
+        products = []
+        for i in sorted(range(len(matrices)), key=growth.__getitem__):
+            products.append((matrices[i], math.prod(sizes[i + 1 :])))
+            sizes[i] = matrices[i].shape[0]
+        return tuple(products)
 
     @functools.cached_property
     def transpose(self):
@@ -191,7 +202,7 @@ class Program:
 
 def hadamard_steps(order, normalize=True):
     """The Hadamard transform of a supported order."""
-    factors = hadamard_factors(order)
+    factors = hadamard_cores(order)
     if not normalize:
         return Program([Kronecker(factors)])
     return Program(_normalized([factors]))
@@ -213,10 +224,10 @@ def randomized_steps(signs, embed, select):
     if window is None:
         # Powers of two are shared out over all stages: with two stages of an
         # odd power of two, nothing is left to multiply by.
-        factors = hadamard_factors(order)
+        factors = hadamard_cores(order)
         stages = [[step] for step in _normalized([factors] * len(signs))]
     else:
-        kronecker = _normalized([hadamard_factors(window)])[0]
+        kronecker = _normalized([hadamard_cores(window)])[0]
         stages = [
             [
                 Window(order, 0, window, kronecker),

@@ -4,6 +4,9 @@ import tensorflow as tf
 
 from keras_randadapt.ops import steps
 
+# In multiply-adds an element, see benchmarks/README.md.
+_PASS_COST = 31
+
 
 def compile_time(function):
     """Marks Python that is not to be traced; TensorFlow never traces it."""
@@ -72,9 +75,7 @@ def _apply_step(x, step):
 
 def _kronecker(x, step):
     low_precision = x.dtype.size < 4
-    matrices = step.matrices if low_precision else step.scaled_matrices
-    for i, right in step.products:
-        matrix = matrices[i]
+    for matrix, right in step.grouped(_PASS_COST, exact=low_precision):
         dim = matrix.shape[1]
         if right == 1:
             x = tf.reshape(x, [-1, dim])

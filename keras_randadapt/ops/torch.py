@@ -11,6 +11,8 @@ from keras_randadapt.ops import steps
 # construction of the matrices down to NumPy.
 compile_time = torch.compiler.assume_constant_result
 
+# In multiply-adds an element, see benchmarks/README.md.
+_PASS_COST = 36
 # Elements a block of rows, on a CPU: what is between steps stays in cache,
 # and is not asked from the system, which costs more than the arithmetic.
 _BLOCK = 1 << 19
@@ -109,17 +111,20 @@ def _apply_step(x, step):
 
 def _kronecker(x, step, out=None):
     rows = x.shape[0]
+    rights = [right for _, right in _grouped(step, x.dtype)]
     matrices = _constants(step, x)
-    *head, last = step.products
-    for i, right in head:
-        x = _product(x, matrices[i], right)
-    i, right = last
-    x = _product(x, matrices[i], right, out)
+    for matrix, right in zip(matrices[:-1], rights):
+        x = _product(x, matrix, right)
+    x = _product(x, matrices[-1], rights[-1], out)
     x = x.reshape(rows, step.output_dim)
     if x.dtype.itemsize < 4 and step.scale != 1.0:
         # In place, since `x` may be `out`; nothing else refers to it.
         x *= step.scale
     return x
+
+
+def _grouped(step, dtype):
+    return step.grouped(_PASS_COST, exact=dtype.itemsize < 4)
 
 
 def _product(x, matrix, right, out=None):
@@ -153,8 +158,7 @@ def _make_constants(step, x):
     dtype = x.dtype
     match step:
         case steps.Kronecker():
-            low_precision = dtype.itemsize < 4
-            arrays = step.matrices if low_precision else step.scaled_matrices
+            arrays = [matrix for matrix, _ in _grouped(step, dtype)]
         case steps.Multiply():
             arrays = (step.vector,)
         case steps.Take():
