@@ -9,7 +9,6 @@ whoever holds a reference to one goes on working.
 import contextlib
 import re
 import types
-import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -18,19 +17,12 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt import checks
 from keras_randadapt import report as report_lib
 from keras_randadapt import root
 from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
 from keras_randadapt.adapters.base import Adapter
-
-#: Layers of KerasHub that multiply by a sublayer's `kernel` instead of calling
-#: it, which is wrong for integers that only the sublayer can scale.
-_READS_KERNELS = {
-    "Gemma4TextDecoderBlock",
-    "Gemma4VisionDecoderBlock",
-    "Gemma4ClippableEinsumDense",
-}
 
 #: What `targets`, `exclude` and `keep_trainable` may be.
 Targets = (
@@ -40,8 +32,6 @@ Targets = (
     | Callable[[keras.layers.Layer], bool]
     | None
 )
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
 
 def inject(
@@ -103,15 +93,15 @@ def inject(
     classifier.fit(x, y)
     ```
     """
-    check_model(model)
-    _check_adapter(adapter)
-    check_new_name(model, name)
-    layers = layers_of(model)
+    checks.check_model(model)
+    checks.check_adapter(adapter)
+    checks.check_new_name(model, name)
+    layers = root.layers_of(model)
     kept = targets_lib.select_kept(layers, keep_trainable)
     chosen = targets_lib.select_sites(layers, targets, exclude, kept)
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
-    check_attachable(model, layers, chosen, kept)
+    checks.check_attachable(model, layers, chosen, kept)
     built = build_adapters(adapter, name, layers, chosen)
     attach(model, adapter, name, chosen, kept, layers, built)
     return report_lib.Report(model, name)
@@ -130,7 +120,7 @@ def attach(model, template, name, addresses, kept, layers, built):
         built: dict from address to adapter; see `build_adapters`.
     """
     trainable_before = list(map(id, model.trainable_variables))
-    if not is_adapted(model):
+    if not root.is_adapted(model):
         _become_root(model, layers)
     state = model._randadapt
     for address in addresses:
@@ -147,18 +137,18 @@ def attach(model, template, name, addresses, kept, layers, built):
     if len(state.records) == 1:
         _activate(model, (name,))
     else:
-        apply_trainable(model)
+        root.apply_trainable(model)
     _refresh(model, trainable_before)
 
 
 def attach_from_config(model, config):
     """Attaches an adapter that a whole-model config describes."""
-    check_model(model)
-    layers = layers_of(model)
+    checks.check_model(model)
+    layers = root.layers_of(model)
     template = root.deserialize_adapter(config["adapter"])
     name, addresses, kept = config["name"], config["sites"], config["kept"]
-    check_new_name(model, name)
-    check_attachable(model, layers, addresses, kept)
+    checks.check_new_name(model, name)
+    checks.check_attachable(model, layers, addresses, kept)
     built = build_adapters(template, name, layers, addresses)
     attach(model, template, name, addresses, kept, layers, built)
 
@@ -179,9 +169,9 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     Raises:
         ValueError: If the model has no adapter, or none of this name.
     """
-    state = state_of(model)
+    state = root.state_of(model)
     names = list(state.records) if name is None else [name]
-    check_names(state, names)
+    checks.check_names(state, names)
     trainable_before = list(map(id, model.trainable_variables))
     _activate(model, tuple(n for n in state.active if n not in names))
     for one in names:
@@ -216,7 +206,7 @@ def merge(model: keras.Model) -> keras.Model:
         ValueError: If the model has no adapter, or if a merged kernel would
             hold NaN or infinity; nothing is changed then.
     """
-    state = state_of(model)
+    state = root.state_of(model)
     _check_finite_merge(state)
     for layer in state.site_layers:
         if layer.adapter.active():
@@ -247,7 +237,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     Raises:
         ValueError: As `merge` does.
     """
-    state = state_of(model)
+    state = root.state_of(model)
     _check_finite_merge(state)
     active = state.active
     before = {}
@@ -281,7 +271,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
         base_logits = model.predict(x)
     ```
     """
-    state = state_of(model)
+    state = root.state_of(model)
     active = state.active
     trainable_before = list(map(id, model.trainable_variables))
     _activate(model, (), freeze=False)
@@ -307,9 +297,9 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
         ValueError: If a name is unknown or given twice, or if two adapters
             keep the same layer trainable and so can't both be active.
     """
-    state = state_of(model)
+    state = root.state_of(model)
     names = (names,) if isinstance(names, str) else tuple(names)
-    check_names(state, names)
+    checks.check_names(state, names)
     if len(set(names)) != len(names):
         raise ValueError(f"`names` repeats a name. Received: names={names}")
     owner = {}
@@ -337,57 +327,14 @@ def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:
         dict from structural address to layer, in the model's order; empty if
         no adapter is attached.
     """
-    _check_is_model(model)
-    if not is_adapted(model):
+    root.check_is_model(model)
+    if not root.is_adapted(model):
         return {}
     state = model._randadapt
     return {a: state.layers[a] for a in state.site_addresses}
 
 
-def is_adapted(model) -> bool:
-    """Whether adapters are attached to this model itself."""
-    return "_randadapt" in vars(model)
-
-
-def apply_trainable(model):
-    """Freezes all of a model but its active adapters and their kept layers."""
-    state = model._randadapt
-    for layer in _compat.flatten_layers(model):
-        if layer is model:
-            for variable in _compat.owned_variables(layer):
-                variable.trainable = False
-        elif _compat.owned_variables(layer):
-            # The layer and not only its variables: a frozen
-            # BatchNormalization must also stop moving its statistics.
-            layer.trainable = False
-    for name in state.active:
-        record = state.records[name]
-        for adapter in state.adapters(name).values():
-            adapter.trainable = True
-        for address in record.kept:
-            state.layers[address].trainable = True
-
-
 # The state of the model.
-
-
-def state_of(model):
-    """The `RootState` of an adapted model; an error for any other."""
-    _check_is_model(model)
-    if not is_adapted(model):
-        raise ValueError(
-            f"Model '{model.name}' has no adapter attached. Call "
-            "`keras_randadapt.inject(model, adapter)` first, on this model "
-            "itself rather than on a part of it."
-        )
-    return model._randadapt
-
-
-def layers_of(model):
-    """dict from structural address to layer, of all of a model's layers."""
-    if is_adapted(model):
-        return model._randadapt.layers
-    return targets_lib.layers_by_address(model)
 
 
 def _become_root(model, layers):
@@ -474,7 +421,7 @@ def _activate(model, names, freeze=True):
     state.active = tuple(names)
     _show(model, names)
     if freeze:
-        apply_trainable(model)
+        root.apply_trainable(model)
 
 
 def _refresh(model, trainable_before):
@@ -570,161 +517,6 @@ def _restore_kernel(layer, values):
     variables = _compat.owned_variables(layer)
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-
-
-# Checks, all before anything changes.
-
-
-def _check_is_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`. "
-            f"Received: model={model!r} (of type {type(model).__name__})"
-        )
-
-
-def check_model(model):
-    """Raises an error if adapters can't be attached to a model."""
-    _check_is_model(model)
-    if _compat.is_nnx_enabled():
-        raise NotImplementedError(
-            "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "
-            "let their class be changed, which is how adapters are attached. "
-            "Unset `KERAS_NNX_ENABLED`."
-        )
-    if not model.built:
-        raise ValueError(
-            f"Model '{model.name}' is not built, so it has no layers with "
-            "weights yet. Call it once on data or call `model.build(...)`, "
-            "then inject."
-        )
-    if is_adapted(model):
-        return
-    for layer in _compat.flatten_layers(model):
-        if isinstance(layer, site_layers.Site) or (
-            isinstance(layer, keras.Model) and is_adapted(layer)
-        ):
-            raise ValueError(
-                f"A part of model '{model.name}' has adapters attached "
-                f"already ('{layer.name}'). Inject into the same model as "
-                "before, or eject there first."
-            )
-    if model._inbound_nodes:
-        warnings.warn(
-            f"Model '{model.name}' is used inside another model. If that one "
-            "was trained before, its compiled steps do not know of the "
-            "adapters; inject into the outermost model instead.",
-            stacklevel=3,
-        )
-
-
-def _check_adapter(adapter):
-    if isinstance(adapter, type) and issubclass(adapter, Adapter):
-        raise TypeError(
-            f"`adapter` must be an instance: write `{adapter.__name__}(...)`. "
-            f"Received the class {adapter.__name__}"
-        )
-    if not isinstance(adapter, Adapter):
-        raise TypeError(
-            "`adapter` must be an adapter such as `RLoRA(512)`. "
-            f"Received: adapter={adapter!r} (of type {type(adapter).__name__})"
-        )
-    if adapter.built:
-        raise ValueError(
-            "`adapter` is built already. `inject` takes an unbuilt template "
-            f"and clones it: write `{type(adapter).__name__}(...)` anew."
-        )
-
-
-def check_new_name(model, name):
-    """Raises `ValueError` if an adapter can't be given this name."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            "`name` must consist of letters, digits, `_` and `-`, and start "
-            f"with a letter or digit. Received: name={name!r}"
-        )
-    if is_adapted(model) and name in model._randadapt.records:
-        raise ValueError(
-            f"Model '{model.name}' has an adapter called '{name}' already. "
-            "Give another `name`, or eject that one first: "
-            f"`keras_randadapt.eject(model, {name!r})`."
-        )
-
-
-def check_names(state, names):
-    """Raises `ValueError` if one of these adapters is not attached."""
-    for name in names:
-        if name not in state.records:
-            raise ValueError(
-                f"There is no adapter called {name!r}. "
-                f"Attached: {sorted(state.records)}"
-            )
-
-
-def check_attachable(model, layers, addresses, kept):
-    """Raises `ValueError` if one of these layers can't be a site or kept."""
-    absent = [a for a in [*addresses, *kept] if a not in layers]
-    if absent:
-        raise ValueError(
-            f"The model has no layer at the addresses {absent[:5]}."
-        )
-    owners = {}
-    for layer in _compat.flatten_layers(model):
-        for variable in _compat.owned_variables(layer):
-            owners.setdefault(id(variable), []).append(layer)
-    for address in addresses:
-        site_layers.check_site(address, layers[address])
-        _check_parent(address, layers)
-        kernel = site_layers.kernel_variable(layers[address])
-        sharing = owners.get(id(kernel), [])
-        if len(sharing) > 1:
-            others = [
-                x.path or x.name for x in sharing if x is not layers[address]
-            ]
-            raise ValueError(
-                f"The kernel of '{address}' belongs to other layers as well "
-                f"({others}): an adapter here would not reach them, and a "
-                "merge would change them. Leave the layer out with `exclude`."
-            )
-        _check_distribution(address, kernel)
-    for address in kept:
-        inside = [
-            a for a in addresses if a == address or a.startswith(f"{address}/")
-        ]
-        if inside:
-            raise ValueError(
-                f"'{inside[0]}' is both a target and, by `keep_trainable`, "
-                f"part of '{address}', whose own weights are trained. Choose "
-                "one of the two."
-            )
-
-
-def _check_parent(address, layers):
-    layer = layers[address]
-    parent = layers.get(address.rpartition("/")[0])
-    reads = type(parent).__name__ in _READS_KERNELS
-    if layer.quantization_mode is not None and reads:
-        raise ValueError(
-            f"'{address}' is quantized to '{layer.quantization_mode}', and "
-            f"KerasHub's {type(parent).__name__} multiplies by its integers "
-            "without their scale. Leave it out with `exclude`, or do not "
-            "quantize."
-        )
-
-
-def _check_distribution(address, kernel):
-    if keras.config.backend() != "jax":
-        return
-    if keras.distribution.distribution() is not None:
-        return
-    sharding = getattr(kernel.value, "sharding", None)
-    if sharding is not None and len(sharding.device_set) > 1:
-        raise ValueError(
-            f"The kernel of '{address}' is laid out over "
-            f"{len(sharding.device_set)} devices, but no distribution is "
-            "active, so adapters would live on one device. Call `inject` "
-            "under the same `keras.distribution` that built the model."
-        )
 
 
 def _without_task_head(model, layers, chosen):

@@ -3,6 +3,7 @@
 import math
 
 from keras_randadapt import _compat
+from keras_randadapt import file_format
 
 
 class Report:
@@ -21,8 +22,6 @@ class Report:
     """
 
     def __init__(self, model, name):
-        from keras_randadapt.saving import adapter_file
-
         state = model._randadapt
         record = state.records[name]
         adapters = state.adapters(name).values()
@@ -47,7 +46,7 @@ class Report:
             for layer, _ in state.layer_flags
             for variable in _unique(_compat.owned_variables(layer), kept)
         )
-        self.file_bytes = adapter_file.size(model, name)
+        self.file_bytes = file_format.size(model, name)
 
     def __str__(self):
         total = (

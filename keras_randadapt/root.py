@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import site_layers
+from keras_randadapt import targets
 
 _ASSET = "randadapt_kept.npz"
 
@@ -82,6 +83,58 @@ class RootState:
         }
 
 
+def check_is_model(model):
+    """Raises `TypeError` unless `model` is a Keras model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def is_adapted(model) -> bool:
+    """Whether adapters are attached to this model itself."""
+    return "_randadapt" in vars(model)
+
+
+def state_of(model):
+    """The `RootState` of an adapted model; an error for any other."""
+    check_is_model(model)
+    if not is_adapted(model):
+        raise ValueError(
+            f"Model '{model.name}' has no adapter attached. Call "
+            "`keras_randadapt.inject(model, adapter)` first, on this model "
+            "itself rather than on a part of it."
+        )
+    return model._randadapt
+
+
+def layers_of(model):
+    """dict from structural address to layer, of all of a model's layers."""
+    if is_adapted(model):
+        return model._randadapt.layers
+    return targets.layers_by_address(model)
+
+
+def apply_trainable(model):
+    """Freezes all of a model but its active adapters and their kept layers."""
+    state = model._randadapt
+    for layer in _compat.flatten_layers(model):
+        if layer is model:
+            for variable in _compat.owned_variables(layer):
+                variable.trainable = False
+        elif _compat.owned_variables(layer):
+            # The layer and not only its variables: a frozen
+            # BatchNormalization must also stop moving its statistics.
+            layer.trainable = False
+    for name in state.active:
+        record = state.records[name]
+        for adapter in state.adapters(name).values():
+            adapter.trainable = True
+        for address in record.kept:
+            state.layers[address].trainable = True
+
+
 def kept_layer_values(layer):
     """Copies of all weights at and below a layer."""
     return [
@@ -113,9 +166,7 @@ class AdaptedRoot:
         self._root_base.trainable.fset(self, value)
         if value and "_randadapt" in vars(self):
             # `model.trainable = True` must not thaw the base model.
-            from keras_randadapt import injection
-
-            injection.apply_trainable(self)
+            apply_trainable(self)
 
     def get_config(self):
         state = self._randadapt

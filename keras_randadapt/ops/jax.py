@@ -16,7 +16,7 @@ from keras_randadapt.ops import steps
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
 # In multiply-adds an element, see benchmarks/README.md.
-_PASS_COST = 31
+_PASS_COST = 20
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
 # fifth, but leaves the other cores idle.
 _BLOCK = 1 << 19

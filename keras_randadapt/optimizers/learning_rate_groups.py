@@ -4,7 +4,7 @@ import re
 
 import keras
 
-from keras_randadapt import injection
+from keras_randadapt import root
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
 
@@ -55,7 +55,7 @@ def learning_rate_groups(
     )
     ```
     """
-    injection.state_of(model)
+    root.state_of(model)
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         raise NotImplementedError(
             "`learning_rate_groups` uses `keras.optimizers.MultiOptimizer`, "

@@ -1,15 +1,5 @@
-"""Adapter files: a safetensors file of one adapter's trained weights.
+"""Saving and loading adapter files."""
 
-One float32 tensor a site, keyed by the site's structural address, holds the
-site's weights one after the other, and one tensor a weight of each kept layer.
-Everything else is rebuilt from the metadata: one JSON text under the key
-`keras_randadapt`, with the adapter's class and config, what it was trained on,
-and a hash of each basis. Keys are sorted and the JSON is canonical, so every
-backend writes the same bytes.
-"""
-
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,13 +10,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_randadapt import checks
+from keras_randadapt import file_format
 from keras_randadapt import injection
 from keras_randadapt import report
 from keras_randadapt import root
 from keras_randadapt import site_layers
-
-FORMAT_VERSION = 1
-_METADATA_KEY = "keras_randadapt"
 
 
 def save_adapter(
@@ -58,7 +47,7 @@ def save_adapter(
     kra.save_adapter(model, "sentiment.safetensors")
     ```
     """
-    state = injection.state_of(model)
+    state = root.state_of(model)
     if name is None:
         if len(state.records) > 1:
             raise ValueError(
@@ -66,12 +55,13 @@ def save_adapter(
                 f"`name`. Attached: {sorted(state.records)}"
             )
         (name,) = state.records
-    injection.check_names(state, [name])
-    tensors = _site_tensors(state, name)
-    tensors.update(_kept_tensors(state, name))
-    metadata = _metadata(model, name, preset)
+    checks.check_names(state, [name])
+    tensors = file_format.site_tensors(state, name)
+    tensors.update(file_format.kept_tensors(state, name))
+    metadata = file_format.describe(model, name, preset)
     data = safetensors.numpy.save(
-        tensors, metadata={_METADATA_KEY: _canonical(metadata)}
+        tensors,
+        metadata={file_format.METADATA_KEY: file_format.canonical(metadata)},
     )
     _write(filepath, data)
 
@@ -128,8 +118,8 @@ def load_adapter(
             f"{error}"
         ) from error
     name = metadata["name"] if name is None else name
-    injection.check_model(model)
-    layers = injection.layers_of(model)
+    checks.check_model(model)
+    layers = root.layers_of(model)
     rename = _relocation(filepath, metadata, tensors, model, layers)
     _check_base(filepath, metadata, model, preset)
 
@@ -139,13 +129,13 @@ def load_adapter(
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers)
     addresses.sort(key=order.get)
-    injection.check_attachable(model, layers, addresses, kept)
-    present = injection.is_adapted(model) and name in model._randadapt.records
+    checks.check_attachable(model, layers, addresses, kept)
+    present = root.is_adapted(model) and name in model._randadapt.records
     if present:
         _check_same(filepath, model, name, template, addresses, kept)
         built = model._randadapt.adapters(name)
     else:
-        injection.check_new_name(model, name)
+        checks.check_new_name(model, name)
         built = injection.build_adapters(template, name, layers, addresses)
     _check_bases(filepath, metadata, built)
     values = _adapter_values(filepath, built, by_address)
@@ -166,147 +156,7 @@ def load_adapter(
     return report.Report(model, name)
 
 
-def size(model, name):
-    """The exact size in bytes of an adapter's file, without writing it."""
-    state = model._randadapt
-    record = state.records[name]
-    shapes = {
-        address: ("F32", (_count(adapter),))
-        for address, adapter in state.adapters(name).items()
-    }
-    for address in record.kept:
-        for i, weight in enumerate(state.layers[address].weights):
-            array = np.zeros(0, _stored_dtype(weight))
-            kind = "F" if array.dtype.kind == "f" else "I"
-            dtype = f"{kind}{8 * array.dtype.itemsize}"
-            shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
-    header = {
-        "__metadata__": {
-            _METADATA_KEY: _canonical(_metadata(model, name, None))
-        }
-    }
-    offset = 0
-    # safetensors lays tensors out by falling alignment, then by name.
-    order = sorted(shapes, key=lambda k: (-int(shapes[k][0][1:]), k))
-    for key in order:
-        dtype, shape = shapes[key]
-        end = offset + math.prod(shape) * int(dtype[1:]) // 8
-        header[key] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    length = len(text.encode())
-    return 8 + (length + 7) // 8 * 8 + offset
-
-
 # Writing.
-
-
-def _count(adapter):
-    return sum(math.prod(weight.shape) for weight in adapter.weights)
-
-
-def _site_tensors(state, name):
-    return {
-        address: np.concatenate(
-            [_array(weight).astype("float32").ravel() for weight in a.weights]
-        )
-        for address, a in state.adapters(name).items()
-    }
-
-
-def _kept_tensors(state, name):
-    record = state.records[name]
-    tensors = {}
-    for address in record.kept:
-        layer = state.layers[address]
-        if record.kept_values is None:
-            values = root.kept_layer_values(layer)
-        else:
-            values = record.kept_values[address]
-        for i, (weight, value) in enumerate(zip(layer.weights, values)):
-            tensors[f"{address}#{i}"] = np.ascontiguousarray(
-                value.astype(_stored_dtype(weight))
-            )
-    return tensors
-
-
-def _stored_dtype(weight):
-    # bfloat16 and float16 widen to float32 and back without loss; bfloat16
-    # is no NumPy dtype.
-    dtype = keras.backend.standardize_dtype(weight.dtype)
-    if dtype in ("float16", "bfloat16"):
-        return "float32"
-    return dtype
-
-
-def _metadata(model, name, preset):
-    state = model._randadapt
-    record = state.records[name]
-    adapters = state.adapters(name)
-    shapes = [
-        f"{adapters[a].input_dim}x{adapters[a].output_dim}"
-        for a in sorted(record.addresses)
-    ]
-    metadata = {
-        "version": FORMAT_VERSION,
-        "name": name,
-        "adapter": root.serialize_adapter(record.template),
-        "model": _model_description(model),
-        # Run-length encoded, in the order of the sorted addresses.
-        "kernel_views": [
-            [shape, len(list(group))]
-            for shape, group in itertools.groupby(shapes)
-        ],
-        "bases": _basis_hashes(adapters),
-        "kept": sorted(record.kept),
-    }
-    if preset is not None:
-        metadata["preset"] = preset
-    return metadata
-
-
-def _model_description(model):
-    cls = type(model)
-    if injection.is_adapted(model):
-        cls = model._root_base
-    description = {"class": cls.__name__}
-    backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, keras.Model):
-        description["backbone"] = type(backbone).__name__
-    return description
-
-
-def _basis_hashes(adapters):
-    """A hash of every distinct basis, by the role and shape it is made for."""
-    hashes = {}
-    for adapter in adapters.values():
-        digest = adapter.basis_digest()
-        if digest:
-            hashes[_basis_key(adapter)] = _short_hash(digest)
-    return hashes
-
-
-def _basis_key(adapter):
-    shape = f"{adapter.input_dim}x{adapter.output_dim}"
-    return f"{adapter.site_role} {shape}"
-
-
-def _short_hash(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _canonical(metadata):
-    return json.dumps(
-        metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
-
-
-def _array(variable):
-    return np.asarray(keras.ops.convert_to_numpy(variable))
 
 
 def _write(filepath, data):
@@ -340,17 +190,17 @@ def _read(filepath):
     try:
         with safetensors.safe_open(filepath, framework="np") as file:
             header = file.metadata() or {}
-            if _METADATA_KEY not in header:
+            if file_format.METADATA_KEY not in header:
                 raise ValueError(
                     f"'{filepath}' is a safetensors file, but not one that "
                     "`keras_randadapt.save_adapter` wrote."
                 )
-            metadata = json.loads(header[_METADATA_KEY])
-            if metadata.get("version") != FORMAT_VERSION:
+            metadata = json.loads(header[file_format.METADATA_KEY])
+            if metadata.get("version") != file_format.VERSION:
                 raise ValueError(
                     f"'{filepath}' has format version "
                     f"{metadata.get('version')!r}; this release of "
-                    f"keras_randadapt reads version {FORMAT_VERSION}. "
+                    f"keras_randadapt reads version {file_format.VERSION}. "
                     "Upgrade keras_randadapt."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -403,9 +253,10 @@ def _relocation(filepath, metadata, tensors, model, layers):
         if all(key.removeprefix(prefix) in layers for key in keys):
             return lambda key: key.removeprefix(prefix)
     missing = [key for key in keys if key not in layers]
+    ours = file_format.describe_model(model)["class"]
     raise ValueError(
         f"'{filepath}' was trained on a {metadata['model']['class']}; this "
-        f"{_model_description(model)['class']} lacks {len(missing)} of its "
+        f"{ours} lacks {len(missing)} of its "
         f"{len(keys)} addresses: {missing[:5]}"
         + (" and more." if len(missing) > 5 else ".")
     )
@@ -413,7 +264,7 @@ def _relocation(filepath, metadata, tensors, model, layers):
 
 def _check_base(filepath, metadata, model, preset):
     theirs = metadata["model"]
-    ours = _model_description(model)
+    ours = file_format.describe_model(model)
     equal = theirs["class"] == ours["class"]
     # A backbone and a task around the same class of backbone.
     related = {theirs.get("backbone", theirs["class"])} & {
@@ -459,7 +310,7 @@ def _check_same(filepath, model, name, template, addresses, kept):
     record = model._randadapt.records[name]
     ours = root.serialize_adapter(record.template)
     theirs = root.serialize_adapter(template)
-    if _canonical(ours) != _canonical(theirs):
+    if file_format.canonical(ours) != file_format.canonical(theirs):
         difference = f"the file's is {theirs}, the model's {ours}"
     elif set(record.addresses) != set(addresses):
         difference = "they are on different sites"
@@ -474,7 +325,7 @@ def _check_same(filepath, model, name, template, addresses, kept):
 
 
 def _check_bases(filepath, metadata, built):
-    ours = _basis_hashes(built)
+    ours = file_format.basis_hashes(built)
     theirs = metadata["bases"]
     # Roles are last parts of addresses, which no relocation changes.
     wrong = sorted(
@@ -494,7 +345,7 @@ def _adapter_values(filepath, built, tensors):
     values = {}
     for address, adapter in built.items():
         flat = tensors[address]
-        expected = _count(adapter)
+        expected = file_format.count(adapter)
         if flat.shape != (expected,) or flat.dtype != np.float32:
             raise ValueError(
                 f"'{filepath}' holds {flat.dtype} values of shape "

@@ -1,0 +1,166 @@
+"""What must hold of arguments, models and sites before anything changes."""
+
+import re
+import warnings
+
+import keras
+
+from keras_randadapt import _compat
+from keras_randadapt import root
+from keras_randadapt import site_layers
+from keras_randadapt.adapters.base import Adapter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
+
+#: Layers of KerasHub that multiply by a sublayer's `kernel` instead of calling
+#: it, which is wrong for integers that only the sublayer can scale.
+_READS_KERNELS = {
+    "Gemma4TextDecoderBlock",
+    "Gemma4VisionDecoderBlock",
+    "Gemma4ClippableEinsumDense",
+}
+
+
+def check_model(model):
+    """Raises an error if adapters can't be attached to a model."""
+    root.check_is_model(model)
+    if _compat.is_nnx_enabled():
+        raise NotImplementedError(
+            "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "
+            "let their class be changed, which is how adapters are attached. "
+            "Unset `KERAS_NNX_ENABLED`."
+        )
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so it has no layers with "
+            "weights yet. Call it once on data or call `model.build(...)`, "
+            "then inject."
+        )
+    if root.is_adapted(model):
+        return
+    for layer in _compat.flatten_layers(model):
+        if isinstance(layer, site_layers.Site) or (
+            isinstance(layer, keras.Model) and root.is_adapted(layer)
+        ):
+            raise ValueError(
+                f"A part of model '{model.name}' has adapters attached "
+                f"already ('{layer.name}'). Inject into the same model as "
+                "before, or eject there first."
+            )
+    if model._inbound_nodes:
+        warnings.warn(
+            f"Model '{model.name}' is used inside another model. If that one "
+            "was trained before, its compiled steps do not know of the "
+            "adapters; inject into the outermost model instead.",
+            stacklevel=3,
+        )
+
+
+def check_adapter(adapter):
+    """Raises an error unless `adapter` is an unbuilt adapter."""
+    if isinstance(adapter, type) and issubclass(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be an instance: write `{adapter.__name__}(...)`. "
+            f"Received the class {adapter.__name__}"
+        )
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            "`adapter` must be an adapter such as `RLoRA(512)`. "
+            f"Received: adapter={adapter!r} (of type {type(adapter).__name__})"
+        )
+    if adapter.built:
+        raise ValueError(
+            "`adapter` is built already. `inject` takes an unbuilt template "
+            f"and clones it: write `{type(adapter).__name__}(...)` anew."
+        )
+
+
+def check_new_name(model, name):
+    """Raises `ValueError` if an adapter can't be given this name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            "`name` must consist of letters, digits, `_` and `-`, and start "
+            f"with a letter or digit. Received: name={name!r}"
+        )
+    if root.is_adapted(model) and name in model._randadapt.records:
+        raise ValueError(
+            f"Model '{model.name}' has an adapter called '{name}' already. "
+            "Give another `name`, or eject that one first: "
+            f"`keras_randadapt.eject(model, {name!r})`."
+        )
+
+
+def check_names(state, names):
+    """Raises `ValueError` if one of these adapters is not attached."""
+    for name in names:
+        if name not in state.records:
+            raise ValueError(
+                f"There is no adapter called {name!r}. "
+                f"Attached: {sorted(state.records)}"
+            )
+
+
+def check_attachable(model, layers, addresses, kept):
+    """Raises `ValueError` if one of these layers can't be a site or kept."""
+    absent = [a for a in [*addresses, *kept] if a not in layers]
+    if absent:
+        raise ValueError(
+            f"The model has no layer at the addresses {absent[:5]}."
+        )
+    owners = {}
+    for layer in _compat.flatten_layers(model):
+        for variable in _compat.owned_variables(layer):
+            owners.setdefault(id(variable), []).append(layer)
+    for address in addresses:
+        site_layers.check_site(address, layers[address])
+        _check_parent(address, layers)
+        kernel = site_layers.kernel_variable(layers[address])
+        sharing = owners.get(id(kernel), [])
+        if len(sharing) > 1:
+            others = [
+                x.path or x.name for x in sharing if x is not layers[address]
+            ]
+            raise ValueError(
+                f"The kernel of '{address}' belongs to other layers as well "
+                f"({others}): an adapter here would not reach them, and a "
+                "merge would change them. Leave the layer out with `exclude`."
+            )
+        _check_distribution(address, kernel)
+    for address in kept:
+        inside = [
+            a for a in addresses if a == address or a.startswith(f"{address}/")
+        ]
+        if inside:
+            raise ValueError(
+                f"'{inside[0]}' is both a target and, by `keep_trainable`, "
+                f"part of '{address}', whose own weights are trained. Choose "
+                "one of the two."
+            )
+
+
+def _check_parent(address, layers):
+    layer = layers[address]
+    parent = layers.get(address.rpartition("/")[0])
+    reads = type(parent).__name__ in _READS_KERNELS
+    if layer.quantization_mode is not None and reads:
+        raise ValueError(
+            f"'{address}' is quantized to '{layer.quantization_mode}', and "
+            f"KerasHub's {type(parent).__name__} multiplies by its integers "
+            "without their scale. Leave it out with `exclude`, or do not "
+            "quantize."
+        )
+
+
+def _check_distribution(address, kernel):
+    if keras.config.backend() != "jax":
+        return
+    if keras.distribution.distribution() is not None:
+        return
+    sharding = getattr(kernel.value, "sharding", None)
+    if sharding is not None and len(sharding.device_set) > 1:
+        raise ValueError(
+            f"The kernel of '{address}' is laid out over "
+            f"{len(sharding.device_set)} devices, but no distribution is "
+            "active, so adapters would live on one device. Call `inject` "
+            "under the same `keras.distribution` that built the model."
+        )

@@ -1,0 +1,147 @@
+"""How the kernel of an einsum is seen as a matrix."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+
+class KernelView(NamedTuple):
+    """The shape of a kernel seen as a matrix."""
+
+    input_dim: int
+    output_dim: int
+
+
+class EinsumPlan:
+    """How one einsum equation's kernel is seen as a matrix.
+
+    Kernel axes are sorted by what their label does: contracted with the input
+    (rows of the view) or present in the output (columns). By label, never by
+    position, so a rank-r view update is a rank-r update of the linear map for
+    every equation, Gemma's `"btd,ndh->btnh"` included.
+    """
+
+    @staticmethod
+    @functools.lru_cache(maxsize=512)
+    def of(equation, kernel_shape, input_rank):
+        return EinsumPlan(equation, kernel_shape, input_rank)
+
+    def __init__(self, equation, kernel_shape, input_rank):
+        x, kernel, y = _parse_equation(equation, len(kernel_shape), input_rank)
+        sizes = dict(zip(kernel, kernel_shape))
+        rows = [label for label in kernel if label not in y]
+        columns = [label for label in kernel if label in y]
+        self._kernel_to_view = [kernel.index(a) for a in rows + columns]
+        self._view_to_kernel = _inverse(self._kernel_to_view)
+        self._kernel_shape = tuple(int(size) for size in kernel_shape)
+        self._row_sizes = [int(sizes[label]) for label in rows]
+        self._column_sizes = [int(sizes[label]) for label in columns]
+        self.view_shape = KernelView(
+            int(np.prod(self._row_sizes)), int(np.prod(self._column_sizes))
+        )
+        # One plain matrix product needs every row label in the input, no
+        # column label there, and nothing else summed over.
+        batch = [label for label in x if label not in kernel]
+        self.is_matrix_product = (
+            set(rows) <= set(x)
+            and not set(columns) & set(x)
+            and set(batch) <= set(y)
+            and set(y) == set(batch) | set(columns)
+        )
+        if not self.is_matrix_product:
+            return
+        self._flatten_x = [x.index(label) for label in batch + rows]
+        self._unflatten_x = _inverse(self._flatten_x)
+        self._flatten_y = [y.index(label) for label in batch + columns]
+        self._unflatten_y = _inverse(self._flatten_y)
+        self._batch_axes = [x.index(label) for label in batch]
+
+    def to_view(self, kernel):
+        """Kernel of the layer's shape to the matrix `view_shape`."""
+        return ops.reshape(
+            _transpose(kernel, self._kernel_to_view), self.view_shape
+        )
+
+    def from_view(self, view):
+        """Undoes `to_view`."""
+        shape = [self._kernel_shape[axis] for axis in self._kernel_to_view]
+        return _transpose(ops.reshape(view, shape), self._view_to_kernel)
+
+    def flatten_input(self, x):
+        """Layer input to `(*batch, input_dim)`."""
+        x = _transpose(x, self._flatten_x)
+        if len(self._row_sizes) == 1:
+            return x
+        batch = ops.shape(x)[: len(self._batch_axes)]
+        return ops.reshape(x, (*batch, self.view_shape.input_dim))
+
+    def unflatten_input(self, z, inputs):
+        """Undoes `flatten_input`; `inputs` gives the batch axes."""
+        if len(self._row_sizes) != 1:
+            shape = ops.shape(inputs)
+            batch = [shape[axis] for axis in self._batch_axes]
+            z = ops.reshape(z, (*batch, *self._row_sizes))
+        return _transpose(z, self._unflatten_x)
+
+    def probe(self, units, product):
+        """The view, read off the products with all unit vectors."""
+        ones = [1] * (len(self._batch_axes) - 1)
+        z = ops.reshape(units, (*ones, -1, *self._row_sizes))
+        y = product(_transpose(z, self._unflatten_x))
+        return ops.reshape(self.flatten_output(y), self.view_shape)
+
+    def flatten_output(self, y):
+        """Layer output to `(*batch, output_dim)`."""
+        y = _transpose(y, self._flatten_y)
+        if len(self._column_sizes) == 1:
+            return y
+        batch = ops.shape(y)[: len(self._batch_axes)]
+        return ops.reshape(y, (*batch, self.view_shape.output_dim))
+
+    def unflatten_output(self, y, inputs):
+        """Undoes `flatten_output`; `inputs` gives the batch axes."""
+        if len(self._column_sizes) != 1:
+            shape = ops.shape(inputs)
+            batch = [shape[axis] for axis in self._batch_axes]
+            y = ops.reshape(y, (*batch, *self._column_sizes))
+        return _transpose(y, self._unflatten_y)
+
+
+def _parse_equation(equation, kernel_rank, input_rank):
+    """An equation's three lists of labels, the ellipsis written out."""
+    left, y = equation.replace(" ", "").split("->")
+    x, kernel = left.split(",")
+    dots = input_rank - len(x.replace("...", ""))
+    # Labels that no einsum equation can use.
+    ellipsis = [f"...{i}" for i in range(dots)]
+
+    def labels(term):
+        before, _, after = term.partition("...")
+        middle = ellipsis if "..." in term else []
+        return [*before, *middle, *after]
+
+    x, kernel, y = labels(x), labels(kernel), labels(y)
+    for term in (x, kernel, y):
+        if len(set(term)) != len(term):
+            raise ValueError(
+                f"The equation {equation!r} repeats a label within one term; "
+                "such a kernel has no kernel view."
+            )
+    if len(kernel) != kernel_rank:
+        raise ValueError(
+            f"The equation {equation!r} does not fit a kernel of "
+            f"{kernel_rank} axes."
+        )
+    return x, kernel, y
+
+
+def _inverse(axes):
+    return [axes.index(i) for i in range(len(axes))]
+
+
+def _transpose(x, axes):
+    if list(axes) == list(range(len(axes))):
+        return x
+    return ops.transpose(x, axes)
