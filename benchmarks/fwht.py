@@ -10,7 +10,8 @@ and their ratios. The backward pass is the vector-Jacobian product alone.
 
 JAX runs under `jax.jit`, TensorFlow under `tf.function` (with `--jit-compile`
 under XLA), PyTorch eagerly. The copy is out of place, in the same framework:
-`x + 0` after XLA or TensorFlow, which does not skip it, and `clone`.
+`x + 0`, whose result is a new buffer under `jit` and `tf.function`, and
+`clone`.
 """
 
 import argparse

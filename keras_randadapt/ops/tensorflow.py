@@ -1,11 +1,16 @@
 """TensorFlow: eager, `tf.function`, XLA and SavedModel."""
 
+import itertools
+
 import tensorflow as tf
 
 from keras_randadapt.ops import steps
 
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 20
+# Elements a block of rows, on a CPU.
+_BLOCK = 1 << 19
+_MAX_BLOCKS = 16
 
 
 def compile_time(function):
@@ -42,12 +47,34 @@ def _run(x, program):
     if batch.rank != 1:
         dynamic_batch = tf.shape(x)[:-1]
         x = tf.reshape(x, [-1, x.shape[-1]])
-    for step in program:
-        x = _apply_step(x, step)
+    starts = _blocks(x.shape[0], program)
+    if len(starts) == 1:
+        x = _run_rows(x, program)
+    else:
+        parts = [x[a:b] for a, b in itertools.pairwise([*starts, x.shape[0]])]
+        x = tf.concat([_run_rows(part, program) for part in parts], 0)
     if dynamic_batch is not None:
         dim = x.shape[-1]
         x = tf.reshape(x, tf.concat([dynamic_batch, [dim]], 0))
         x.set_shape([*batch, dim])
+    return x
+
+
+def _blocks(rows, program):
+    """First rows of the blocks to work in, so that they stay in cache.
+
+    The blocks are unrolled into the graph: they are few, and there is one
+    where the batch size is unknown, or for an accelerator.
+    """
+    if rows is None or tf.config.list_logical_devices("GPU"):
+        return [0]
+    blocks = min(rows * program.largest_dim // _BLOCK, _MAX_BLOCKS)
+    return list(range(0, rows, -(-rows // blocks))) if blocks > 1 else [0]
+
+
+def _run_rows(x, program):
+    for step in program:
+        x = _apply_step(x, step)
     return x
 
 
