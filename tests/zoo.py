@@ -147,6 +147,10 @@ def reversible_embedding_untied():
     return *_tied(False), ["site"]
 
 
+reversible_embedding_int8 = _quantized("int8", reversible_embedding)
+reversible_embedding_int4 = _quantized("int4", reversible_embedding)
+
+
 def conv1d_causal():
     layer = layers.Conv1D(
         6, 3, padding="causal", dilation_rate=2, activation="relu", name="site"
@@ -380,6 +384,8 @@ QUANTIZED = {
     "einsum_int8": einsum_int8,
     "einsum_int4": einsum_int4,
     "embedding_int8": embedding_int8,
+    "reversible_embedding_int8": reversible_embedding_int8,
+    "reversible_embedding_int4": reversible_embedding_int4,
 }
 MODELS = {
     builder.__name__: builder

@@ -13,8 +13,8 @@ def learning_rate_groups(
     model: keras.Model,
     optimizer: str | keras.optimizers.Optimizer = "adamw",
     *,
-    adapter: Rate,
-    head: Rate,
+    adapter: Rate | None = None,
+    head: Rate = 1e-3,
 ) -> keras.optimizers.Optimizer:
     """Builds an optimizer with one rate for adapters and one for the rest.
 
@@ -31,9 +31,9 @@ def learning_rate_groups(
             `keep_trainable`, get the head rate.
         optimizer: A Keras optimizer, or the name of one. Its own learning
             rate is not used.
-        adapter: float or `LearningRateSchedule`: the adapters' rate. The
-            docstring of each adapter recommends one, as does its attribute
-            `recommended_learning_rate`.
+        adapter: float or `LearningRateSchedule`: the adapters' rate. By
+            default the active adapters' `recommended_learning_rate`, which
+            is meant for AdamW.
         head: float or `LearningRateSchedule`: the rate of all else.
 
     Returns:
@@ -41,7 +41,9 @@ def learning_rate_groups(
 
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
-        ValueError: If the model has no adapter, or `optimizer` is built.
+        ValueError: If the model has no adapter, if `optimizer` is built, or
+            if `adapter` is left out and the active adapters recommend
+            different rates, or none.
         NotImplementedError: If this Keras has no `MultiOptimizer`.
 
     Example:
@@ -55,7 +57,7 @@ def learning_rate_groups(
     )
     ```
     """
-    root.state_of(model)
+    state = root.state_of(model)
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         raise NotImplementedError(
             "`learning_rate_groups` uses `keras.optimizers.MultiOptimizer`, "
@@ -81,6 +83,8 @@ def learning_rate_groups(
         raise ValueError(
             "`optimizer` is built already: give a fresh one, or its name."
         )
+    if adapter is None:
+        adapter = _recommended_rate(state)
     # By path rather than by variable: paths survive saving and loading.
     adapters = re.compile(r"(.*/)?adapter/.*")
     return keras.optimizers.MultiOptimizer(
@@ -89,6 +93,20 @@ def learning_rate_groups(
             {adapters.pattern: _with_rate(optimizer, adapter)},
         )
     )
+
+
+def _recommended_rate(state):
+    rates = {
+        state.records[name].template.recommended_learning_rate
+        for name in state.active
+    }
+    if len(rates) != 1 or None in rates:
+        raise ValueError(
+            "`adapter` must be given: the active adapters "
+            f"{list(state.active)} do not recommend one rate. "
+            f"Recommended: {sorted(map(str, rates))}"
+        )
+    return rates.pop()
 
 
 def _with_rate(optimizer, learning_rate):

@@ -59,6 +59,22 @@ class TestLearningRateGroups:
         assert {o.weight_decay for o in optimizer.optimizers} == {0.5}
         assert {o.beta_1 for o in optimizer.optimizers} == {0.7}
 
+    def test_recommended_rate(self):
+        model, _ = _model()
+        optimizer = learning_rate_groups(model)
+        assert sorted(float(o.learning_rate) for o in optimizer.optimizers) == (
+            pytest.approx([5e-4, 1e-3])
+        )
+        kra.inject(model, kra.RLoRA(4), name="b")
+        kra.set_active(model, ["default", "b"])
+        with pytest.raises(ValueError, match="do not recommend one rate"):
+            learning_rate_groups(model)
+        kra.set_active(model, "b")
+        optimizer = learning_rate_groups(model, head=0.01)
+        assert sorted(float(o.learning_rate) for o in optimizer.optimizers) == (
+            pytest.approx([0.01, 0.05])
+        )
+
     def test_schedules(self):
         model, x = _model()
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
