@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt import file_format
 from keras_randadapt import root
 from keras_randadapt import site_layers
 from keras_randadapt.adapters.base import Adapter
@@ -24,6 +25,7 @@ _READS_KERNELS = {
 def check_model(model):
     """Raises an error if adapters can't be attached to a model."""
     root.check_is_model(model)
+    root.check_no_block(model)
     if _compat.is_nnx_enabled():
         raise NotImplementedError(
             "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "
@@ -73,6 +75,13 @@ def check_adapter(adapter):
             "`adapter` is built already. `inject` takes an unbuilt template "
             f"and clones it: write `{type(adapter).__name__}(...)` anew."
         )
+    try:
+        file_format.canonical(root.serialize_adapter(adapter))
+    except TypeError as error:
+        raise TypeError(
+            "`adapter` has an argument that no file can store, such as a "
+            f"function: {error}. Received: adapter={adapter!r}"
+        ) from error
 
 
 def check_new_name(model, name):
@@ -126,9 +135,30 @@ def check_attachable(model, layers, addresses, kept):
                 "merge would change them. Leave the layer out with `exclude`."
             )
         _check_distribution(address, kernel)
-    for address in kept:
+    _check_overlap(model, addresses, kept)
+
+
+def _check_overlap(model, addresses, kept):
+    """No kept layer may contain a site, nor another adapter's kept layer.
+
+    Values of kept layers are switched with their adapter, so each weight must
+    have one owner.
+    """
+    all_sites, all_kept = list(addresses), list(kept)
+    if root.is_adapted(model):
+        for record in model._randadapt.records.values():
+            all_sites += record.addresses
+            all_kept += record.kept
+    for address in all_kept:
+        nested = [a for a in all_kept if a.startswith(f"{address}/")]
+        if nested:
+            raise ValueError(
+                f"'{nested[0]}' and '{address}', which contains it, would be "
+                "kept trainable by different adapters. Keep the same layer, "
+                "or layers apart from each other."
+            )
         inside = [
-            a for a in addresses if a == address or a.startswith(f"{address}/")
+            a for a in all_sites if a == address or a.startswith(f"{address}/")
         ]
         if inside:
             raise ValueError(

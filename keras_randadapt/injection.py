@@ -170,6 +170,7 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
         ValueError: If the model has no adapter, or none of this name.
     """
     state = root.state_of(model)
+    root.check_no_block(model)
     names = list(state.records) if name is None else [name]
     checks.check_names(state, names)
     trainable_before = list(map(id, model.trainable_variables))
@@ -207,6 +208,7 @@ def merge(model: keras.Model) -> keras.Model:
             hold NaN or infinity; nothing is changed then.
     """
     state = root.state_of(model)
+    root.check_no_block(model)
     _check_finite_merge(state)
     for layer in state.site_layers:
         if layer.adapter.active():
@@ -238,9 +240,11 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         ValueError: As `merge` does.
     """
     state = root.state_of(model)
+    root.check_no_block(model)
     _check_finite_merge(state)
     active = state.active
     before = {}
+    state.block = "merged"
     try:
         for layer in state.site_layers:
             if layer.adapter.active():
@@ -249,9 +253,10 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         _show(model, ())
         yield model
     finally:
-        _show(model, active)
+        state.block = None
         for layer, values in before.items():
             _restore_kernel(layer, values)
+        _show(model, active)
 
 
 @contextlib.contextmanager
@@ -272,13 +277,18 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     ```
     """
     state = root.state_of(model)
+    outer = state.block
+    if outer == "merged":
+        root.check_no_block(model)
     active = state.active
+    state.block = "disabled"
     trainable_before = list(map(id, model.trainable_variables))
     _activate(model, (), freeze=False)
     _refresh(model, trainable_before)
     try:
         yield model
     finally:
+        state.block = outer
         _activate(model, active, freeze=False)
         _refresh(model, trainable_before)
 
@@ -298,6 +308,7 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
             keep the same layer trainable and so can't both be active.
     """
     state = root.state_of(model)
+    root.check_no_block(model)
     names = (names,) if isinstance(names, str) else tuple(names)
     checks.check_names(state, names)
     if len(set(names)) != len(names):
@@ -345,6 +356,8 @@ def _become_root(model, layers):
         for variable in _compat.owned_variables(layer):
             variable_flags.append((variable, variable.trainable))
     model._randadapt = root.RootState(layers, layer_flags, variable_flags)
+    # A model frozen as a whole would train no adapter.
+    _compat.set_layer_trainable_flag(model, True)
     model.__class__ = root.root_class(type(model))
     for part in _models(model):
         vars(part)["quantize"] = types.MethodType(_refuse_quantize, part)

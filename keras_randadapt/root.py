@@ -49,6 +49,8 @@ class RootState:
         layers: dict from structural address to layer, of the whole model.
         records: dict from adapter name to `AdapterRecord`.
         active: tuple of the active adapters' names.
+        block: `"merged"` or `"disabled"` inside a block of that name, whose
+            end restores what was at its beginning.
         flags: `(layer, flag)` and `(variable, flag)` pairs: `trainable` as it
             was before injection.
         base_values: address to list of arrays: kept layers' values before
@@ -59,6 +61,7 @@ class RootState:
         self.layers = layers
         self.records = {}
         self.active = ()
+        self.block = None
         self.layer_flags = layer_flags
         self.variable_flags = variable_flags
         self.base_values = {}
@@ -107,6 +110,16 @@ def state_of(model):
             "itself rather than on a part of it."
         )
     return model._randadapt
+
+
+def check_no_block(model):
+    """Raises `ValueError` inside a `merged` or `disabled` block."""
+    if is_adapted(model) and model._randadapt.block is not None:
+        raise ValueError(
+            f"Model '{model.name}' is inside a `{model._randadapt.block}` "
+            "block, whose end puts things back as they were. Do this after "
+            "the block."
+        )
 
 
 def layers_of(model):
@@ -170,6 +183,9 @@ class AdaptedRoot:
 
     def get_config(self):
         state = self._randadapt
+        if state.block == "merged":
+            # The kernels hold the deltas, and the config would add them.
+            check_no_block(self)
         with plain_classes(self):
             base = keras.saving.serialize_keras_object(self)
         # The adapted model's own compilation is stored beside this config.
@@ -307,13 +323,23 @@ def _root_class(base):
 
 @contextlib.contextmanager
 def plain_classes(model):
-    """For a block, the model and its sites have their own classes back."""
+    """For a block, the model is the un-adapted one for Keras's saving.
+
+    It and its sites have their own classes back, and all layers the
+    `trainable` flags that they had, which configs state.
+    """
     adapted = type(model)
-    with site_layers.as_base_class(*model._randadapt.site_layers):
+    state = model._randadapt
+    flags = [(layer, layer.trainable) for layer, _ in state.layer_flags]
+    with site_layers.as_base_class(*state.site_layers):
         model.__class__ = adapted._root_base
+        for layer, flag in state.layer_flags:
+            _compat.set_layer_trainable_flag(layer, flag)
         try:
             yield
         finally:
+            for layer, flag in flags:
+                _compat.set_layer_trainable_flag(layer, flag)
             model.__class__ = adapted
 
 

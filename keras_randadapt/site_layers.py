@@ -127,6 +127,7 @@ class _ProductSite(Site):
         return self._merged_or_base(kernel)
 
     def call(self, inputs, training=None):
+        inputs = _as_float(inputs, self.compute_dtype)
         y = self._adapted_product(inputs, self._is_training(training))
         if self.bias is not None:
             y = ops.add(y, self.bias)
@@ -230,6 +231,7 @@ class ConvSite(Site):
         return ops.reshape(view, self._kernel.shape)
 
     def call(self, inputs):
+        inputs = _as_float(inputs, self.compute_dtype)
         y = _kernel_space_product(self, inputs, self._is_training(None))
         if self.bias is not None:
             # Broadcast over batch and space, wherever the channels are.
@@ -347,6 +349,14 @@ class ReversibleEmbeddingSite(EmbeddingSite):
         return ops.matmul(ops.cast(inputs, dtype), ops.cast(kernel, dtype))
 
 
+def _as_float(x, dtype):
+    # Keras casts floats only; the products promote integers, but a delta
+    # computed in integers would be nothing.
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        return x
+    return ops.cast(x, dtype)
+
+
 def _adapt_all(adapters, x, linear, training):
     """Every adapter adapts what those before it made of the base product."""
     for adapter in adapters:
@@ -401,19 +411,40 @@ _SITE_CLASSES = {
 }
 
 
+#: What a site computes by itself instead of asking the layer.
+_COMPUTATION = (
+    "call",
+    "quantized_call",
+    "kernel",
+    "embeddings",
+    "convolution_op",
+)
+
+
 def supported_class(layer):
     """The supported class that `layer` behaves as, or `None`.
 
-    A user's subclass counts if it leaves `call` alone; one that overrides it
-    computes something that this library does not know.
+    A user's subclass counts if it leaves the computation alone; one that
+    overrides it computes something that this library does not know.
     """
     own = type(layer)
     if issubclass(own, Site):
         own = own._site_base
     for cls in own.__mro__:
         if cls in _SITE_CLASSES:
-            return cls if own.call is cls.call else None
+            return None if overridden(own, cls) else cls
     return None
+
+
+def overridden(own, cls=None):
+    """What of a supported class's computation the class `own` overrides."""
+    if cls is None:
+        cls = next(c for c in own.__mro__ if c in _SITE_CLASSES)
+    return [
+        name
+        for name in _COMPUTATION
+        if getattr(own, name, None) is not getattr(cls, name, None)
+    ]
 
 
 def looks_supported(layer):
@@ -435,6 +466,11 @@ def view_of(layer):
 
 def check_site(address, layer):
     """Raises `ValueError` if a layer of a supported class can't be a site."""
+    if not layer.built:
+        raise ValueError(
+            f"Layer '{layer.name}' at '{address}' has no weights yet: the "
+            "model never called it. Leave it out with `exclude`."
+        )
     if getattr(layer, "lora_enabled", False) or getattr(
         layer, "dora_enabled", False
     ):

@@ -116,7 +116,7 @@ def select_sites(layers, targets, exclude, kept):
     candidates = {
         address: layer
         for address, layer in layers.items()
-        if site_layers.supported_class(layer) is not None
+        if layer.built and site_layers.supported_class(layer) is not None
     }
     if targets is None:
         chosen = _query_value(candidates, kept)
@@ -133,7 +133,7 @@ def select_sites(layers, targets, exclude, kept):
     else:
         chosen = match(layers, targets, "targets")
         _refuse_unsupported(layers, chosen, targets)
-        chosen = [address for address in chosen if address in candidates]
+        chosen = [a for a in chosen if site_layers.supported_class(layers[a])]
     if exclude is None:
         return chosen
     if callable(exclude) and not isinstance(exclude, re.Pattern):
@@ -155,6 +155,10 @@ def select_kept(layers, keep_trainable):
         return []
     if callable(keep_trainable) and not isinstance(keep_trainable, re.Pattern):
         found = [a for a, layer in layers.items() if keep_trainable(layer)]
+        if not found:
+            raise ValueError(
+                "`keep_trainable` returned a false value for every layer."
+            )
     else:
         found = match(layers, keep_trainable, "keep_trainable")
     return [
@@ -268,11 +272,12 @@ def _refuse_unsupported(layers, chosen, targets):
     ]
     if overridden:
         layer = layers[overridden[0]]
+        names = site_layers.overridden(type(layer))
         raise ValueError(
             f"Layer '{layer.name}' at '{overridden[0]}' is a "
-            f"{type(layer).__name__} that overrides `call`, so where its "
-            "kernel enters is not known. Leave it out of `targets`, or let "
-            "it inherit `call`."
+            f"{type(layer).__name__} that overrides `{names[0]}`, so what it "
+            "computes is not known. Leave it out of `targets`, or let it "
+            f"inherit `{names[0]}`."
         )
     if not supported:
         kinds = sorted({type(layers[a]).__name__ for a in chosen})

@@ -128,6 +128,73 @@ class TestSeveralAdapters:
                 kra.inject(model, kra.LoRA(2), targets, name=name)
 
 
+class TestOwnership:
+    """Each weight has one owner: a kept layer is no site of any adapter."""
+
+    def test_site_of_one_kept_by_another(self):
+        model, _, _ = zoo.sequential()
+        hidden = lambda x: getattr(x, "units", 0) == 8  # noqa: E731
+        head = lambda x: getattr(x, "units", 0) == 5  # noqa: E731
+        kra.inject(model, kra.LoRA(2), hidden, keep_trainable=head)
+        with pytest.raises(ValueError, match="both a target and"):
+            kra.inject(model, kra.LoRA(2), head, name="b")
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2), hidden)
+        with pytest.raises(ValueError, match="both a target and"):
+            kra.inject(
+                model, kra.LoRA(2), head, keep_trainable=hidden, name="b"
+            )
+        kra.eject(model)
+
+    def test_kept_layer_inside_another_ones(self):
+        model, x, _ = zoo.sequential()
+        inner = lambda x: getattr(x, "units", 0) == 7  # noqa: E731
+        block = lambda x: isinstance(x, keras.Sequential)  # noqa: E731
+        hidden = lambda x: getattr(x, "units", 0) == 8  # noqa: E731
+        kra.inject(model, kra.LoRA(2), hidden, keep_trainable=inner)
+        with pytest.raises(ValueError, match="by different adapters"):
+            kra.inject(
+                model, kra.LoRA(2), hidden, keep_trainable=block, name="b"
+            )
+
+
+class TestBlocks:
+    """`merged` and `disabled` put back what they found, so nothing else may
+    change it in between."""
+
+    @pytest.mark.parametrize("block", [kra.merged, kra.disabled])
+    def test_refused_inside(self, block, tmp_path):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        kra.save_adapter(model, tmp_path / "a")
+        with block(model):
+            for call in (
+                lambda: kra.eject(model),
+                lambda: kra.merge(model),
+                lambda: kra.set_active(model, "default"),
+                lambda: kra.inject(model, kra.LoRA(2), targets, name="b"),
+                lambda: kra.load_adapter(model, tmp_path / "a"),
+                lambda: kra.merged(model).__enter__(),
+            ):
+                with pytest.raises(ValueError, match="is inside a"):
+                    call()
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        kra.eject(model)
+
+    def test_no_whole_model_of_a_merged_one(self, tmp_path):
+        # Its kernels hold the delta, and loading would add it again.
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        with kra.merged(model):
+            with pytest.raises(ValueError, match="inside a `merged` block"):
+                model.save(tmp_path / "x.keras")
+            with pytest.raises(ValueError, match="inside a `merged` block"):
+                kra.disabled(model).__enter__()
+
+
 class TestBadInput:
     def test_not_a_model(self):
         with pytest.raises(TypeError, match="`model` must be a `keras.Model`"):
@@ -206,6 +273,51 @@ class TestBadInput:
         model.get_layer("site").enable_lora(2)
         with pytest.raises(ValueError, match="Keras's own LoRA"):
             kra.inject(model, kra.LoRA(2), targets)
+
+    def test_unbuilt_layer_in_a_built_model(self):
+        class Partial(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.used = layers.Dense(4)
+                self.unused = layers.Dense(4, name="unused")
+
+            def call(self, x):
+                return self.used(x)
+
+        model = Partial()
+        model(np.zeros((2, 4), "float32"))
+        with pytest.raises(ValueError, match="has no weights yet"):
+            kra.inject(model, kra.LoRA(2), "unused")
+        report = kra.inject(model, kra.LoRA(2), "all-linear")
+        assert len(report.sites) == 1
+        assert model.used in kra.sites(model).values()
+
+    def test_argument_that_no_file_can_store(self):
+        model, _, targets = zoo.dense()
+        adapter = kra.LoRA(2, a_initializer=lambda shape, dtype=None: shape)
+        with pytest.raises(TypeError, match="that no file can store"):
+            kra.inject(model, adapter, targets)
+        assert kra.sites(model) == {}
+        stddev = {"name": "normal", "stddev": np.float32(0.02)}
+        kra.inject(model, kra.LoRA(2, a_initializer=stddev), targets)
+
+    @pytest.mark.parametrize("what", ["kernel", "convolution_op"])
+    def test_layer_that_overrides_what_call_uses(self, what):
+        class Scaled(layers.Dense):
+            @property
+            def kernel(self):
+                return 2 * self._kernel
+
+        class Doubled(layers.Conv2D):
+            def convolution_op(self, inputs, kernel):
+                return 2 * super().convolution_op(inputs, kernel)
+
+        layer = Scaled(3) if what == "kernel" else Doubled(3, 1)
+        inputs = keras.Input((5, 5, 4))
+        layer.name = "odd"
+        model = keras.Model(inputs, layer(inputs))
+        with pytest.raises(ValueError, match=f"overrides `{what}`"):
+            kra.inject(model, kra.LoRA(2), "odd")
 
     def test_enable_lora_afterwards(self):
         model, _, targets = zoo.dense()
@@ -370,6 +482,33 @@ class TestTraining:
         assert model.trainable_variables == []
         model.trainable = True
         assert [v.path for v in model.trainable_variables] == paths
+
+    def test_model_frozen_as_a_whole(self):
+        # The usual way to freeze a model must not freeze its adapters.
+        model, x, targets = zoo.sequential()
+        model.trainable = False
+        kra.inject(model, kra.LoRA(2), targets)
+        assert len(model.trainable_variables) == 6
+        zoo.fit(model, x)
+        kra.eject(model)
+        assert not model.trainable and not model.trainable_variables
+
+    @pytest.mark.parametrize("adapter", [kra.LoRA(2), kra.RLoRA(5)], ids=str)
+    def test_integer_inputs(self, adapter):
+        inputs = keras.Input((8,), dtype="int32")
+        outputs = layers.Dense(6, name="site")(inputs)
+        model = zoo.set_weights(keras.Model(inputs, outputs))
+        x = zoo.integers(4, 8, high=9)
+        base = zoo.outputs(model, x)
+        kra.inject(model, adapter, "site")
+        np.testing.assert_array_equal(zoo.outputs(model, x), base)
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        assert np.abs(out - base).max() > 1e-2
+        kra.merge(model)
+        np.testing.assert_allclose(
+            zoo.outputs(model, x), out, rtol=1e-5, atol=1e-5
+        )
 
     def test_frozen_before_stays_frozen_after(self):
         model, _, targets = zoo.sequential()

@@ -113,6 +113,10 @@ class TestTargets:
                 "`exclude` left none of the 2",
             ),
             (
+                {"keep_trainable": lambda layer: False},
+                "`keep_trainable` returned a false value",
+            ),
+            (
                 {"keep_trainable": "logist"},
                 "`keep_trainable` matches no layer",
             ),

@@ -257,8 +257,13 @@ _OWN_INITIALIZERS = {
 
 def check_initializer(initializer, argument):
     """Validates an initializer argument and returns a serializable form."""
-    if _own_initializer(initializer) is not None:
-        return initializer
+    own = _own_initializer(initializer)
+    if own is not None:
+        kind, arguments = own
+        if not arguments:
+            return kind
+        # Plain floats: NumPy's can't be written to a config.
+        return {"name": kind, **{k: float(v) for k, v in arguments.items()}}
     try:
         return keras.initializers.get(initializer)
     except (ValueError, TypeError) as error:

@@ -244,7 +244,12 @@ def _relocation(filepath, metadata, tensors, model, layers):
         if address.endswith(f"/{keys[0]}"):
             prefixes.add(address[: -len(keys[0])])
     fits = [p for p in prefixes if all(p + key in layers for key in keys)]
-    if len(fits) == 1:
+    if len(fits) > 1:
+        raise ValueError(
+            f"'{filepath}' fits at several places of this model: "
+            f"{sorted(fits)}. Load it into that part itself."
+        )
+    if fits:
         prefix = fits[0]
         return lambda key: prefix + key
     parts = os.path.commonprefix(keys).split("/")[:-1]
@@ -290,7 +295,8 @@ def _check_views(filepath, metadata, addresses, layers):
         raise ValueError(f"'{filepath}' is damaged: it misses sites.")
     wrong = []
     for address, theirs in zip(addresses, views):
-        if site_layers.supported_class(layers[address]) is None:
+        layer = layers[address]
+        if not layer.built or site_layers.supported_class(layer) is None:
             raise ValueError(
                 f"'{filepath}' adapts '{address}', which in this model is a "
                 f"{type(layers[address]).__name__} and can't be adapted."

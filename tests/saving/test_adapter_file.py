@@ -323,6 +323,22 @@ class TestBadFiles:
             np.testing.assert_array_equal(after[key][1], value, err_msg=name)
         assert [type(layer) for layer in fresh._flatten_layers()] == classes
 
+    def test_two_places_that_fit(self, tmp_path):
+        def tower(name):
+            return keras.Sequential(
+                [keras.Input((4,)), layers.Dense(3)], name=name
+            )
+
+        one = tower("one")
+        kra.inject(one, kra.LoRA(2), "all-linear")
+        kra.save_adapter(one, tmp_path / "x")
+        inputs = keras.Input((4,))
+        model = keras.Model(
+            inputs, [tower("left")(inputs), tower("right")(inputs)]
+        )
+        with pytest.raises(ValueError, match="fits at several places"):
+            kra.load_adapter(model, tmp_path / "x")
+
     def test_no_file(self, saved):
         with pytest.raises(FileNotFoundError, match="no file 'nowhere'"):
             kra.load_adapter(saved[0], "nowhere")

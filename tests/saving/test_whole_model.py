@@ -101,6 +101,28 @@ class TestWholeModelFiles:
                 atol=1e-6,
             )
 
+    @pytest.mark.parametrize(
+        "builder",
+        [zoo.sequential, zoo.functional, zoo.bert],
+        ids=lambda b: b.__name__,
+    )
+    def test_ejected_copy_is_trainable_again(self, builder, tmp_path):
+        model, _, _ = builder()
+        model.layers[1].trainable = False
+        trained = [v.path.split("/")[-1] for v in model.trainable_variables]
+        kra.inject(model, kra.LoRA(2), "all-linear")
+        model.save(tmp_path / "x.keras")
+        loaded = keras.models.load_model(tmp_path / "x.keras")
+        assert len(loaded.trainable_variables) == len(model.trainable_variables)
+        kra.eject(loaded)
+        paths = [v.path.split("/")[-1] for v in loaded.trainable_variables]
+        if builder is zoo.bert:
+            # KerasHub's configs do not state the flags of single layers.
+            assert len(paths) >= len(trained) > 0
+        else:
+            assert paths == trained
+        assert not any("lora" in path for path in paths)
+
     def test_several_adapters_and_heads(self, tmp_path):
         model, x, _ = zoo.bert_classifier()
         base = zoo.outputs(model, x)
