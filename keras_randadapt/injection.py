@@ -230,7 +230,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
 
     ```python
     with kra.merged(model):
-        model.export("folder")
+        model.save_weights("merged.weights.h5")
     ```
 
     Args:
