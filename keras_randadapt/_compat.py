@@ -28,6 +28,7 @@ __all__ = [
     "set_keras_mask",
     "set_layer_trainable_flag",
     "snake_case",
+    "trainable_by_nature",
     "training_phase",
     "unpickle_model",
     "walk_attributes",
@@ -42,6 +43,18 @@ def flatten_layers(layer):
 def owned_variables(layer):
     """The variables that `layer` itself created, sublayers' excluded."""
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def trainable_by_nature(layer):
+    """The weights at and below `layer` that training it would train.
+
+    Unlike `trainable_weights`, whether or not it is frozen at the moment.
+    """
+    return [
+        variable
+        for part in flatten_layers(layer)
+        for variable in part._trainable_variables
+    ]
 
 
 def set_layer_trainable_flag(layer, value):

@@ -31,16 +31,14 @@ class Report:
         self.adapter_parameters = sum(
             _size(w) for adapter in adapters for w in adapter.weights
         )
-        self.head_parameters = sum(
-            _size(weight)
+        # An inactive adapter's head is frozen until its turn comes.
+        heads = [
+            weight
             for address in record.kept
-            for weight in state.layers[address].trainable_weights
-        )
-        kept = {
-            id(weight)
-            for address in record.kept
-            for weight in state.layers[address].trainable_weights
-        }
+            for weight in _compat.trainable_by_nature(state.layers[address])
+        ]
+        self.head_parameters = sum(_size(weight) for weight in heads)
+        kept = {id(weight) for weight in heads}
         self.base_parameters = sum(
             _size(variable)
             for layer, _ in state.layer_flags

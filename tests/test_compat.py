@@ -26,6 +26,14 @@ def test_owned_variables():
     assert _compat.owned_variables(_model()) == []
 
 
+def test_trainable_by_nature():
+    layer = layers.BatchNormalization()
+    layer.build((None, 3))
+    layer.trainable = False
+    names = [v.name for v in _compat.trainable_by_nature(layer)]
+    assert names == ["gamma", "beta"]
+
+
 def test_set_layer_trainable_flag():
     layer = layers.Dense(2)
     layer.build((None, 3))

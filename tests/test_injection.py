@@ -35,6 +35,14 @@ class TestReport:
         for part in ("RLoRA 'task'", "96", "27", "KB"):
             assert part in text
 
+    def test_head_of_an_inactive_adapter(self):
+        model, _, _ = zoo.bert_classifier()
+        kra.inject(model, kra.LoRA(2))
+        report = kra.inject(
+            model, kra.LoRA(2), keep_trainable="logits", name="b"
+        )
+        assert report.head_parameters == 27
+
 
 class TestSeveralAdapters:
     def test_sum_of_active_adapters(self):

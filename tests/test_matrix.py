@@ -66,6 +66,14 @@ class Case:
             **kwargs,
         )
 
+    def check_merged(self, merged):
+        if self.quantized:
+            # Quantized anew: nearer to the adapted model than to the base.
+            error = np.abs(merged - self.out).mean()
+            assert error < 0.7 * np.abs(self.base - self.out).mean()
+        else:
+            close(merged, self.out, 1e-5)
+
     def restore(self):
         if kra.sites(self.model):
             kra.eject(self.model)
@@ -133,7 +141,7 @@ class TestMatrix:
         before = zoo.snapshot(case.model)
         with kra.merged(case.model):
             merged = zoo.outputs(case.model, case.x)
-        close(merged, case.out, 0.5 if case.quantized else 1e-5)
+        case.check_merged(merged)
         after = zoo.snapshot(case.model)
         for key, (path, value) in before.items():
             np.testing.assert_array_equal(after[key][1], value, err_msg=path)
@@ -145,12 +153,7 @@ class TestMatrix:
         assert kra.sites(case.model) == {}
         assert case._classes() == case.classes
         case.restore()
-        if case.quantized:
-            # Quantized anew: nearer to the adapted model than to the base.
-            error = np.abs(merged - case.out).mean()
-            assert error < 0.7 * np.abs(case.base - case.out).mean()
-        else:
-            close(merged, case.out, 1e-5)
+        case.check_merged(merged)
 
     def test_eject_restores_bit_for_bit(self, case):
         kra.eject(case.model)
