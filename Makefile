@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first
 # target that needs it creates.
 
-BACKENDS ?= tensorflow jax torch
+BACKENDS ?= jax tensorflow torch
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -60,19 +60,10 @@ $(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
 $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
-# $(call run_tests,environment,pytest options): one process a backend, all of
-# them even when one fails, and the outcome of each at the end.
+# $(call run_tests,environment,pytest options): one process a backend.
 define run_tests
-	@summary=""; status=0; \
-	for backend in $(BACKENDS); do \
-		echo "==== $(1) $$backend"; start=$$(date +%s); \
-		if KERAS_BACKEND=$$backend $(1)/bin/python -m pytest $(2) \
-			$(PYTEST_ARGS); then outcome=passed; \
-		else outcome="FAILED (pytest exit code $$?)"; status=1; fi; \
-		seconds=$$(($$(date +%s) - start)); \
-		summary="$$summary==== $(1) $$backend: $$outcome, $$seconds s\n"; \
-	done; \
-	printf "\n$$summary"; exit $$status
+	$(1)/bin/python tests/run_backends.py --backends "$(BACKENDS)" $(2) \
+		$(PYTEST_ARGS)
 endef
 
 quickstart: $(QUICKSTART_STAMP)
