@@ -225,7 +225,7 @@ class ConvSite(Site):
         return KernelView(int(np.prod(window)), int(filters))
 
     def to_view(self, kernel):
-        return ops.reshape(kernel, self.kernel_view)
+        return ops.reshape(kernel, view_of(self))
 
     def from_view(self, view):
         return ops.reshape(view, self._kernel.shape)
@@ -462,6 +462,16 @@ def kernel_variable(layer):
 def view_of(layer):
     """The `KernelView` of a layer of a supported class, site or not."""
     return _mixin(type(layer)).kernel_view.fget(layer)
+
+
+def as_view(layer, kernel):
+    """A kernel as its kernel view; `layer` may be a site or not."""
+    return _mixin(type(layer)).to_view(layer, kernel)
+
+
+def from_view(layer, view):
+    """The kernel of `layer`, a site or not, that has this kernel view."""
+    return _mixin(type(layer)).from_view(layer, view)
 
 
 def check_site(address, layer):
