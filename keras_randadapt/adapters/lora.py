@@ -26,6 +26,9 @@ class LoRA(base.Adapter):
             `{"name": "normal", "stddev": 0.02}`, or a Keras initializer.
         b_initializer: The first values of `B`. Anything but zeros makes the
             adapted model differ from the base model from the start.
+        regularizer: Optional Keras regularizer of both factors, such as
+            `keras_randadapt.regularizers.Orthogonality(0.1)`. It is part of
+            the model's losses, so plain `fit` applies it.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -58,6 +61,7 @@ class LoRA(base.Adapter):
         scaling: float | None = None,
         a_initializer="kaiming_uniform",
         b_initializer="zeros",
+        regularizer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -77,6 +81,7 @@ class LoRA(base.Adapter):
         self.b_initializer = base.check_initializer(
             b_initializer, "b_initializer"
         )
+        self.regularizer = base.check_regularizer(regularizer)
 
     def check(self, kernel_view):
         if self.rank > min(kernel_view):
@@ -92,12 +97,21 @@ class LoRA(base.Adapter):
         self.check(kernel_view)
         self.input_dim, self.output_dim = kernel_view
         self.lora_a = self.add_trainable(
-            "lora_a", (self.input_dim, self.rank), self.a_initializer
+            "lora_a",
+            (self.input_dim, self.rank),
+            self._initializer_of_a(),
+            self.regularizer,
         )
         self.lora_b = self.add_trainable(
-            "lora_b", (self.rank, self.output_dim), self.b_initializer
+            "lora_b",
+            (self.rank, self.output_dim),
+            self.b_initializer,
+            self.regularizer,
         )
         self.prepare_dropout()
+
+    def _initializer_of_a(self):
+        return self.a_initializer
 
     def delta(self, x, training=None):
         a = ops.cast(self.lora_a, x.dtype)
@@ -123,10 +137,15 @@ class LoRA(base.Adapter):
         return ops.cast(b if self.scaling == 1 else b * self.scaling, dtype)
 
     def get_config(self):
-        return {
+        config = {
             "rank": self.rank,
             "scaling": self.scaling,
             "a_initializer": base.serialize_initializer(self.a_initializer),
             "b_initializer": base.serialize_initializer(self.b_initializer),
             **super().get_config(),
         }
+        if self.regularizer is not None:
+            config["regularizer"] = keras.regularizers.serialize(
+                self.regularizer
+            )
+        return config

@@ -1,3 +1,5 @@
 """Optimizers for adapters."""
 
 from keras_randadapt.optimizers.learning_rate_groups import learning_rate_groups
+from keras_randadapt.optimizers.masked_gradient import MaskedGradient
+from keras_randadapt.optimizers.wrapper import OptimizerWrapper

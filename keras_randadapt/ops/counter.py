@@ -1,0 +1,186 @@
+"""Random numbers inside a compiled step: equal bits on every backend.
+
+Training needs fresh draws every step. Keras's own differ from backend to
+backend, and state that a generator carries along must be saved with it. Here a
+draw is a pure function of a seed, of what it is for and of the step, so it
+depends on no call that came before, it can be repeated from a checkpoint that
+stores the step alone, and nothing is re-traced. Frozen random bases come from
+`keras_randadapt.random` instead, outside of any step.
+
+The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011), the one that JAX uses. It is written in
+int32, whose addition wraps on every backend, because torch has no arithmetic
+on uint32.
+"""
+
+from collections.abc import Sequence
+
+from keras import ops
+
+from keras_randadapt import random
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+_MASK = 0xFFFFFFFF
+
+
+def random_words(seed: int, stream: int | Sequence[int], counter, n: int):
+    """Draws uniform 32-bit words.
+
+    Args:
+        seed: int in `[0, 2**64)`.
+        stream: int in `[0, 2**32)`, what the draw is for, or a sequence of
+            them: one draw each, at the cost of one in eager execution. Draws
+            of different streams are independent.
+        counter: Integer scalar, mostly the step: a Python int or a tensor,
+            which may be traced. Its lower 32 bits count. Draws of different
+            counters are independent.
+        n: int. The number of words.
+
+    Returns:
+        int32 tensor of shape `(n,)`, or `(len(stream), n)` for a sequence of
+        streams.
+
+    Raises:
+        TypeError: If `seed` is no integer.
+        ValueError: If `seed`, `stream` or `n` is out of range.
+
+    Example:
+
+    ```python
+    words = kra.ops.counter.random_words(seed=0, stream=3, counter=7, n=4)
+    assert words.shape == (4,)
+    ```
+    """
+    seed = random.check_seed(seed)
+    streams = stream if isinstance(stream, Sequence) else [stream]
+    if not streams or not all(0 <= s < 2**32 for s in streams):
+        raise ValueError(
+            "`stream` must be an integer in the range 0 <= stream < 2**32, or "
+            f"a sequence of some. Received: stream={stream!r}"
+        )
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1. Received: n={n!r}")
+    # One key a stream, made outside of the step, leaves the whole counter of
+    # the generator to the step and to the place in the draw.
+    key = (seed & _MASK, seed >> 32)
+    keys = [_threefry_ints(key, (s, 0)) for s in streams]
+    keys = ops.convert_to_tensor(
+        [[_signed(word) for word in key] for key in keys], "int32"
+    )
+    shape = (len(streams), -(-n // 2))
+    step = ops.broadcast_to(ops.cast(counter, "int32"), shape)
+    place = ops.broadcast_to(ops.arange(shape[1], dtype="int32"), shape)
+    words = _threefry((keys[:, :1], keys[:, 1:]), (step, place))
+    words = ops.reshape(ops.stack(words, axis=-1), (shape[0], 2 * shape[1]))
+    words = words[:, :n]
+    return words if isinstance(stream, Sequence) else words[0]
+
+
+def random_subset(words, k: int):
+    """Turns random words into a uniformly drawn subset of fixed size.
+
+    The subset holds the places of the `k` smallest words. Words are compared
+    by their leading `32 - ceil(log2(n))` bits and, where these are equal, by
+    their place: so exactly `k` are chosen, and they are the same ones on
+    every backend, whatever its sort does with ties.
+
+    Args:
+        words: int32 tensor of shape `(..., n)`; see `random_words`.
+        k: int in `[0, n]`.
+
+    Returns:
+        Boolean tensor of shape `(..., n)` with exactly `k` trues along the
+        last axis.
+
+    Raises:
+        ValueError: If `k` is out of range.
+
+    Example:
+
+    ```python
+    words = kra.ops.counter.random_words(seed=0, stream=3, counter=7, n=8)
+    subset = kra.ops.counter.random_subset(words, 2)
+    assert int(keras.ops.sum(keras.ops.cast(subset, "int32"))) == 2
+    ```
+    """
+    n = words.shape[-1]
+    if not 0 <= k <= n:
+        raise ValueError(
+            f"`k` must be in the range 0 <= k <= {n}, the number of words. "
+            f"Received: k={k!r}"
+        )
+    if k == 0:
+        return ops.zeros_like(words, dtype="bool")
+    bits = (n - 1).bit_length()
+    places = ops.arange(n, dtype="int32")
+    keys = ops.bitwise_or(ops.bitwise_and(words, -1 << bits), places)
+    threshold = ops.sort(keys, axis=-1)[..., k - 1 : k]
+    return ops.less_equal(keys, threshold)
+
+
+def random_below(words, bound):
+    """Turns random words into uniform integers below a bound.
+
+    Args:
+        words: int32 tensor of any shape; see `random_words`.
+        bound: Positive integer, or an int32 tensor of positive ones that
+            broadcasts to the words. No value is more likely than another by
+            more than a factor `1 + bound / 2**31`.
+
+    Returns:
+        int32 tensor of the words' shape, values in `[0, bound)`.
+
+    Raises:
+        ValueError: If `bound` is a Python integer and out of range.
+
+    Example:
+
+    ```python
+    words = kra.ops.counter.random_words(seed=0, stream=3, counter=7, n=1)
+    rank = 1 + kra.ops.counter.random_below(words, 8)[0]
+    ```
+    """
+    if isinstance(bound, int) and not 0 < bound < 2**31:
+        raise ValueError(
+            "`bound` must be in the range 0 < bound < 2**31. "
+            f"Received: bound={bound!r}"
+        )
+    return ops.mod(ops.bitwise_and(words, 2**31 - 1), bound)
+
+
+def _threefry(key, counter):
+    """Threefry-2x32-20 on pairs of int32 tensors."""
+    k0, k1 = key
+    keys = (k0, k1, k0 ^ k1 ^ _PARITY)
+    x0, x1 = counter[0] + k0, counter[1] + k1
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = _rotate(x1, rotation) ^ x0
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def _rotate(x, left):
+    # Right shifts of int32 repeat the sign: the mask takes the copies off.
+    right = ops.right_shift(x, 32 - left)
+    return ops.left_shift(x, left) | ops.bitwise_and(right, (1 << left) - 1)
+
+
+def _signed(word):
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _threefry_ints(key, counter):
+    """Threefry-2x32-20 on pairs of Python integers."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    x0, x1 = (counter[0] + key[0]) & _MASK, (counter[1] + key[1]) & _MASK
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = (x0 + x1) & _MASK
+            x1 = ((x1 << rotation | x1 >> (32 - rotation)) & _MASK) ^ x0
+        x0 = (x0 + keys[(group + 1) % 3]) & _MASK
+        x1 = (x1 + keys[(group + 2) % 3] + group + 1) & _MASK
+    return x0, x1

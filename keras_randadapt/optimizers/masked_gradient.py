@@ -1,0 +1,196 @@
+"""Masked gradients: each step trains a random part of each rank."""
+
+import re
+
+import keras
+from keras import ops
+
+from keras_randadapt import random
+from keras_randadapt.adapters import base
+from keras_randadapt.ops import counter
+from keras_randadapt.optimizers import wrapper
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class MaskedGradient(wrapper.OptimizerWrapper):
+    """Lets each step train `update_rank` random directions of low-rank pairs.
+
+    A pair is `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, the
+    `lora_a` and `lora_b` of a `LoRA`. Each step draws `update_rank` of the
+    `rank` directions anew for each pair, the same ones for the columns of `A`
+    and the rows of `B`, and sets the gradient of all others to zero, that of
+    regularizers included. (In the paper, whose matrices are transposed, these
+    are rows of `A` and columns of `B`.) All other variables are trained as
+    ever.
+
+    The draw is a function of the seed, of the place of the pair among the
+    model's pairs and of the number of updates so far: it is the same on every
+    backend, and training that is resumed from a checkpoint draws what it
+    would have drawn. See `keras_randadapt.ops.counter`.
+
+    With plain SGD, masked directions stay as they are, bit for bit. Momentum,
+    adaptive rates and weight decay go on moving them, unless `mask_updates`.
+
+    `RMLoRA` puts this around the optimizer of a compiled model by itself.
+    Without `compile`, in a custom loop, wrap the optimizer by hand.
+
+    Args:
+        optimizer: The optimizer to wrap: any Keras optimizer, the result of
+            `learning_rate_groups` too, or a name. Loss scaling goes around
+            the wrapper, and `compile` puts it there.
+        update_rank: int. How many directions of each pair a step trains. A
+            pair of that rank is not masked.
+        seed: int in `[0, 2**64)`.
+        mask_updates: bool. Whether masked directions also keep their values
+            through the update, whatever the optimizer. Its state goes on
+            changing: momentum is not lost, but spent in later steps. Needs an
+            optimizer without `use_ema`.
+        paths: Optional string, a regular expression: only pairs with a match
+            in their variables' paths are masked, such as `"adapter/fr/"`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer or `update_rank` no
+            integer.
+        ValueError: If an argument is out of range or `optimizer` is a
+            `LossScaleOptimizer`. At the first step, if there is no pair, half
+            a pair, or a pair of a rank below `update_rank`; if inner
+            optimizers disagree on gradient accumulation; and if
+            `mask_updates` meets `use_ema`.
+
+    Example:
+
+    ```python
+    model.compile(
+        kra.optimizers.MaskedGradient("adamw", update_rank=1, seed=0),
+        keras.losses.SparseCategoricalCrossentropy(),
+    )
+    model.fit(x, y, verbose=0)
+    ```
+
+    References:
+        - RM-LoRA ([arXiv 2407.12074](https://arxiv.org/abs/2407.12074)),
+          algorithm 1, lines 5 to 12; masks are drawn every step, as there and
+          in section 4.3.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        update_rank: int,
+        seed: int = 0,
+        mask_updates: bool = False,
+        paths: str | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(optimizer, name=name)
+        self.update_rank = base.check_rank(update_rank, "update_rank")
+        self.seed = random.check_seed(seed)
+        self.mask_updates = bool(mask_updates)
+        self.changes_values = self.mask_updates
+        if paths is not None:
+            try:
+                re.compile(paths)
+            except (TypeError, re.error) as error:
+                raise ValueError(
+                    "`paths` must be a regular expression, as a string. "
+                    f"Received: paths={paths!r}"
+                ) from error
+        self.paths = paths
+
+    def build_state(self, variables):
+        pairs = self._find_pairs(variables)
+        # Of variables by number, so that they can come in any order: which
+        # pair each is of, and which of its axes is the rank's.
+        self._places = {}
+        # Pairs by rank: one draw serves all pairs of one rank.
+        self._pairs = {}
+        for i, (a, b) in enumerate(pairs):
+            rank = int(variables[b].shape[0])
+            if self.update_rank > rank:
+                raise ValueError(
+                    f"`update_rank` must be at most {rank}, the rank of "
+                    f"'{variables[a].path}'. "
+                    f"Received: update_rank={self.update_rank}"
+                )
+            if self.update_rank < rank:
+                self._pairs.setdefault(rank, []).append(i)
+                self._places[a] = (i, -1)
+                self._places[b] = (i, 0)
+
+    def _find_pairs(self, variables):
+        """`(place of A, place of B)` of each pair, in the variables' order."""
+        sides = {"lora_a": {}, "lora_b": {}}
+        for i, variable in enumerate(variables):
+            owner, _, name = variable.path.rpartition("/")
+            if name in sides and re.search(self.paths or "", variable.path):
+                sides[name][owner] = i
+        a, b = sides["lora_a"], sides["lora_b"]
+        restriction = f" that match `paths`={self.paths!r}" * bool(self.paths)
+        if not a and not b:
+            raise ValueError(
+                "`MaskedGradient` found no pair of `lora_a` and `lora_b` "
+                f"among the {len(variables)} trained variables"
+                f"{restriction}. Inject an adapter such as `LoRA` before "
+                "training, or use the inner optimizer alone."
+            )
+        for owner in {**a, **b}:
+            if owner not in a or owner not in b:
+                raise ValueError(
+                    f"Only one of '{owner}/lora_a' and '{owner}/lora_b' is "
+                    f"among the trained variables{restriction}: a pair is "
+                    "masked together. Leave it out with `paths`."
+                )
+        return [(i, b[owner]) for owner, i in a.items()]
+
+    def transform_gradients(self, gradients, variables, step):
+        masks = self._masks(step)
+        masked = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            place = self._places.get(self._get_variable_index(variable))
+            if place is not None and gradient is not None:
+                gradient = ops.convert_to_tensor(gradient)
+                # Not a product, which would let NaN through.
+                gradient = ops.where(
+                    self._mask(masks, place), gradient, ops.zeros_like(gradient)
+                )
+            masked.append(gradient)
+        return masked
+
+    def keeps_value(self, variable):
+        return (
+            self.mask_updates
+            and self._get_variable_index(variable) in self._places
+        )
+
+    def after_update(self, variables, before, step):
+        if not self.mask_updates:
+            return
+        masks = self._masks(step)
+        for variable, value in zip(variables, before, strict=True):
+            if value is not None:
+                place = self._places[self._get_variable_index(variable)]
+                mask = self._mask(masks, place)
+                variable.assign(ops.where(mask, variable, value))
+
+    def _masks(self, step):
+        """dict from pair to its trained directions, `(rank,)` booleans."""
+        masks = {}
+        for rank, pairs in self._pairs.items():
+            words = counter.random_words(self.seed, pairs, step, rank)
+            subsets = counter.random_subset(words, self.update_rank)
+            masks.update({pair: subsets[i] for i, pair in enumerate(pairs)})
+        return masks
+
+    def _mask(self, masks, place):
+        pair, rank_axis = place
+        return ops.expand_dims(masks[pair], -1 - rank_axis)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "update_rank": self.update_rank,
+            "seed": self.seed,
+            "mask_updates": self.mask_updates,
+            "paths": self.paths,
+        }

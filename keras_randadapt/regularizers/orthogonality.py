@@ -1,0 +1,61 @@
+"""Orthogonality: low-rank factors that stay close to orthonormal."""
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class Orthogonality(keras.regularizers.Regularizer):
+    """`strength * ||G - I||_F^2` of a matrix, `G` the Gram matrix.
+
+    The Gram matrix is that of the rows or of the columns, whichever are
+    fewer: of a low-rank factor, those of its rank. The penalty is zero if and
+    only if they are orthonormal. Given to both factors of a low-rank adapter,
+    it keeps the directions of the update distinct, and the update's rank from
+    collapsing.
+
+    As a Keras regularizer it is part of the model's losses, one term a
+    matrix, summed; `fit` and custom loops that add `model.losses` apply it.
+    At zero its gradient is zero, so a factor that starts there is moved by
+    the task first.
+
+    Args:
+        strength: float, at least 0.
+
+    Raises:
+        ValueError: If `strength` is negative or not finite. When called, if
+            the value is no matrix.
+
+    Example:
+
+    ```python
+    adapter = kra.LoRA(8, regularizer=kra.regularizers.Orthogonality(0.1))
+    kra.inject(model, adapter, targets=["query", "value"])
+    ```
+
+    References:
+        - RM-LoRA ([arXiv 2407.12074](https://arxiv.org/abs/2407.12074)), the
+          regularizer of algorithm 1, whose coefficient the paper leaves open.
+    """
+
+    def __init__(self, strength: float = 0.1):
+        self.strength = base.check_non_negative(strength, "strength")
+
+    def __call__(self, x):
+        if len(x.shape) != 2:
+            raise ValueError(
+                "`Orthogonality` is a penalty on matrices, such as the "
+                "factors of LoRA. Received a value of shape "
+                f"{tuple(x.shape)}"
+            )
+        x = ops.cast(x, "float32")
+        t = ops.transpose(x)
+        rows, columns = x.shape
+        gram = ops.matmul(x, t) if rows <= columns else ops.matmul(t, x)
+        error = gram - ops.eye(min(rows, columns), dtype="float32")
+        return self.strength * ops.sum(ops.square(error))
+
+    def get_config(self):
+        return {"strength": self.strength}
