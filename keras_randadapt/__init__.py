@@ -12,10 +12,13 @@ from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt.adapters import Adapter
 from keras_randadapt.adapters import LoRA
+from keras_randadapt import regularizers
 from keras_randadapt.adapters import RLoRA
 from keras_randadapt.injection import disabled
 from keras_randadapt.injection import eject
 from keras_randadapt.injection import inject
+from keras_randadapt.adapters import RMLoRA
+from keras_randadapt.adapters import VeRA
 from keras_randadapt.injection import merge
 from keras_randadapt.injection import merged
 from keras_randadapt.injection import set_active

@@ -13,6 +13,7 @@ from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.saving_lib import _walk_saveable
 from keras.src.utils import naming
+from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = [
     "alias_registered_class",
@@ -23,6 +24,7 @@ __all__ = [
     "is_nnx_enabled",
     "is_saveable",
     "owned_variables",
+    "no_automatic_dependency_tracking",
     "refresh_torch_parameters",
     "reset_compiled_functions",
     "set_keras_mask",

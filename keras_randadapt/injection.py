@@ -447,6 +447,7 @@ def _refresh(model, trainable_before):
     if changed and optimizer is not None and optimizer.built:
         model.optimizer = type(optimizer).from_config(optimizer.get_config())
 
+    root.wrap_optimizer(model)
 
 def build_adapters(template, name, layers, addresses):
     """Built adapters by address, attached to nothing yet."""

@@ -174,6 +174,27 @@ class AdaptedRoot:
     def trainable(self):
         return self._root_base.trainable.fget(self)
 
+def wrap_optimizer(model):
+    """Wraps a compiled model's optimizer as its active adapters ask for it."""
+    from keras_randadapt.optimizers import wrapper
+
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return
+    wraps = []
+    if is_adapted(model):
+        state = model._randadapt
+        if state.block == "disabled":
+            # The end of the block needs the optimizer as it was.
+            return
+        for name in state.active:
+            template = state.records[name].template
+            wraps.append(functools.partial(template.wrap_optimizer, name=name))
+    wrapped = wrapper.attach(optimizer, wraps)
+    if wrapped is not optimizer:
+        model.optimizer = wrapped
+
+
     @trainable.setter
     def trainable(self, value):
         self._root_base.trainable.fset(self, value)
@@ -195,6 +216,26 @@ class AdaptedRoot:
             "adapters": [
                 {
                     "name": name,
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        wrap_optimizer(self)
+
+    def compile_from_config(self, config):
+        # Keras compiles no class from a config that has a `compile` of its
+        # own, as ours: for the call, the model is of its own class.
+        adapted = type(self)
+        self.__class__ = adapted._root_base
+        try:
+            self.compile_from_config(config)
+        finally:
+            self.__class__ = adapted
+        optimizer = getattr(self, "optimizer", None)
+        wrap_optimizer(self)
+        wrapped = getattr(self, "optimizer", None)
+        if wrapped is not optimizer and optimizer.built:
+            # What a file holds of the optimizer needs variables to go to.
+            wrapped.build(self.trainable_variables)
+
                     "adapter": serialize_adapter(record.template),
                     "sites": record.addresses,
                     "kept": record.kept,

@@ -149,7 +149,24 @@ class Adapter(keras.layers.Layer):
         """
         return self._address.rpartition("/")[2]
 
-    def add_trainable(self, name, shape, initializer):
+    def wrap_optimizer(self, optimizer, name):
+        """Wraps the optimizer that is to train this adapter.
+
+        Asked of the template of each active adapter when the model is
+        compiled and when its adapters change, so that plain `fit` is enough.
+
+        Args:
+            optimizer: A Keras optimizer. It may be wrapped by another active
+                adapter already.
+            name: string, the adapter's name in the model: its variables'
+                paths contain `"/adapter/<name>/"`.
+
+        Returns:
+            An `OptimizerWrapper` around the optimizer, or the optimizer.
+        """
+        return optimizer
+
+    def add_trainable(self, name, shape, initializer, regularizer=None):
         """A trainable weight whose first values are equal on every backend.
 
         Args:
@@ -182,6 +199,8 @@ class Adapter(keras.layers.Layer):
         """Creates the state of dropout. Call it at the end of `build`."""
         if self.dropout:
             self.dropout_seed_generator = keras.random.SeedGenerator(
+            regularizer: Optional Keras regularizer: a penalty on the weight,
+                part of the model's losses while the adapter is trained.
                 self.seed % 2**31
             )
 
@@ -200,6 +219,7 @@ class Adapter(keras.layers.Layer):
         return (*input_shape[:-1], self.output_dim)
 
     def load_own_variables(self, store):
+            regularizer=regularizer,
         # A file of the model without adapters has nothing here; it must
         # still load.
         if len(store.keys()):
@@ -320,3 +340,33 @@ def check_scaling(scaling, argument="scaling"):
             f"Received: {argument}={scaling!r}"
         )
     return value
+def check_regularizer(regularizer, argument="regularizer"):
+    """Validates a regularizer argument."""
+    try:
+        regularizer = keras.regularizers.get(regularizer)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` must be a Keras regularizer, such as "
+            "keras_randadapt.regularizers.Orthogonality(0.1), the name of "
+            f"one, or None. Received: {argument}={regularizer!r}"
+        ) from error
+    if regularizer is not None and not isinstance(
+        regularizer, keras.regularizers.Regularizer
+    ):
+        raise TypeError(
+            f"`{argument}` must be a Keras regularizer: a function has no "
+            f"config to save. Received: {argument}={regularizer!r}"
+        )
+    return regularizer
+
+
+
+
+def check_non_negative(value, argument):
+    """Validates a finite number that is at least 0."""
+    number = check_scaling(value, argument)
+    if number < 0:
+        raise ValueError(
+            f"`{argument}` must be at least 0. Received: {argument}={value!r}"
+        )
+    return number
