@@ -55,6 +55,9 @@ class RootState:
             was before injection.
         base_values: address to list of arrays: kept layers' values before
             any training, which `disabled` and `eject` restore.
+        attachments: list of functions that take off what callbacks attached
+            to the model for the length of a `fit`.
+        fitting: Whether `fit` is running.
     """
 
     def __init__(self, layers, layer_flags, variable_flags):
@@ -65,6 +68,8 @@ class RootState:
         self.layer_flags = layer_flags
         self.variable_flags = variable_flags
         self.base_values = {}
+        self.attachments = []
+        self.fitting = False
 
     @property
     def site_addresses(self):
@@ -131,6 +136,8 @@ def layers_of(model):
 
 def apply_trainable(model):
     """Freezes all of a model but its active adapters and their kept layers."""
+    # What callbacks attached was for the weights that were trained so far.
+    release(model)
     state = model._randadapt
     for layer in _compat.flatten_layers(model):
         if layer is model:
@@ -148,6 +155,13 @@ def apply_trainable(model):
             state.layers[address].trainable = True
 
 
+def release(model):
+    """Takes off what callbacks attached to the model."""
+    if is_adapted(model):
+        for detach in list(model._randadapt.attachments):
+            detach()
+
+
 def kept_layer_values(layer):
     """Copies of all weights at and below a layer."""
     return [
@@ -159,20 +173,6 @@ def assign_kept_layer_values(layer, values):
     for weight, value in zip(layer.weights, values, strict=True):
         weight.assign(value)
 
-
-class AdaptedRoot:
-    """Mixed into the outermost model's own class; see `root_class`."""
-
-    _root_base = None
-
-    def __new__(cls, *args, **kwargs):
-        # `keras.models.clone_model` calls the class of the model it clones:
-        # what it gets is a model without adapters.
-        return cls._root_base(*args, **kwargs)
-
-    @property
-    def trainable(self):
-        return self._root_base.trainable.fget(self)
 
 def wrap_optimizer(model):
     """Wraps a compiled model's optimizer as its active adapters ask for it."""
@@ -195,6 +195,20 @@ def wrap_optimizer(model):
         model.optimizer = wrapped
 
 
+class AdaptedRoot:
+    """Mixed into the outermost model's own class; see `root_class`."""
+
+    _root_base = None
+
+    def __new__(cls, *args, **kwargs):
+        # `keras.models.clone_model` calls the class of the model it clones:
+        # what it gets is a model without adapters.
+        return cls._root_base(*args, **kwargs)
+
+    @property
+    def trainable(self):
+        return self._root_base.trainable.fget(self)
+
     @trainable.setter
     def trainable(self, value):
         self._root_base.trainable.fset(self, value)
@@ -202,20 +216,6 @@ def wrap_optimizer(model):
             # `model.trainable = True` must not thaw the base model.
             apply_trainable(self)
 
-    def get_config(self):
-        state = self._randadapt
-        if state.block == "merged":
-            # The kernels hold the deltas, and the config would add them.
-            check_no_block(self)
-        with plain_classes(self):
-            base = keras.saving.serialize_keras_object(self)
-        # The adapted model's own compilation is stored beside this config.
-        base.pop("compile_config", None)
-        return {
-            "base": base,
-            "adapters": [
-                {
-                    "name": name,
     def compile(self, *args, **kwargs):
         super().compile(*args, **kwargs)
         wrap_optimizer(self)
@@ -236,6 +236,20 @@ def wrap_optimizer(model):
             # What a file holds of the optimizer needs variables to go to.
             wrapped.build(self.trainable_variables)
 
+    def get_config(self):
+        state = self._randadapt
+        if state.block == "merged":
+            # The kernels hold the deltas, and the config would add them.
+            check_no_block(self)
+        with plain_classes(self):
+            base = keras.saving.serialize_keras_object(self)
+        # The adapted model's own compilation is stored beside this config.
+        base.pop("compile_config", None)
+        return {
+            "base": base,
+            "adapters": [
+                {
+                    "name": name,
                     "adapter": serialize_adapter(record.template),
                     "sites": record.addresses,
                     "kept": record.kept,
@@ -356,10 +370,31 @@ def _root_class(base):
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_root_base": base,
+            "fit": _releasing_fit(base),
         },
     )
     _compat.alias_registered_class(cls, AdaptedModel)
     return cls
+
+
+def _releasing_fit(base):
+    """A class's `fit`, after which nothing is attached to the model.
+
+    Callbacks can't see to that: they hear nothing of a `fit` that breaks off,
+    and none knows whether it is the last to be told of the end.
+    """
+
+    @functools.wraps(base.fit)
+    def fit(self, *args, **kwargs):
+        state = self._randadapt
+        state.fitting = True
+        try:
+            return base.fit(self, *args, **kwargs)
+        finally:
+            state.fitting = False
+            release(self)
+
+    return fit
 
 
 @contextlib.contextmanager

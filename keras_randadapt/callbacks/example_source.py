@@ -1,0 +1,329 @@
+"""Drawing training examples from whatever `fit` takes.
+
+A source draws `samples` examples and gives them as batches: nests `(x, y,
+sample_weight)` of NumPy arrays with a leading axis, examples of equal shapes
+together.
+"""
+
+import contextlib
+import itertools
+import random
+import sys
+
+import keras
+import numpy as np
+
+# Lengths that mean "repeated for ever" to data sets that must have one.
+_ENDLESS = 1 << 40
+
+
+def source_of(x, y=None, sample_weight=None):
+    """The source for the data arguments of `fit`.
+
+    Args:
+        x: Arrays in any nest, a `PyDataset`, a `tf.data.Dataset`, a torch
+            `DataLoader`, any other iterable of batches, or an iterator.
+        y: Like `x`; only with arrays.
+        sample_weight: Like `x`; only with arrays.
+
+    Raises:
+        TypeError: If `x` is nothing of that.
+        ValueError: If arrays differ in length or are empty, or if `y` or
+            `sample_weight` come with a pipeline.
+    """
+    if _is_arrays(x):
+        return ArraySource(x, y, sample_weight)
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` goes with arrays only: batches of a "
+                f"{type(x).__name__} must hold it themselves, as "
+                f"`(x, y, sample_weight)`. Received: {name}={_short(value)}"
+            )
+    if isinstance(x, keras.utils.PyDataset):
+        if x.num_batches is None:
+            batches = (x[i] for i in itertools.count())
+            return StreamSource(batches)
+        return PipelineSource(_PyDatasetBatches(x), bounded=True)
+    if hasattr(x, "__next__"):
+        return StreamSource(x)
+    if not hasattr(x, "__iter__"):
+        raise TypeError(
+            "`x` must be arrays, a `keras.utils.PyDataset`, a "
+            "`tf.data.Dataset`, a torch `DataLoader` or another iterable of "
+            f"batches. Received: x={_short(x)} (of type {type(x).__name__})"
+        )
+    length = _length(x)
+    if length == float("inf"):
+        return StreamSource(iter(x))
+    return PipelineSource(x, bounded=length is not None)
+
+
+class ArraySource:
+    """Arrays: examples drawn with replacement."""
+
+    def __init__(self, x, y=None, sample_weight=None):
+        self.data = tuple(
+            _map_leaves(_as_given, part) for part in (x, y, sample_weight)
+        )
+        lengths = {}
+        for name, part in zip(("x", "y", "sample_weight"), self.data):
+            for leaf in _leaves(part):
+                if not leaf.shape:
+                    raise ValueError(
+                        f"`{name}` must hold arrays with an axis of examples. "
+                        f"Received: {name}={_short(leaf)}"
+                    )
+                lengths.setdefault(len(leaf), name)
+        if len(lengths) != 1 or 0 in lengths:
+            found = ", ".join(f"{n} in `{name}`" for n, name in lengths.items())
+            raise ValueError(
+                "`x`, `y` and `sample_weight` must hold equally many examples "
+                f"and at least one. Received: {found or 'none'}"
+            )
+        (self.length,) = lengths
+
+    def draw(self, generator, samples, max_batches=None):
+        """Batches of `samples` examples in all."""
+        indices = generator.integers(0, self.length, samples)
+        return [_map_leaves(lambda leaf: leaf[indices], self.data)]
+
+    def peek(self):
+        """A batch of one example, or `None` if that would use it up."""
+        return _map_leaves(lambda leaf: leaf[:1], self.data)
+
+
+class PipelineSource:
+    """Batches that can be gone through again: uniform draws in one pass.
+
+    Every slot is a reservoir of one example of its own, so the draws are
+    independent and with replacement, and the number of examples need not be
+    known. With `n` examples seen, a batch of `m` included, a slot takes each
+    of the `m` with probability `1 / n`, and stays as it is otherwise.
+
+    Args:
+        batches: An iterable that is no iterator.
+        bounded: Whether it is known to end.
+    """
+
+    def __init__(self, batches, bounded):
+        self.batches = batches
+        self.bounded = bounded
+
+    def draw(self, generator, samples, max_batches=None):
+        slots = [None] * samples
+        seen = 0
+        batches = iter(self.batches)
+        if not self.bounded and max_batches is not None:
+            batches = itertools.islice(batches, max_batches)
+        for batch in batches:
+            batch = _unpack(batch)
+            size = _size(batch)
+            seen += size
+            if not size:
+                continue
+            chosen = generator.integers(0, seen, samples) - (seen - size)
+            for slot in np.flatnonzero(chosen >= 0):
+                slots[slot] = _take(batch, chosen[slot])
+        if not seen:
+            raise ValueError(
+                "`x` must hold training examples, but gave no batch."
+            )
+        return _stack(slots)
+
+    def peek(self):
+        if isinstance(self.batches, _PyDatasetBatches):
+            first = _unpack(self.batches.dataset[0])
+            return _map_leaves(lambda leaf: leaf[:1], first)
+        return None
+
+
+class StreamSource:
+    """A generator, an iterator or an endless pipeline: what comes next."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+        self.left = []
+
+    def draw(self, generator, samples, max_batches=None):
+        while len(self.left) < samples:
+            try:
+                batch = _unpack(next(self.batches))
+            except StopIteration:
+                raise ValueError(
+                    "`x` is a generator or iterator that came to its end: "
+                    "every estimation takes `samples` examples from it. Pass "
+                    "arrays or a data set that can be gone through again, or "
+                    "make it endless. "
+                    f"Received: x={_short(self.batches)}, samples={samples}"
+                ) from None
+            self.left.extend(_take(batch, i) for i in range(_size(batch)))
+        drawn, self.left = self.left[:samples], self.left[samples:]
+        return _stack(drawn)
+
+    def peek(self):
+        return None
+
+
+class _PyDatasetBatches:
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return (self.dataset[i] for i in range(self.dataset.num_batches))
+
+
+def preprocess(model, batch):
+    """What a KerasHub task makes of raw examples before it trains on them."""
+    if not hasattr(model, "preprocess_samples"):
+        return batch
+    batch = model.preprocess_samples(*map(_texts_as_lists, batch))
+    return _unpack(batch)
+
+
+@contextlib.contextmanager
+def own_random_state(seed, pipeline=None):
+    """For a block, global generators start from a seed; then as they were.
+
+    Pipelines shuffle and augment with the global generators of Python, NumPy
+    and torch, and training must not notice that they were gone through.
+
+    Args:
+        seed: int in `[0, 2**32)`.
+        pipeline: Whatever is gone through: a torch `DataLoader`'s own
+            generators are put back, too.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch = sys.modules.get("torch")
+    generators = []
+    if torch is not None:
+        for owner in (pipeline, getattr(pipeline, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generators.append(generator)
+        states = [generator.get_state() for generator in generators]
+        # Of the CPU alone: pipelines do not run elsewhere.
+        torch_state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if torch is not None:
+            torch.set_rng_state(torch_state)
+            for generator, state in zip(generators, states):
+                generator.set_state(state)
+
+
+# Nests and arrays.
+
+
+def _is_arrays(x):
+    if isinstance(x, (dict, list, tuple)):
+        return True
+    # Data sets of tensors have no `shape`, and tensors of any backend do.
+    return hasattr(x, "__array__") or hasattr(x, "shape")
+
+
+def _is_leaf(nest):
+    """Whether this is one array: not lists of texts or numbers either."""
+    if isinstance(nest, dict):
+        return False
+    if isinstance(nest, (list, tuple)):
+        return all(isinstance(v, (str, bytes, int, float)) for v in nest)
+    return True
+
+
+def _map_leaves(function, nest):
+    if nest is None:
+        return None
+    if _is_leaf(nest):
+        return function(nest)
+    if isinstance(nest, dict):
+        return {k: _map_leaves(function, v) for k, v in nest.items()}
+    return tuple(_map_leaves(function, v) for v in nest)
+
+
+def _leaves(nest):
+    found = []
+    _map_leaves(found.append, nest)
+    return found
+
+
+def _as_array(leaf):
+    if hasattr(leaf, "detach"):
+        # A torch tensor, on whatever device and backend.
+        leaf = leaf.detach().cpu()
+    return np.asarray(leaf)
+
+
+def _as_given(leaf):
+    """An array as `fit` has it: floats are of Keras's float type."""
+    array = _as_array(leaf)
+    if array.dtype.kind == "f":
+        return array.astype(keras.config.floatx())
+    return array
+
+
+def _unpack(batch):
+    parts = keras.utils.unpack_x_y_sample_weight(batch)
+    return tuple(_map_leaves(_as_array, part) for part in parts)
+
+
+def _size(batch):
+    return len(_leaves(batch)[0])
+
+
+def _take(batch, index):
+    # Copies: a view would keep its whole batch in memory.
+    return _map_leaves(lambda leaf: np.array(leaf[index]), batch)
+
+
+def _stack(examples):
+    groups = {}
+    for example in examples:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in _leaves(example))
+        groups.setdefault(shapes, []).append(example)
+    return [_stack_equal(group) for group in groups.values()]
+
+
+def _stack_equal(examples):
+    flat = [_leaves(example) for example in examples]
+    stacked = iter([np.stack(leaves) for leaves in zip(*flat)])
+    return _map_leaves(lambda _: next(stacked), examples[0])
+
+
+def _texts_as_lists(nest):
+    """KerasHub's preprocessors take lists of `str`."""
+
+    def convert(leaf):
+        if leaf.dtype.kind not in "OSU":
+            return leaf
+        return [_decode(text) for text in leaf.tolist()]
+
+    return _map_leaves(convert, nest)
+
+
+def _decode(text):
+    return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+def _length(x):
+    """The number of batches: an int, infinity, or `None` if unknown."""
+    if hasattr(x, "cardinality"):
+        # tf.data: -1 is endless, -2 is unknown.
+        length = int(x.cardinality())
+        return {-1: float("inf"), -2: None}.get(length, length)
+    try:
+        length = len(x)
+    except TypeError:
+        return None
+    return float("inf") if length >= _ENDLESS else length
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

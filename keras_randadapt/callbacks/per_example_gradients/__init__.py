@@ -1,0 +1,236 @@
+"""The gradient of every example's loss, on every backend.
+
+One module a backend, with two functions: `strategies`, ways to compute the
+gradients of a chunk, the fastest first and every one exact, and
+`intermediate_bytes`, what one pass holds in memory.
+"""
+
+import contextlib
+import importlib
+import inspect
+import warnings
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+
+_backend = importlib.import_module(
+    f"keras_randadapt.callbacks.per_example_gradients.{keras.config.backend()}"
+)
+
+#: Bytes that a chunk's gradients and intermediates may take.
+MEMORY = 256 << 20
+
+# Half precision: the usual scale of losses, and smaller ones in case that
+# the gradient of a single example overflows.
+_HALF_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
+
+
+class PerExampleGradients:
+    """Gradients of `model.compute_loss` for batches of one example.
+
+    Dropout is off, regularizers of weights are left out, and nothing about
+    the model or any random state changes.
+
+    Args:
+        model: A compiled Keras model.
+        variables: list of the variables to differentiate by.
+        chunk_size: int, or `None`: as many examples as fit into `MEMORY`,
+            counting a row of gradients and all intermediates of the forward
+            pass for each.
+    """
+
+    def __init__(self, model, variables, chunk_size=None):
+        self.model = model
+        self.variables = list(variables)
+        self.chunk_size = chunk_size
+        self.row_bytes = 4 * sum(int(np.prod(v.shape)) for v in variables)
+        self.scales = (1.0,)
+        layers = _compat.flatten_layers(model)
+        if any(layer.compute_dtype == "float16" for layer in layers):
+            self.scales = _HALF_SCALES
+        self._strategies = None
+        self._structure = None
+        self._intermediate_bytes = 0
+
+    def prepare(self, batch):
+        """Checks the loss on an example, and chooses the chunk's size.
+
+        Args:
+            batch: Nest `(x, y, sample_weight)` of arrays with a leading axis.
+        """
+        self._structure = Structure(batch)
+        loss = ExampleLoss(self.model, self.variables, self._structure)
+        self._strategies = _backend.strategies(loss)
+        arrays = [array[:1] for array in self._structure.flatten(batch)]
+        with without_regularizers(self.model):
+            one = _backend.intermediate_bytes(loss, arrays)
+            two = _backend.intermediate_bytes(
+                loss, [np.repeat(array, 2, axis=0) for array in arrays]
+            )
+        # The difference: casts of weights, say, are there once for a chunk.
+        self._intermediate_bytes = max(two - one, 0)
+        if self.chunk_size is None:
+            example = self.row_bytes + self._intermediate_bytes
+            self.chunk_size = max(1, int(MEMORY // max(1, example)))
+
+    def working_bytes(self, samples):
+        """Bytes that a chunk takes: gradients and intermediates."""
+        example = self.row_bytes + self._intermediate_bytes
+        return min(self.chunk_size or 1, samples) * example
+
+    def __call__(self, batch):
+        """Yields arrays `(examples, weights)`, float32.
+
+        Args:
+            batch: Nest `(x, y, sample_weight)` of arrays with a leading axis.
+        """
+        if self._strategies is None:
+            self.prepare(batch)
+        arrays = self._structure.flatten(batch)
+        examples = len(arrays[0])
+        # Chunks of one size, or a last one would compile the function anew.
+        chunks = -(-examples // self.chunk_size)
+        size = -(-examples // chunks)
+        for start in range(0, examples, size):
+            chunk = [array[start : start + size] for array in arrays]
+            count = len(chunk[0])
+            if count < size:
+                chunk = [_pad(array, size) for array in chunk]
+            yield self._rows(chunk)[:count]
+
+    def _rows(self, chunk):
+        for scale in self.scales:
+            with without_regularizers(self.model):
+                gradients = self._compute(chunk, np.float32(scale))
+            rows = np.concatenate(
+                [
+                    np.asarray(g, "float32").reshape(len(chunk[0]), -1)
+                    for g in gradients
+                ],
+                axis=1,
+            )
+            if np.all(np.isfinite(rows)):
+                break
+        return rows / np.float32(scale)
+
+    def _compute(self, chunk, scale):
+        while True:
+            name, function = self._strategies[0]
+            try:
+                return function(chunk, scale)
+            except Exception as error:
+                # Anything that a model does may lack a rule for batching or
+                # tracing, so any error: if it is the user's, the last
+                # strategy, a plain loop, raises it.
+                if len(self._strategies) == 1:
+                    raise
+                self._strategies = self._strategies[1:]
+                warnings.warn(
+                    f"Gradients of single examples of model "
+                    f"'{self.model.name}' can't be computed {name}: "
+                    f"{type(error).__name__}: {_first_line(error)} They are "
+                    f"computed {self._strategies[0][0]} instead, which is as "
+                    "exact and slower.",
+                    stacklevel=2,
+                )
+
+
+class Structure:
+    """The nest of a batch, of which backends see the flat arrays alone."""
+
+    def __init__(self, batch):
+        leaves = keras.tree.flatten(batch)
+        self.present = [leaf is not None for leaf in leaves]
+        self.template = keras.tree.map_structure(lambda leaf: 0, batch)
+
+    def flatten(self, batch):
+        return [leaf for leaf in keras.tree.flatten(batch) if leaf is not None]
+
+    def pack(self, arrays):
+        arrays = iter(arrays)
+        leaves = [next(arrays) if there else None for there in self.present]
+        return keras.tree.pack_sequence_as(self.template, leaves)
+
+
+class ExampleLoss:
+    """The loss of one example, as a function of weights without effects.
+
+    Attributes:
+        model: The model.
+        variables: list of variables to differentiate by.
+        others: list of all other variables that the loss may read.
+    """
+
+    def __init__(self, model, variables, structure):
+        self.model = model
+        self.variables = list(variables)
+        self.structure = structure
+        own = {id(v) for v in variables}
+        self.others = []
+        for variable in [*model.variables, *model.metrics_variables]:
+            if id(variable) not in own:
+                own.add(id(variable))
+                self.others.append(variable)
+
+    def __call__(self, values, other_values, example, scale):
+        """The loss of an example.
+
+        Args:
+            values: list of tensors: values of `variables`.
+            other_values: list of tensors: values of `others`, or empty, if
+                the backend may read them from where they are.
+            example: list of tensors without a batch axis.
+            scale: float: a factor.
+        """
+        batch = [keras.ops.expand_dims(tensor, 0) for tensor in example]
+        return self.of_batch(values, other_values, batch) * scale
+
+    def of_batch(self, values, other_values, batch):
+        """The loss of a batch, a float32 scalar."""
+        x, y, sample_weight = self.structure.pack(batch)
+        state = [*zip(self.variables, values), *zip(self.others, other_values)]
+        arguments = {"y": y, "sample_weight": sample_weight}
+        if _takes_training(self.model.compute_loss):
+            arguments["training"] = False
+        with keras.StatelessScope(state, collect_losses=True):
+            y_pred = self.model(x, training=False)
+            loss = self.model.compute_loss(x=x, y_pred=y_pred, **arguments)
+        return keras.ops.cast(loss, "float32")
+
+
+@contextlib.contextmanager
+def without_regularizers(model):
+    """For a block, no weight of the model has a regularizer."""
+    before = [
+        (variable, variable.regularizer)
+        for variable in model.trainable_variables
+        if variable.regularizer is not None
+    ]
+    for variable, _ in before:
+        variable.regularizer = None
+    try:
+        yield
+    finally:
+        for variable, regularizer in before:
+            variable.regularizer = regularizer
+
+
+def _takes_training(compute_loss):
+    parameters = inspect.signature(compute_loss).parameters
+    return "training" in parameters or any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def _pad(array, size):
+    """Repeats the last example until there are `size`."""
+    return np.concatenate(
+        [array, np.repeat(array[-1:], size - len(array), axis=0)]
+    )
+
+
+def _first_line(error):
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else ""

@@ -1,0 +1,77 @@
+"""JAX: `vmap` of `grad`, compiled."""
+
+import jax
+import numpy as np
+
+
+def strategies(loss):
+    """`(name, function of a chunk and a scale)` pairs, the fastest first."""
+    gradient = jax.grad(loss)
+    vectorized = jax.jit(jax.vmap(gradient, in_axes=(None, None, 0, None)))
+
+    def all_at_once(chunk, scale):
+        values, others = _state(loss)
+        gradients = vectorized(values, others, chunk, scale)
+        return [np.asarray(g) for g in gradients]
+
+    def one_by_one(function):
+        def loop(chunk, scale):
+            values, others = _state(loss)
+            rows = [
+                function(values, others, [array[i] for array in chunk], scale)
+                for i in range(len(chunk[0]))
+            ]
+            return [
+                np.stack([np.asarray(g) for g in column])
+                for column in zip(*rows)
+            ]
+
+        return loop
+
+    return [
+        ("all at once", all_at_once),
+        ("one by one", one_by_one(jax.jit(gradient))),
+        ("one by one without compilation", one_by_one(gradient)),
+    ]
+
+
+def intermediate_bytes(loss, batch):
+    """Bytes of all that the forward pass of a batch computes."""
+    values, others = _state(loss)
+    try:
+        closed = jax.make_jaxpr(loss.of_batch)(values, others, batch)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+    ):
+        # A model that only runs eagerly; it must run, though.
+        loss.of_batch(values, others, batch)
+        return 0
+    return _bytes(closed.jaxpr)
+
+
+def _state(loss):
+    # As arguments: what a compiled function reads for itself is a constant.
+    return (
+        [variable.value for variable in loss.variables],
+        [variable.value for variable in loss.others],
+    )
+
+
+def _bytes(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [
+            getattr(parameter, "jaxpr", parameter)
+            for parameter in equation.params.values()
+        ]
+        inner = [parameter for parameter in inner if hasattr(parameter, "eqns")]
+        if inner:
+            total += sum(map(_bytes, inner))
+            continue
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            dtype = getattr(variable.aval, "dtype", None)
+            # Keys of random numbers have a dtype of their own.
+            total += int(np.prod(shape)) * getattr(dtype, "itemsize", 0)
+    return total
