@@ -5,7 +5,9 @@ JAX or PyTorch, and ship a file of a few kilobytes or a merged SavedModel.
 """
 
 from keras_randadapt import adapters
+from keras_randadapt import analysis
 from keras_randadapt import bases
+from keras_randadapt import callbacks
 from keras_randadapt import hadamard
 from keras_randadapt import ops
 from keras_randadapt import optimizers

@@ -20,11 +20,12 @@ __all__ = [
     "attach_sublayer",
     "detach_sublayer",
     "flatten_layers",
+    "forget_jax_state",
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
-    "owned_variables",
     "no_automatic_dependency_tracking",
+    "owned_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
     "set_keras_mask",
@@ -133,6 +134,16 @@ def reset_compiled_functions(model):
         # `vars`, because KerasHub tasks without generation lack the last.
         if attribute in vars(model):
             setattr(model, attribute, None)
+
+
+def forget_jax_state(model):
+    """On JAX, drops the state of a step that an error cut short.
+
+    Keras would write it over the model's variables at the next chance. After
+    a step that went well there is none.
+    """
+    if getattr(model, "_jax_state", None) is not None:
+        model._jax_state = None
 
 
 def refresh_torch_parameters(model):

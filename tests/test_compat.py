@@ -118,6 +118,34 @@ def test_reset_compiled_functions():
     model.fit(x, y, verbose=0)
 
 
+def test_forget_jax_state():
+    """After an error in the second batch, its state is not written back."""
+    model = _model()
+    model.compile("sgd", "mse")
+    shapes = (3, 4)
+
+    class Broken(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return np.zeros((2, shapes[i])), np.zeros((2, 2))
+
+    with pytest.raises(Exception):
+        model.evaluate(Broken(), verbose=0)
+    if keras.config.backend() == "jax":
+        assert model._jax_state is not None
+    _compat.forget_jax_state(model)
+    assert getattr(model, "_jax_state", None) is None
+    for weight in model.weights:
+        weight.assign(np.ones(weight.shape))
+    if keras.config.backend() == "jax":
+        model.jax_state_sync()
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(model.get_layer("d").kernel), 1
+    )
+
+
 @pytest.mark.skipif(
     keras.config.backend() != "torch", reason="torch's parameter lists"
 )

@@ -50,7 +50,14 @@ def test_readme(tmp_path, monkeypatch, capsys):
 
 
 def _public():
-    for module in (kra, kra.optimizers, kra.ops, kra.bases):
+    for module in (
+        kra,
+        kra.optimizers,
+        kra.ops,
+        kra.bases,
+        kra.analysis,
+        kra.callbacks,
+    ):
         for name, value in vars(module).items():
             if name.startswith("_") or inspect.ismodule(value):
                 continue
@@ -70,7 +77,8 @@ def test_docstring(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, x, _ = zoo.bert_classifier(128)
     y = zoo.integers(4, high=3)
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
     namespace = {
         "kra": kra,
         "keras": keras,

@@ -1,0 +1,18 @@
+"""What adapters learned: ranks, spectra, similarity and loss planes."""
+
+from keras_randadapt.analysis.information import LayerInformation
+from keras_randadapt.analysis.information import layer_information
+from keras_randadapt.analysis.loss_plane import LossPlane
+from keras_randadapt.analysis.loss_plane import kernels
+from keras_randadapt.analysis.loss_plane import mode_connectivity
+from keras_randadapt.analysis.rank import SingularValues
+from keras_randadapt.analysis.rank import delta_statistics
+from keras_randadapt.analysis.rank import effective_rank
+from keras_randadapt.analysis.rank import intrinsic_rank
+from keras_randadapt.analysis.rank import orthogonality_loss
+from keras_randadapt.analysis.rank import singular_values
+from keras_randadapt.analysis.similarity import Similarity
+from keras_randadapt.analysis.similarity import cka
+from keras_randadapt.analysis.similarity import linear_cka
+from keras_randadapt.analysis.table import SiteTable
+from keras_randadapt.analysis.table import Table

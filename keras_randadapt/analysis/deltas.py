@@ -1,0 +1,162 @@
+"""The deltas of an adapted model, one at a time, as NumPy arrays."""
+
+import keras
+import numpy as np
+
+from keras_randadapt import checks
+from keras_randadapt import root
+from keras_randadapt import site_layers
+from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.adapters.lora import LoRA
+
+_EPSILON = float(np.finfo("float32").eps)
+
+
+class SiteDelta:
+    """What is measured of the delta of one site.
+
+    Attributes:
+        address: The site's structural address.
+        layer: Its layer.
+        shape: `(input_dim, output_dim)`.
+        gram: float64 matrix with the delta's nonzero singular values, squared,
+            as eigenvalues: the smaller of `delta' delta` and `delta delta'`,
+            or one of the delta's rank.
+        noise: The rounding noise in singular values: 0, unless the delta is
+            the difference of two kernels.
+    """
+
+    def __init__(self, address, layer, gram, noise):
+        self.address = address
+        self.layer = layer
+        self.shape = tuple(site_layers.view_of(layer))
+        self.gram = gram
+        self.noise = noise
+
+    def singular_values(self):
+        """All `min(input_dim, output_dim)` of them, in falling order."""
+        # Eigenvalues of a float64 Gram matrix: ten times faster than an SVD,
+        # and accurate to 1e-8 of the largest, which is finer than the delta,
+        # a float32 product, is known.
+        squares = np.linalg.eigvalsh(self.gram)[::-1]
+        values = np.zeros(min(self.shape))
+        values[: len(squares)] = np.sqrt(np.maximum(squares, 0))
+        return values
+
+    def orthogonality_loss(self):
+        """`||delta' delta - I||_F^2` over the output dimension."""
+        squares = np.trace(self.gram)
+        return float(np.sum(self.gram**2) - 2 * squares + self.shape[1])
+
+
+def site_deltas(model, name=None):
+    """Yields a `SiteDelta` of every site that has a delta to measure.
+
+    Args:
+        model: An adapted model.
+        name: Optional string: one adapter, active or not. By default the
+            active adapters together, as the model computes.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If the model has no adapter, none of this name or none
+            active, if it is inside a `merged` block, or if a delta holds NaN.
+    """
+    state = check_measurable(model, name)
+    for address in state.site_addresses:
+        layer = state.layers[address]
+        if name is None:
+            adapters = layer.adapter.active()
+        else:
+            adapters = [layer.adapter.get(name)]
+            adapters = [one for one in adapters if one is not None]
+        if adapters:
+            gram, noise = _gram(layer, adapters)
+            if not np.all(np.isfinite(gram)):
+                raise ValueError(
+                    f"The delta of '{address}' holds NaN or infinity: "
+                    "training diverged. Lower the learning rate."
+                )
+            yield SiteDelta(address, layer, gram, noise)
+
+
+def check_measurable(model, name):
+    """The `RootState` of a model whose deltas can be measured."""
+    state = root.state_of(model)
+    if state.block == "merged":
+        # The kernels hold the deltas.
+        root.check_no_block(model)
+    if name is not None:
+        checks.check_names(state, [name])
+    elif not state.active:
+        raise ValueError(
+            f"No adapter of model '{model.name}' is active. Name the adapter "
+            "to measure with `name`, or call `keras_randadapt.set_active` "
+            f"first. Attached: {sorted(state.records)}"
+        )
+    return state
+
+
+def base_kernel_view(layer):
+    """A site's base kernel view, float32, dequantized if need be."""
+    if layer.quantization_mode is None:
+        kernel = site_layers.kernel_variable(layer)
+    else:
+        kernel = site_layers.dequantized_kernel(layer)
+    return keras.ops.cast(site_layers.as_view(layer, kernel), "float32")
+
+
+def _gram(layer, adapters):
+    factors = [_factors(adapter) for adapter in adapters]
+    if None not in factors:
+        return _gram_of_product(factors), 0.0
+    if all(_is_additive(adapter) for adapter in adapters):
+        delta = sum(_numpy(adapter.delta_kernel()) for adapter in adapters)
+        return _gram_of_matrix(delta), 0.0
+    base = base_kernel_view(layer)
+    merged = base
+    for adapter in adapters:
+        merged = adapter.merged(merged)
+    merged = _numpy(merged)
+    # A few roundings of each element of the merged kernel. The norm of their
+    # error bounds every singular value that it can raise.
+    noise = 4 * _EPSILON * float(np.linalg.norm(merged))
+    return _gram_of_matrix(merged - _numpy(base)), noise
+
+
+def _is_additive(adapter):
+    return type(adapter).merged is Adapter.merged
+
+
+def _factors(adapter):
+    """`(left, right)` if the delta is their product, of low rank."""
+    if not isinstance(adapter, LoRA) or not _is_additive(adapter):
+        return None
+    if type(adapter).delta_kernel is not LoRA.delta_kernel:
+        return None
+    return _numpy(adapter.lora_a), _numpy(adapter._scaled_b("float32"))
+
+
+def _gram_of_product(factors):
+    """The Gram matrix of a product, which is not formed.
+
+    With the QR factors of both sides, `L R = Q1 (R1 R2') Q2'`: the small
+    matrix in the middle has the product's singular values.
+    """
+    left = np.concatenate([a for a, _ in factors], axis=1)
+    right = np.concatenate([b for _, b in factors], axis=0)
+    if left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return _gram_of_matrix(left @ right)
+    middle = np.linalg.qr(left, mode="r") @ np.linalg.qr(right.T, mode="r").T
+    return middle.T @ middle
+
+
+def _gram_of_matrix(matrix):
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    return matrix.T @ matrix
+
+
+def _numpy(tensor):
+    array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+    return array.astype("float64")

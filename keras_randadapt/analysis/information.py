@@ -1,0 +1,112 @@
+"""Where in a model the information about the training data is."""
+
+import numpy as np
+
+from keras_randadapt.analysis import plotting
+from keras_randadapt.analysis.table import SiteTable
+
+
+class LayerInformation(SiteTable):
+    """A row a site, a column an estimation; see `layer_information`.
+
+    Attributes:
+        values: float64 array, `(estimations, sites)`.
+    """
+
+    def __init__(self, sites, values):
+        columns = {"site": sites}
+        for i, row in enumerate(values):
+            columns[f"estimation_{i + 1}"] = row
+        super().__init__(columns, f"estimation_{len(values)}")
+        self.values = values
+
+    def plot(self, axis=None):
+        """Draws a heat map: sites from top to bottom, estimations along x.
+
+        Args:
+            axis: Optional matplotlib axis. A new one by default.
+
+        Returns:
+            The axis.
+        """
+        axis = plotting.axis_or_new(axis)
+        estimations, sites = self.values.shape
+        image = axis.imshow(
+            self.values.T,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0.5, estimations + 0.5, sites - 0.5, -0.5),
+        )
+        plotting.label_sites(axis.yaxis, self["site"])
+        axis.set_xlabel("estimation")
+        axis.figure.colorbar(image, ax=axis, label="information")
+        return axis
+
+
+def layer_information(callback, *, normalize: bool = False) -> LayerInformation:
+    """The PAC-Bayes information in each site's weights, as training went on.
+
+    `callbacks.PACBayes` estimates, at the end of epochs, how much information
+    about the training data the trained weights hold, site by site. This makes
+    a table of it.
+
+    Args:
+        callback: The callback after training; or anything with its two
+            attributes: `information`, of shape `(estimations, sites)`, and
+            `sites`, that many addresses.
+        normalize: Whether to give each site's share of an estimation's sum
+            instead.
+
+    Returns:
+        A `LayerInformation` table with the column `site` and one for each
+        estimation, in order: `estimation_1` and so on. `plot` draws a heat
+        map.
+
+    Raises:
+        TypeError: If `callback` lacks the two attributes.
+        ValueError: If it has estimated nothing yet, or if the shapes of the
+            two differ.
+
+    Example:
+
+    ```python
+    import types
+
+    callback = types.SimpleNamespace(
+        sites=["block_0/query", "block_1/query"],
+        information=[[0.1, 0.3], [0.2, 0.9]],
+    )
+    table = kra.analysis.layer_information(callback)
+    table.plot()
+    ```
+
+    References:
+        - Lei, Qian and Cheung, "RLoRA", Findings of ACL 2024, equation 18 and
+          figure 3.
+    """
+    if not hasattr(callback, "information") or not hasattr(callback, "sites"):
+        raise TypeError(
+            "`callback` must be a `callbacks.PACBayes` that has been through "
+            "training, or have its attributes `information` and `sites`. "
+            f"Received: callback of type {type(callback).__name__}"
+        )
+    sites = list(callback.sites or ())
+    values = np.asarray(
+        [] if callback.information is None else callback.information, "float64"
+    )
+    if values.size == 0:
+        raise ValueError(
+            "`callback` has estimated no information yet. Give it to "
+            "`model.fit(callbacks=[...])` and train an epoch first."
+        )
+    if values.ndim != 2 or values.shape[1] != len(sites):
+        raise ValueError(
+            "`callback.information` must have shape (estimations, "
+            f"{len(sites)}), a column for each of `callback.sites`. "
+            f"Received: shape {values.shape}"
+        )
+    if normalize:
+        totals = values.sum(axis=1, keepdims=True)
+        # Before anything is learned there is nothing to share out.
+        values = values / np.where(totals == 0, 1, totals)
+    return LayerInformation(sites, values)

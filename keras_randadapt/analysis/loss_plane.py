@@ -1,0 +1,515 @@
+"""The loss on the plane through three trained models."""
+
+import contextlib
+import inspect
+import os
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt import injection
+from keras_randadapt import root
+from keras_randadapt import saving
+from keras_randadapt import site_layers
+from keras_randadapt.analysis import deltas
+from keras_randadapt.analysis import plotting
+from keras_randadapt.analysis.table import Table
+
+
+class LossPlane:
+    """The loss on a grid over a plane, and at the three points that span it.
+
+    Coordinates are Euclidean distances in weight space: the first point is
+    the origin, the second lies on the x axis.
+
+    Attributes:
+        x: float64 array, `(columns,)`: x coordinates of the grid.
+        y: float64 array, `(rows,)`: y coordinates of the grid.
+        loss: float64 array, `(rows, columns)`.
+        metrics: dict from name to such an array: all that `evaluate` gives.
+        points: float64 array, `(3, 2)`: the coordinates of the three points.
+        point_losses: float64 array, `(3,)`: the losses at them.
+        labels: The names of the points.
+    """
+
+    def __init__(self, x, y, metrics, points, point_losses, labels):
+        self.x = x
+        self.y = y
+        self.metrics = metrics
+        self.points = points
+        self.point_losses = point_losses
+        self.labels = list(labels)
+
+    @property
+    def loss(self):
+        return self.metrics["loss"]
+
+    def table(self):
+        """A `Table` of one row a grid point: `x`, `y` and what was measured."""
+        x, y = np.meshgrid(self.x, self.y)
+        return Table(
+            {
+                "x": x.ravel(),
+                "y": y.ravel(),
+                **{name: v.ravel() for name, v in self.metrics.items()},
+            }
+        )
+
+    def plot(self, axis=None, metric="loss", levels=20):
+        """Draws filled contours and the three points.
+
+        Args:
+            axis: Optional matplotlib axis. A new one by default.
+            metric: Which of `metrics` to draw.
+            levels: int, or the levels of the contours.
+
+        Returns:
+            The axis.
+        """
+        values = self.metrics[metric]
+        axis = plotting.axis_or_new(axis)
+        contours = axis.contourf(self.x, self.y, values, levels)
+        axis.figure.colorbar(contours, ax=axis, label=metric)
+        axis.plot(*self.points.T, "kx")
+        for label, point in zip(self.labels, self.points):
+            axis.annotate(
+                label, point, xytext=(4, 4), textcoords="offset points"
+            )
+        axis.set_aspect("equal")
+        axis.set_xlabel("distance in weight space")
+        return axis
+
+    def __repr__(self):
+        return repr(
+            Table(
+                {
+                    "point": self.labels,
+                    "x": self.points[:, 0],
+                    "y": self.points[:, 1],
+                    "loss": self.point_losses,
+                }
+            )
+        )
+
+
+def kernels(model: keras.Model, keys=None) -> dict[str, np.ndarray]:
+    """Copies of the kernels that a model computes with, deltas folded in.
+
+    This is where models adapted by different methods, or trained in full, can
+    be compared: their trained weights have nothing in common, their kernels
+    have the same shapes.
+
+    Args:
+        model: A built Keras model, adapted or not.
+        keys: Which to copy: such as the keys of another model's copies. Under
+            a structural address there is that layer's kernel view, under
+            `"address#i"` weight `i` of the layer `address`. By default the
+            kernel views of an adapted model's sites and all weights of the
+            layers that the active adapters keep trainable.
+
+    Returns:
+        dict from key to float32 array; a kernel view has shape `(input_dim,
+        output_dim)`.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If a key means nothing in this model, if a kernel is
+            quantized and its layer is no site, or if the model has no adapter
+            and there are no `keys`.
+
+    Example:
+
+    ```python
+    before = kra.analysis.kernels(model)
+    model.fit(x, y, verbose=0)
+    after = kra.analysis.kernels(model)
+    ```
+    """
+    root.check_is_model(model)
+    if keys is None:
+        keys = _default_keys(root.state_of(model))
+    layers = root.layers_of(model)
+    _check_keys(layers, keys)
+    return {key: _read(layers, key) for key in keys}
+
+
+def mode_connectivity(
+    model: keras.Model,
+    points,
+    x,
+    y=None,
+    *,
+    resolution: int | tuple[int, int] = 11,
+    margin: float = 0.25,
+    labels=("1", "2", "3"),
+    batch_size: int | None = None,
+) -> LossPlane:
+    """The compiled loss on the plane through three points in weight space.
+
+    If two models are connected, a low path leads from one to the other. The
+    plane is spanned by `u = w2 - w1` and the part of `w3 - w1` orthogonal to
+    it; the loss is that of `model.evaluate`. The model's weights are
+    afterwards what they were, bit for bit, also after an error. Each grid
+    point costs an evaluation of all of `x`.
+
+    Args:
+        model: A compiled Keras model.
+        points: Three points of one kind. Either copies of kernels, see
+            `kernels`, which may come from different methods: adapters of
+            `model`, if any, are off while they are evaluated. Or values of
+            `model.trainable_variables`: lists of arrays, or paths of files of
+            `save_adapter` that fit the one active adapter.
+        x: Inputs, as `model.evaluate` takes them; no generator, because they
+            are read many times.
+        y: Targets, if not in `x`.
+        resolution: int, or `(columns, rows)`: grid points along each axis.
+        margin: float. How far the grid reaches beyond the points, as a
+            fraction of their extent.
+        labels: Three names for the points.
+        batch_size: Optional int, for `model.evaluate`.
+
+    Returns:
+        A `LossPlane`. `plot` draws contours.
+
+    Raises:
+        TypeError: If `points` are of another or of different kinds, or `x` is
+            a generator.
+        ValueError: If the model is not compiled, if there are not three
+            points, if they lie on one line, or if a shape or a key does not
+            fit the model.
+
+    Example:
+
+    ```python
+    points = []
+    for seed in range(3):
+        adapter = kra.LoRA(2, seed=seed)
+        kra.inject(model, adapter, keep_trainable="logits")
+        model.fit(x, y, verbose=0)
+        points.append(kra.analysis.kernels(model))
+        kra.eject(model)
+    plane = kra.analysis.mode_connectivity(model, points, x, y, resolution=3)
+    plane.plot()
+    ```
+
+    References:
+        - [Garipov et al., 2018](https://arxiv.org/abs/1802.10026), appendix A:
+          the plane.
+        - [RandLoRA](https://arxiv.org/abs/2502.00987), figure 4.
+    """
+    shape = _check_arguments(model, points, x, resolution, margin, labels)
+    with contextlib.ExitStack() as stack:
+        if all(isinstance(point, dict) for point in points):
+            if root.is_adapted(model):
+                root.check_no_block(model)
+            points = _check_kernel_points(model, points)
+            plane = _Plane(points)
+            if root.is_adapted(model):
+                stack.enter_context(injection.disabled(model))
+            layers = root.layers_of(model)
+            variables = [_variable(layers, key) for key in points[0]]
+            stack.enter_context(_restored(model, variables))
+
+            def write(values):
+                for key, value in values.items():
+                    _write(layers, key, value)
+        else:
+            points = _check_trainable_points(model, points)
+            plane = _Plane(points)
+            variables = list(model.trainable_variables)
+            stack.enter_context(_restored(model, variables))
+
+            def write(values):
+                for variable, value in zip(variables, values.values()):
+                    variable.assign(value)
+
+        def evaluate(values):
+            write(values)
+            logs = model.evaluate(
+                x, y, batch_size=batch_size, verbose=0, return_dict=True
+            )
+            return {name: float(value) for name, value in logs.items()}
+
+        # The points themselves, not their images under the basis: what is
+        # reported of them is exactly what `evaluate` gives.
+        point_losses = np.array([evaluate(p)["loss"] for p in points])
+        grid_x, grid_y = plane.grid(shape, margin)
+        logs = [evaluate(plane.at(a, b)) for b in grid_y for a in grid_x]
+    metrics = {
+        name: np.array([log[name] for log in logs]).reshape(shape[::-1])
+        for name in logs[0]
+    }
+    return LossPlane(
+        grid_x, grid_y, metrics, plane.points, point_losses, labels
+    )
+
+
+class _Plane:
+    """The plane through three points; each a dict of arrays."""
+
+    def __init__(self, points):
+        first, second, third = points
+        self.origin = first
+        u = {key: second[key] - first[key] for key in first}
+        w = {key: third[key] - first[key] for key in first}
+        length_u, length_w = _norm(u), _norm(w)
+        if length_u == 0 or length_w == 0:
+            raise ValueError(
+                "`points` must be three different points: two of them are "
+                "equal."
+            )
+        self.u = {key: part / length_u for key, part in u.items()}
+        along = _inner(w, self.u)
+        v = {key: w[key] - along * self.u[key] for key in w}
+        length_v = _norm(v)
+        # Float32 weights: a smaller remainder is their rounding.
+        if length_v <= 1e-5 * length_w:
+            raise ValueError(
+                "`points` lie on one line, through which there is no single "
+                "plane. Give a third model that is trained from another seed "
+                "or by another method."
+            )
+        self.v = {key: part / length_v for key, part in v.items()}
+        self.points = np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
+
+    def at(self, a, b):
+        return {
+            key: start + a * self.u[key] + b * self.v[key]
+            for key, start in self.origin.items()
+        }
+
+    def grid(self, shape, margin):
+        low, high = self.points.min(axis=0), self.points.max(axis=0)
+        low, high = low - margin * (high - low), high + margin * (high - low)
+        return [
+            np.linspace(start, stop, n)
+            for start, stop, n in zip(low, high, shape)
+        ]
+
+
+def _inner(a, b):
+    return float(sum(np.sum(a[key] * b[key]) for key in a))
+
+
+def _norm(a):
+    return float(np.sqrt(_inner(a, a)))
+
+
+# Checks.
+
+
+def _check_arguments(model, points, x, resolution, margin, labels):
+    """Validates what is no point; returns `(columns, rows)`."""
+    root.check_is_model(model)
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so it has no loss: call "
+            "`model.compile(loss=...)` first."
+        )
+    if not isinstance(points, (list, tuple)) or len(points) != 3:
+        raise ValueError(
+            "`points` must be a list of three points. Received: "
+            + (
+                f"{len(points)} points"
+                if isinstance(points, (list, tuple))
+                else f"points of type {type(points).__name__}"
+            )
+        )
+    if inspect.isgenerator(x):
+        raise TypeError(
+            "`x` is read once for each grid point, and a generator can be "
+            "read only once: give arrays or a data set."
+        )
+    shape = resolution
+    if not isinstance(shape, (tuple, list)):
+        shape = (resolution, resolution)
+    if len(shape) != 2 or not all(
+        isinstance(n, (int, np.integer)) and n >= 2 for n in shape
+    ):
+        raise ValueError(
+            "`resolution` must be an integer of at least 2, or two of them. "
+            f"Received: resolution={resolution!r}"
+        )
+    if not 0 <= margin < np.inf:
+        raise ValueError(
+            f"`margin` must not be negative. Received: margin={margin!r}"
+        )
+    if len(labels) != 3:
+        raise ValueError(
+            f"`labels` must name three points. Received: labels={labels!r}"
+        )
+    return tuple(int(n) for n in shape)
+
+
+def _check_kernel_points(model, points):
+    layers = root.layers_of(model)
+    keys = list(points[0])
+    _check_keys(layers, keys)
+    for i, point in enumerate(points):
+        if set(point) != set(keys):
+            different = sorted(set(point) ^ set(keys))
+            raise ValueError(
+                f"`points[{i}]` and `points[0]` must have the same keys; they "
+                f"differ in {different[:5]}. Copy one model's kernels with "
+                "the keys of the other: `kernels(model, keys)`."
+            )
+        for key in keys:
+            if "#" not in key and layers[key].quantization_mode is not None:
+                raise ValueError(
+                    f"The kernel of '{key}' is quantized to "
+                    f"'{layers[key].quantization_mode}', which can't hold "
+                    "the points between two models. Use a float model."
+                )
+            expected = _shape(layers, key)
+            if np.shape(point[key]) != expected:
+                raise ValueError(
+                    f"`points[{i}]['{key}']` must have shape {expected}. "
+                    f"Received: shape {np.shape(point[key])}"
+                )
+    return [
+        {key: np.asarray(p[key], "float64") for key in keys} for p in points
+    ]
+
+
+def _check_trainable_points(model, points):
+    variables = model.trainable_variables
+    if root.is_adapted(model):
+        root.check_no_block(model)
+    values = []
+    for i, point in enumerate(points):
+        if isinstance(point, (str, os.PathLike)):
+            point = _file_values(model, point)
+        if not isinstance(point, (list, tuple)):
+            raise TypeError(
+                "`points` must all be dicts of kernels (see `kernels`), or "
+                "all lists of values of `model.trainable_variables` or paths "
+                f"of adapter files. Received: points[{i}] of type "
+                f"{type(point).__name__}"
+            )
+        shapes = [tuple(np.shape(value)) for value in point]
+        expected = [tuple(variable.shape) for variable in variables]
+        if shapes != expected:
+            raise ValueError(
+                f"`points[{i}]` must hold a value for each of the model's "
+                f"{len(expected)} trainable variables, of their shapes "
+                f"{expected[:5]}. Received: {len(shapes)} values of shapes "
+                f"{shapes[:5]}"
+            )
+        values.append(
+            {k: np.asarray(_numpy(v), "float64") for k, v in enumerate(point)}
+        )
+    return values
+
+
+def _file_values(model, path):
+    """Values of the trainable variables after loading an adapter file."""
+    state = root.state_of(model)
+    if len(state.active) != 1:
+        raise ValueError(
+            "Adapter files are points of a model with one active adapter. "
+            f"Active: {list(state.active)}. Call "
+            "`keras_randadapt.set_active(model, name)`."
+        )
+    with _restored(model, list(model.trainable_variables)):
+        saving.load_adapter(model, path, name=state.active[0])
+        return [_numpy(v) for v in model.trainable_variables]
+
+
+# Reading, writing and restoring.
+
+
+def _default_keys(state):
+    kept = {a for name in state.active for a in state.records[name].kept}
+    return [
+        *state.site_addresses,
+        *(
+            f"{address}#{i}"
+            for address in state.layers
+            if address in kept
+            for i in range(len(state.layers[address].weights))
+        ),
+    ]
+
+
+def _check_keys(layers, keys):
+    for key in keys:
+        address, _, index = str(key).partition("#")
+        layer = layers.get(address)
+        if layer is None:
+            raise ValueError(f"The model has no layer at '{address}'.")
+        if index:
+            if not index.isdigit() or int(index) >= len(layer.weights):
+                raise ValueError(
+                    f"'{key}' means no weight: layer '{address}' has "
+                    f"{len(layer.weights)}."
+                )
+        elif not layer.built or site_layers.supported_class(layer) is None:
+            raise ValueError(
+                f"Layer '{address}' is a {type(layer).__name__}, which has no "
+                f"kernel view. Name its weights: '{address}#0' and so on."
+            )
+        elif layer.quantization_mode is not None and not isinstance(
+            layer, site_layers.Site
+        ):
+            raise ValueError(
+                f"The kernel of '{address}' is quantized to "
+                f"'{layer.quantization_mode}': it can be read only while an "
+                "adapter is attached there."
+            )
+
+
+def _variable(layers, key):
+    address, _, index = key.partition("#")
+    if index:
+        return layers[address].weights[int(index)]
+    return site_layers.kernel_variable(layers[address])
+
+
+def _shape(layers, key):
+    if "#" in key:
+        return tuple(_variable(layers, key).shape)
+    return tuple(site_layers.view_of(layers[key]))
+
+
+def _read(layers, key):
+    if "#" in key:
+        return _numpy(_variable(layers, key)).astype("float32")
+    layer = layers[key]
+    if not isinstance(layer, site_layers.Site):
+        view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
+        return _numpy(view).astype("float32")
+    view = deltas.base_kernel_view(layer)
+    for adapter in layer.adapter.active():
+        view = adapter.merged(view)
+    return _numpy(view)
+
+
+def _write(layers, key, value):
+    value = value.astype("float32")
+    if "#" not in key:
+        value = site_layers.from_view(layers[key], value)
+    _variable(layers, key).assign(value)
+
+
+@contextlib.contextmanager
+def _restored(model, variables):
+    """For a block, whose end puts the variables' values back.
+
+    On JAX, `evaluate` takes every variable's value away while it runs, and
+    after an error does not give it back: all of them are kept there.
+    """
+    if keras.config.backend() == "jax":
+        variables = {id(v): v for v in [*variables, *model.variables]}.values()
+    values = [(variable, _numpy(variable)) for variable in variables]
+    try:
+        yield
+    finally:
+        _compat.forget_jax_state(model)
+        for variable, value in values:
+            variable.assign(value)
+
+
+def _numpy(value):
+    """A copy, as a NumPy array of the same dtype."""
+    return np.array(keras.ops.convert_to_numpy(value))

@@ -1,0 +1,300 @@
+"""Rank, spectrum and orthogonality of deltas."""
+
+import keras
+import numpy as np
+
+from keras_randadapt.analysis import deltas
+from keras_randadapt.analysis import plotting
+from keras_randadapt.analysis.table import SiteTable
+
+_EPSILON = float(np.finfo("float32").eps)
+
+
+class SingularValues(SiteTable):
+    """A row a site; the column `singular_values` holds an array in each."""
+
+    def plot(self, axis=None, relative=False):
+        """Draws a curve a site: singular values, on a logarithmic axis.
+
+        Args:
+            axis: Optional matplotlib axis. A new one by default.
+            relative: Whether to divide by each site's largest.
+
+        Returns:
+            The axis.
+        """
+        axis = plotting.axis_or_new(axis)
+        names = plotting.short_names(self["site"])
+        for name, values in zip(names, self["singular_values"]):
+            largest = values[0] if relative and values[0] else 1.0
+            # A zero has no place on a logarithmic axis.
+            positive = values[values > 0] / largest
+            axis.plot(np.arange(1, len(positive) + 1), positive, label=name)
+        axis.set_yscale("log")
+        axis.set_xlabel("index")
+        axis.set_ylabel("singular value" + (" (relative)" if relative else ""))
+        if len(names) <= 12:
+            axis.legend(fontsize="small")
+        return axis
+
+
+def singular_values(
+    model: keras.Model, name: str | None = None
+) -> SingularValues:
+    """The singular values of every site's delta.
+
+    `min(input_dim, output_dim)` values a site, in falling order, float64,
+    accurate to about 1e-7 of the largest, as the float32 delta is. One delta
+    is formed at a time, and none of LoRA's, whose factors tell. For an adapter
+    that is not additive the delta is the merged kernel less the base kernel.
+
+    Args:
+        model: An adapted model.
+        name: Optional string: one adapter, active or not. By default the
+            delta of all active adapters together.
+
+    Returns:
+        A `SingularValues` table with the columns `site`, `layer` and
+        `singular_values`. `plot` draws the spectra.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If the model has no adapter, none of this name or none
+            active, if it is inside a `merged` block, or if a delta holds NaN
+            or infinity.
+
+    Example:
+
+    ```python
+    spectra = kra.analysis.singular_values(model)
+    largest = spectra["singular_values"][0][0]
+    spectra.plot()
+    ```
+    """
+    return SingularValues(
+        _measured(
+            model,
+            name,
+            lambda site: {"singular_values": site.singular_values()},
+        ),
+        "singular_values",
+    )
+
+
+def intrinsic_rank(
+    model: keras.Model,
+    name: str | None = None,
+    *,
+    tolerance: float | None = None,
+) -> SiteTable:
+    """The numerical rank of every site's delta.
+
+    It counts the singular values above `tolerance` times the largest. The
+    default, `max(input_dim, output_dim) * 2**-23`, is NumPy's `matrix_rank`
+    rule at float32's precision: it counts every direction that is not
+    rounding noise. A tolerance such as 0.01 counts the directions that matter.
+    The delta of an adapter that is not additive is a difference of kernels,
+    and singular values within that difference's rounding error,
+    `4 * 2**-23 * ||merged kernel||_F`, don't count either.
+
+    Args:
+        model: An adapted model.
+        name: See `singular_values`.
+        tolerance: Optional float in `[0, 1)`.
+
+    Returns:
+        A `SiteTable` with the columns `site`, `layer`, `input_dim`,
+        `output_dim` and `rank`. `plot` draws a bar a site.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If `tolerance` is out of range, or as `singular_values`
+            does.
+
+    Example:
+
+    ```python
+    table = kra.analysis.intrinsic_rank(model, tolerance=0.01)
+    print(table)
+    print(table["rank"].mean())
+    ```
+    """
+    table = delta_statistics(model, name, tolerance=tolerance)
+    columns = ("site", "layer", "input_dim", "output_dim", "rank")
+    return SiteTable({c: table[c] for c in columns}, "rank")
+
+
+def effective_rank(model: keras.Model, name: str | None = None) -> SiteTable:
+    """The effective rank and the stable rank of every site's delta.
+
+    The effective rank is `exp(H(p))` for the entropy `H` of the singular
+    values divided by their sum: `k` equal singular values give `k`, and small
+    ones count little. The stable rank, `||delta||_F^2 / ||delta||_2^2`, is
+    never larger than the rank, and steadier under noise. A delta of zeros has
+    0 of both.
+
+    Args:
+        model: An adapted model.
+        name: See `singular_values`.
+
+    Returns:
+        A `SiteTable` with the columns `site`, `layer`, `effective_rank` and
+        `stable_rank`. `plot` draws a bar a site.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: As `singular_values` does.
+
+    Example:
+
+    ```python
+    table = kra.analysis.effective_rank(model)
+    table.plot(column="stable_rank")
+    ```
+
+    References:
+        - Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+    """
+    table = delta_statistics(model, name)
+    columns = ("site", "layer", "effective_rank", "stable_rank")
+    return SiteTable({c: table[c] for c in columns}, "effective_rank")
+
+
+def orthogonality_loss(
+    model: keras.Model, name: str | None = None
+) -> SiteTable:
+    """How far every site's delta is from a matrix with orthonormal rows.
+
+    `||D D' - I||_F^2` for `D`, `(output_dim, input_dim)`, the transpose of the
+    delta: in singular values, `sum((s_i^2 - 1)^2)` over the output dimension.
+    A delta of rank `R` can't be below `output_dim - R`, the column `floor`
+    with the numerical rank for `R`: LoRA with orthonormal factors reaches it,
+    and so does RLoRA with `alpha` and `beta` 1.
+
+    Args:
+        model: An adapted model.
+        name: See `singular_values`.
+
+    Returns:
+        A `SiteTable` with the columns `site`, `layer`, `orthogonality_loss`
+        and `floor`. `plot` draws a bar a site.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: As `singular_values` does.
+
+    Example:
+
+    ```python
+    table = kra.analysis.orthogonality_loss(model)
+    print(table["orthogonality_loss"] - table["floor"])
+    ```
+
+    References:
+        - [RM-LoRA](https://arxiv.org/abs/2407.12074), table 5.
+    """
+    table = delta_statistics(model, name)
+    return SiteTable(
+        {
+            "site": table["site"],
+            "layer": table["layer"],
+            "orthogonality_loss": table["orthogonality_loss"],
+            "floor": table["output_dim"] - table["rank"],
+        },
+        "orthogonality_loss",
+    )
+
+
+def delta_statistics(
+    model: keras.Model,
+    name: str | None = None,
+    *,
+    tolerance: float | None = None,
+) -> SiteTable:
+    """All that is measured of every site's delta, from one pass over them.
+
+    Args:
+        model: An adapted model.
+        name: See `singular_values`.
+        tolerance: See `intrinsic_rank`.
+
+    Returns:
+        A `SiteTable` with the columns `site`, `layer`, `input_dim`,
+        `output_dim`, `rank`, `effective_rank`, `stable_rank`,
+        `orthogonality_loss`, `frobenius_norm` and `spectral_norm`.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: As `intrinsic_rank` does.
+
+    Example:
+
+    ```python
+    table = kra.analysis.delta_statistics(model)
+    table.to_csv("deltas.csv")
+    ```
+    """
+    tolerance = check_tolerance(tolerance)
+
+    def measure(site):
+        values = site.singular_values()
+        return {
+            "input_dim": site.shape[0],
+            "output_dim": site.shape[1],
+            "rank": _rank(values, site, tolerance),
+            "effective_rank": _effective_rank(values),
+            "stable_rank": _stable_rank(values),
+            "orthogonality_loss": site.orthogonality_loss(),
+            "frobenius_norm": float(np.sqrt(np.sum(values**2))),
+            "spectral_norm": float(values[0]),
+        }
+
+    return SiteTable(_measured(model, name, measure), "rank")
+
+
+def check_tolerance(tolerance):
+    """Validates a relative tolerance; `None` stands for the default."""
+    if tolerance is None:
+        return None
+    try:
+        value = float(tolerance)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 <= value < 1:
+        raise ValueError(
+            "`tolerance` must be at least 0 and below 1: it is relative to "
+            f"the largest singular value. Received: tolerance={tolerance!r}"
+        )
+    return value
+
+
+def _measured(model, name, measure):
+    """The columns of a table: `measure` of every site's delta."""
+    columns = {"site": [], "layer": []}
+    for site in deltas.site_deltas(model, name):
+        columns["site"].append(site.address)
+        columns["layer"].append(site.layer.path)
+        for column, value in measure(site).items():
+            columns.setdefault(column, []).append(value)
+    return columns
+
+
+def _rank(values, site, tolerance):
+    if tolerance is None:
+        tolerance = max(site.shape) * _EPSILON
+    threshold = max(tolerance * values[0], site.noise)
+    return int(np.sum(values > threshold))
+
+
+def _effective_rank(values):
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    p = values[values > 0] / total
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def _stable_rank(values):
+    if values[0] == 0:
+        return 0.0
+    return float(np.sum((values / values[0]) ** 2))

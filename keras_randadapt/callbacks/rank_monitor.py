@@ -1,0 +1,101 @@
+"""Rank and orthogonality of the deltas, logged while training."""
+
+import keras
+import numpy as np
+
+from keras_randadapt.adapters import base
+from keras_randadapt.analysis import deltas
+from keras_randadapt.analysis import rank
+
+_LOGGED = {
+    "rank": "rank",
+    "effective_rank": "effective_rank",
+    "orthogonality": "orthogonality_loss",
+}
+
+
+class RankMonitor(keras.callbacks.Callback):
+    """Logs rank and orthogonality of the deltas at the ends of epochs.
+
+    It adds `rank_mean`, `effective_rank_mean` and `orthogonality_mean`, means
+    over the sites, to the epoch's logs; see `analysis.intrinsic_rank`,
+    `analysis.effective_rank` and `analysis.orthogonality_loss`. `History`, the
+    progress bar and the callbacks that come *after* it in the list see them:
+    put `TensorBoard`, `CSVLogger` or `EarlyStopping` behind it.
+
+    It forms the deltas one at a time on the host and decomposes them: about a
+    tenth of a second for a delta of 768 by 768.
+
+    Args:
+        name: Optional string: the adapter to measure. By default the active
+            ones together.
+        frequency: int. Epochs from one measurement to the next; the last of
+            each `frequency` epochs is measured.
+        per_site: Whether to log `rank/<address>` and so on for every site,
+            too.
+        prefix: string put before every logged name.
+        tolerance: Optional float: what counts for the rank, see
+            `analysis.intrinsic_rank`.
+
+    Attributes:
+        table: The last measurement, as `analysis.delta_statistics` gives it;
+            `None` before the first.
+
+    Raises:
+        TypeError: If `frequency` is no integer or `prefix` no string.
+        ValueError: If an argument is out of range. When training begins, if
+            the model has no adapter, none of this name or none active.
+
+    Example:
+
+    ```python
+    monitor = kra.callbacks.RankMonitor()
+    history = model.fit(x, y, epochs=2, callbacks=[monitor], verbose=0)
+    print(history.history["effective_rank_mean"])
+    print(monitor.table)
+    ```
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        frequency: int = 1,
+        per_site: bool = False,
+        prefix: str = "",
+        tolerance: float | None = None,
+    ):
+        super().__init__()
+        if not isinstance(prefix, str):
+            raise TypeError(
+                f"`prefix` must be a string. Received: prefix={prefix!r}"
+            )
+        if prefix.startswith("val_"):
+            raise ValueError(
+                "`prefix` must not begin with 'val_', which Keras takes for "
+                f"results of validation. Received: prefix={prefix!r}"
+            )
+        self.name = name
+        self.frequency = base.check_rank(frequency, "frequency")
+        self.per_site = bool(per_site)
+        self.prefix = prefix
+        self.tolerance = rank.check_tolerance(tolerance)
+        self.table = None
+
+    def on_train_begin(self, logs=None):
+        deltas.check_measurable(self.model, self.name)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.frequency:
+            return
+        self.table = rank.delta_statistics(
+            self.model, self.name, tolerance=self.tolerance
+        )
+        if logs is None:
+            return
+        for name, column in _LOGGED.items():
+            values = self.table[column]
+            logs[f"{self.prefix}{name}_mean"] = float(np.mean(values))
+            if self.per_site:
+                for site, value in zip(self.table["site"], values):
+                    logs[f"{self.prefix}{name}/{site}"] = float(value)
