@@ -57,13 +57,13 @@ def size(model, name):
 
 
 def count(adapter):
-    return sum(math.prod(weight.shape) for weight in adapter.weights)
+    return sum(math.prod(w.shape) for w in adapter.stored_weights())
 
 
 def site_tensors(state, name):
     return {
         address: np.concatenate(
-            [_array(weight).astype("float32").ravel() for weight in a.weights]
+            [_array(w).astype("float32").ravel() for w in a.stored_weights()]
         )
         for address, a in state.adapters(name).items()
     }

@@ -22,6 +22,7 @@ from keras_randadapt import report as report_lib
 from keras_randadapt import root
 from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
+from keras_randadapt.adapters import base as adapter_base
 from keras_randadapt.adapters.base import Adapter
 
 #: What `targets`, `exclude` and `keep_trainable` may be.
@@ -446,8 +447,8 @@ def _refresh(model, trainable_before):
     changed = list(map(id, model.trainable_variables)) != trainable_before
     if changed and optimizer is not None and optimizer.built:
         model.optimizer = type(optimizer).from_config(optimizer.get_config())
-
     root.wrap_optimizer(model)
+
 
 def build_adapters(template, name, layers, addresses):
     """Built adapters by address, attached to nothing yet."""
@@ -458,18 +459,19 @@ def build_adapters(template, name, layers, addresses):
             template.check(tuple(site_layers.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
-    for address in addresses:
-        layer = layers[address]
-        # Two layers of one path would give two variables of one path, which
-        # torch's parameter lists confuse.
-        path = layer.path
-        if not path or paths.count(path) > 1:
-            path = address
-        view = site_layers.view_of(layer)
-        clone = template.for_site(address, name)
-        with keras.name_scope("adapter", override_parent=path):
-            clone.build(tuple(view))
-        built[address] = clone
+    with adapter_base.shared_bases():
+        for address in addresses:
+            layer = layers[address]
+            # Two layers of one path would give two variables of one path,
+            # which torch's parameter lists confuse.
+            path = layer.path
+            if not path or paths.count(path) > 1:
+                path = address
+            view = site_layers.view_of(layer)
+            clone = template.for_site(address, name)
+            with keras.name_scope("adapter", override_parent=path):
+                clone.build(tuple(view))
+            built[address] = clone
     return built
 
 

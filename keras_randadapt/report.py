@@ -29,7 +29,9 @@ class Report:
         self.method = type(record.template).__name__
         self.sites = list(record.addresses)
         self.adapter_parameters = sum(
-            _size(w) for adapter in adapters for w in adapter.weights
+            _size(weight)
+            for adapter in adapters
+            for weight in _compat.trainable_by_nature(adapter)
         )
         # An inactive adapter's head is frozen until its turn comes.
         heads = [

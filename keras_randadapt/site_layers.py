@@ -65,6 +65,35 @@ def _attribute(name):
     return f"named_{name}"
 
 
+class Product:
+    """The product that an adapter adapts: `linear` of `Adapter.adapt`.
+
+    Called with `(..., input_dim)`, it gives `(..., output_dim)`.
+    """
+
+    def __init__(self, product, site=None):
+        self._product = product
+        self._site = site
+
+    def __call__(self, x):
+        return self._product(x)
+
+    def kernel(self):
+        """The kernel view that this is the product with, if there is one.
+
+        Returns:
+            Tensor `(input_dim, output_dim)` of the site's compute dtype; the
+            product with another matrix like it is `ops.matmul(x, matrix)`.
+            `None` if the kernel is quantized, or if this is what another
+            adapter made of the base product.
+        """
+        site = self._site
+        if site is None or site.quantization_mode is not None:
+            return None
+        kernel = ops.cast(site._kernel, site.compute_dtype)
+        return site.to_view(kernel)
+
+
 class Site:
     """Mixed into a site's own class; see `site_class`."""
 
@@ -164,9 +193,8 @@ class DenseSite(_ProductSite):
         return ops.matmul(x, kernel)
 
     def _adapted_product(self, inputs, training):
-        return _adapt_all(
-            self.adapter.active(), inputs, self._base_product, training
-        )
+        linear = Product(self._base_product, self)
+        return _adapt_all(self.adapter.active(), inputs, linear, training)
 
 
 class EinsumDenseSite(_ProductSite):
@@ -200,7 +228,7 @@ class EinsumDenseSite(_ProductSite):
             z = inputs if z is x else plan.unflatten_input(z, inputs)
             return plan.flatten_output(self._base_product(z))
 
-        y = _adapt_all(active, x, linear, training)
+        y = _adapt_all(active, x, Product(linear, self), training)
         return plan.unflatten_output(y, inputs)
 
 
@@ -360,8 +388,8 @@ def _as_float(x, dtype):
 def _adapt_all(adapters, x, linear, training):
     """Every adapter adapts what those before it made of the base product."""
     for adapter in adapters:
-        linear = functools.partial(
-            adapter.adapt, linear=linear, training=training
+        linear = Product(
+            functools.partial(adapter.adapt, linear=linear, training=training)
         )
     return linear(x)
 

@@ -436,7 +436,7 @@ def randomize(model, name="default", seed=0, scale=0.3):
     """Gives every adapter weight a value that matters."""
     state = model._randadapt
     for address, adapter in state.adapters(name).items():
-        for weight in adapter.weights:
+        for weight in adapter.stored_weights():
             key = zlib.crc32(f"{address}/{weight.name}".encode())
             generator = np.random.default_rng([seed, key])
             weight.assign(scale * generator.normal(size=weight.shape))

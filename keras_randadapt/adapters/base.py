@@ -1,11 +1,33 @@
 """What every adapter has in common: the contract, and all that a method need
 not say again."""
 
+import contextlib
+import contextvars
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt import random
+
+# The frozen variables that the adapters built in a `shared_bases` block have
+# in common, by what they hold.
+_shared = contextvars.ContextVar("keras_randadapt_shared_bases", default=None)
+
+
+@contextlib.contextmanager
+def shared_bases():
+    """For a block, adapters that are built share equal frozen variables.
+
+    One block an injection, and nothing outlives it: variables that two models
+    shared would be donated twice by JAX's trainer.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 class Adapter(keras.layers.Layer):
@@ -49,6 +71,7 @@ class Adapter(keras.layers.Layer):
         self.dropout = float(dropout)
         self.dropout_seed_generator = None
         self._address = ""
+        self._frozen_names = ()
 
     # What a method says.
 
@@ -114,8 +137,10 @@ class Adapter(keras.layers.Layer):
 
         Args:
             x: Tensor of shape `(..., input_dim)`.
-            linear: Function of a tensor like `x`: the product that this
-                adapter adapts, `(..., output_dim)`.
+            linear: `site_layers.Product`. Called with a tensor like `x`, it
+                gives the product that this adapter adapts,
+                `(..., output_dim)`; `linear.kernel()` is the kernel view, or
+                `None` where it can't be had.
             training: Whether a training step is running.
 
         Returns:
@@ -175,6 +200,8 @@ class Adapter(keras.layers.Layer):
             initializer: A name that `initial_values` knows, a dict
                 `{"name": ..., **arguments}` for it, or any Keras initializer
                 (whose values differ from backend to backend).
+            regularizer: Optional Keras regularizer: a penalty on the weight,
+                part of the model's losses while the adapter is trained.
         """
         own = _own_initializer(initializer)
         if own is not None:
@@ -193,14 +220,71 @@ class Adapter(keras.layers.Layer):
             # Products cast explicitly: autocasting would also round the
             # delta that is merged in float32.
             autocast=False,
+            regularizer=regularizer,
         )
+
+    def add_frozen(self, name, basis):
+        """Keeps the values of a random basis in a variable that no file has.
+
+        A variable and not a constant of the compiled step, which would be
+        copied into every executable. Adapters of one injection with equal
+        bases share it.
+
+        Args:
+            name: string. The variable is the attribute `<name>_values`.
+            basis: A basis of `keras_randadapt.bases`, whose products use the
+                variable from then on. One that keeps no values is left alone.
+
+        Returns:
+            `basis`.
+        """
+        if not hasattr(basis, "bind"):
+            return basis
+        name = f"{name}_values"
+        shared = _shared.get()
+        variable = None if shared is None else shared.get(basis.key)
+        if variable is None:
+
+            def initializer(shape, dtype=None):
+                return ops.convert_to_tensor(basis.values(), dtype=dtype)
+
+            variable = self.add_weight(
+                name=name,
+                shape=basis.shape,
+                dtype=basis.dtype,
+                initializer=initializer,
+                trainable=False,
+                autocast=False,
+            )
+            if shared is not None:
+                shared[basis.key] = variable
+        setattr(self, name, variable)
+        self._frozen_names += (name,)
+        basis.bind(variable)
+        return basis
+
+    def frozen_weights(self):
+        """The variables of frozen bases, here and below."""
+        return [
+            getattr(layer, name)
+            for layer in _compat.flatten_layers(self)
+            if isinstance(layer, Adapter)
+            for name in layer._frozen_names
+        ]
+
+    def stored_weights(self):
+        """The weights that files hold: all but frozen bases.
+
+        Both are methods, because Keras's saving walks into lists that
+        properties give.
+        """
+        frozen = {id(variable) for variable in self.frozen_weights()}
+        return [w for w in self.weights if id(w) not in frozen]
 
     def prepare_dropout(self):
         """Creates the state of dropout. Call it at the end of `build`."""
         if self.dropout:
             self.dropout_seed_generator = keras.random.SeedGenerator(
-            regularizer: Optional Keras regularizer: a penalty on the weight,
-                part of the model's losses while the adapter is trained.
                 self.seed % 2**31
             )
 
@@ -218,12 +302,30 @@ class Adapter(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.output_dim)
 
+    def save_own_variables(self, store):
+        for i, variable in enumerate(self._own_stored_variables()):
+            store[str(i)] = variable
+
     def load_own_variables(self, store):
-            regularizer=regularizer,
         # A file of the model without adapters has nothing here; it must
         # still load.
-        if len(store.keys()):
-            super().load_own_variables(store)
+        if not len(store.keys()):
+            return
+        variables = self._own_stored_variables()
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"The file holds {len(store.keys())} variables for the "
+                f"adapter '{self.path}', which has {len(variables)}: "
+                f"{[v.name for v in variables]}. It was written with another "
+                "adapter on this layer."
+            )
+        for i, variable in enumerate(variables):
+            variable.assign(store[str(i)])
+
+    def _own_stored_variables(self):
+        frozen = {id(getattr(self, name)) for name in self._frozen_names}
+        own = _compat.owned_variables(self)
+        return [v for v in own if id(v) not in frozen]
 
     def get_config(self):
         # No name and no trainable flag: two templates of one method with
@@ -301,6 +403,26 @@ def serialize_initializer(initializer):
     return initializer
 
 
+def check_regularizer(regularizer, argument="regularizer"):
+    """Validates a regularizer argument."""
+    try:
+        regularizer = keras.regularizers.get(regularizer)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` must be a Keras regularizer, such as "
+            "keras_randadapt.regularizers.Orthogonality(0.1), the name of "
+            f"one, or None. Received: {argument}={regularizer!r}"
+        ) from error
+    if regularizer is not None and not isinstance(
+        regularizer, keras.regularizers.Regularizer
+    ):
+        raise TypeError(
+            f"`{argument}` must be a Keras regularizer: a function has no "
+            f"config to save. Received: {argument}={regularizer!r}"
+        )
+    return regularizer
+
+
 def _own_initializer(initializer):
     """`(kind, arguments)` of an initializer of ours, `None` of another's."""
     if isinstance(initializer, str) and initializer in _OWN_INITIALIZERS:
@@ -340,26 +462,6 @@ def check_scaling(scaling, argument="scaling"):
             f"Received: {argument}={scaling!r}"
         )
     return value
-def check_regularizer(regularizer, argument="regularizer"):
-    """Validates a regularizer argument."""
-    try:
-        regularizer = keras.regularizers.get(regularizer)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"`{argument}` must be a Keras regularizer, such as "
-            "keras_randadapt.regularizers.Orthogonality(0.1), the name of "
-            f"one, or None. Received: {argument}={regularizer!r}"
-        ) from error
-    if regularizer is not None and not isinstance(
-        regularizer, keras.regularizers.Regularizer
-    ):
-        raise TypeError(
-            f"`{argument}` must be a Keras regularizer: a function has no "
-            f"config to save. Received: {argument}={regularizer!r}"
-        )
-    return regularizer
-
-
 
 
 def check_non_negative(value, argument):

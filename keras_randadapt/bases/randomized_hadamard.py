@@ -1,6 +1,7 @@
 """The randomized Hadamard basis."""
 
 import functools
+import math
 
 import numpy as np
 from keras import ops
@@ -8,6 +9,7 @@ from keras import ops
 from keras_randadapt import random
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import randomized_transform
+from keras_randadapt.ops import steps
 
 #: How `hadamard` may fit a dimension to the orders that a transform has.
 HADAMARD = ("exact", "pad")
@@ -63,20 +65,46 @@ class RandomizedHadamard:
         ]
         self._splits = [int(n) for n in np.cumsum(sizes)[:-1]]
 
-    def matvec(self, x):
+    @property
+    def shape(self):
+        return (self.dim, self.rank) if self.expand else (self.rank, self.dim)
+
+    @property
+    def scale(self):
+        """What gives the entries variance 1: `sqrt(order)`."""
+        return math.sqrt(self._plans[0].order)
+
+    @property
+    def cost(self):
+        """Multiply-adds of one `matvec` of one vector, about."""
+        return sum(plan_cost(plan) for plan in self._plans)
+
+    def operands(self):
+        """None: nothing is kept. See `RandomMatrix.operands`."""
+        return ()
+
+    def matvec(self, x, operands=()):
         """The product with `x`, on its last axis.
 
         Args:
             x: Tensor `(..., dim)`, or `(..., rank)` with `expand`.
+            operands: Nothing; what other bases take.
 
         Returns:
             Tensor `(..., rank)`, or `(..., dim)` with `expand`.
         """
         return self._apply(x, adjoint=False, split=self.expand)
 
-    def adjoint(self, x):
+    def adjoint(self, x, operands=()):
         """The product with the transpose; shapes of `matvec` swapped."""
         return self._apply(x, adjoint=True, split=not self.expand)
+
+    def matrix(self, operands=()):
+        """The matrix as a float32 tensor."""
+        rows, columns = self.shape
+        if rows <= columns:
+            return self.adjoint(ops.eye(rows))
+        return ops.transpose(self.matvec(ops.eye(columns)))
 
     def dense(self):
         """The matrix as a float64 NumPy array, for tests and analysis."""
@@ -98,6 +126,19 @@ class RandomizedHadamard:
             for part, plan in zip(parts, self._plans)
         ]
         return sum(parts[1:], parts[0]) if split else ops.concatenate(parts, -1)
+
+
+def plan_cost(plan):
+    """Multiply-adds of a transform of one vector, about."""
+    kronecker = [
+        getattr(step, "step", step)
+        for step in plan.program
+        if isinstance(step, (steps.Kronecker, steps.Window))
+    ]
+    return sum(
+        step.output_dim * sum(matrix.shape[1] for matrix in step.matrices)
+        for step in kronecker
+    )
 
 
 @functools.lru_cache(maxsize=1024)

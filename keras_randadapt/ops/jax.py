@@ -141,3 +141,22 @@ mlir.register_lowering(
     mlir.lower_fun(_run_on_cpu, multiple_results=False),
     platform="cpu",
 )
+
+
+def with_gradient(forward, backward, *arguments, drop=0):
+    """See `keras_randadapt.ops.with_gradient`."""
+
+    @jax.custom_vjp
+    def function(*arguments):
+        return forward(*arguments)
+
+    def keep_arguments(*arguments):
+        return forward(*arguments), arguments[drop:]
+
+    function.defvjp(keep_arguments, backward)
+    return function(*arguments)
+
+
+def fence(upstream, *tensors):
+    """See `keras_randadapt.ops.fence`."""
+    return jax.lax.optimization_barrier((upstream, *tensors))[1:]

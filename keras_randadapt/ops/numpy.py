@@ -48,3 +48,13 @@ def _kronecker(x, step):
         matrix = matrix.astype(x.dtype)
         x = matrix @ x.reshape(-1, matrix.shape[1], right)
     return x.reshape(rows, step.output_dim).astype(dtype)
+
+
+def with_gradient(forward, backward, *arguments, drop=0):
+    """See `keras_randadapt.ops.with_gradient`; NumPy has no gradients."""
+    return forward(*arguments)
+
+
+def fence(upstream, *tensors):
+    """See `keras_randadapt.ops.fence`."""
+    return tensors

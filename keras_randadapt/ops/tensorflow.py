@@ -115,3 +115,42 @@ def _kronecker(x, step):
         # The scale itself is not exact in `x.dtype`.
         x = tf.cast(tf.cast(x, tf.float32) * step.scale, x.dtype)
     return x
+
+
+def with_gradient(forward, backward, *arguments, drop=0):
+    """See `keras_randadapt.ops.with_gradient`."""
+
+    @tf.custom_gradient
+    def function(*arguments):
+        # Without it, an eager tape would record what `forward` does as well.
+        y = forward(*map(tf.stop_gradient, arguments))
+        shape = y.shape
+        kept = arguments[drop:]
+
+        def gradient(upstream):
+            # What `tf.split` passes back does not know its own size.
+            return backward(kept, tf.ensure_shape(upstream, shape))
+
+        return y, gradient
+
+    return function(*map(tf.convert_to_tensor, arguments))
+
+
+def fence(upstream, *tensors):
+    """See `keras_randadapt.ops.fence`.
+
+    A control dependency stops TensorFlow's graph optimizer. XLA does not see
+    those, but neither it nor the other drops a product with zero, which of
+    infinity is NaN; integers have only the first.
+    """
+    if tf.executing_eagerly():
+        return tensors
+    zero = 0 * tf.cast(tf.reduce_sum(upstream[:1, :1]), tf.float32)
+    fenced = []
+    with tf.control_dependencies([upstream]):
+        for tensor in tensors:
+            if tensor.dtype.is_floating:
+                fenced.append(tensor + tf.cast(zero, tensor.dtype))
+            else:
+                fenced.append(tf.identity(tensor))
+    return tuple(fenced)

@@ -165,3 +165,30 @@ def _make_constants(step, x):
             arrays, dtype = (step.index,), torch.int32
     # `torch.tensor` copies: read-only arrays are not for sharing.
     return tuple(torch.tensor(a, dtype=dtype, device=x.device) for a in arrays)
+
+
+def with_gradient(forward, backward, *arguments, drop=0):
+    """See `keras_randadapt.ops.with_gradient`."""
+    return _WithGradient.apply(forward, backward, drop, *arguments)
+
+
+class _WithGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(forward, backward, drop, *arguments):
+        return forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.gradient, drop, *arguments = inputs
+        ctx.save_for_backward(*arguments[drop:])
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, None, None, *ctx.gradient(ctx.saved_tensors, upstream)
+
+
+def fence(upstream, *tensors):
+    """See `keras_randadapt.ops.fence`; eager execution needs none."""
+    return tensors

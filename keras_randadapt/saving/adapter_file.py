@@ -145,7 +145,7 @@ def load_adapter(
     if not present:
         injection.attach(model, template, name, addresses, kept, layers, built)
     for address, arrays in values.items():
-        for weight, array in zip(built[address].weights, arrays):
+        for weight, array in zip(built[address].stored_weights(), arrays):
             weight.assign(array)
     record = model._randadapt.records[name]
     if record.kept_values is None:
@@ -359,7 +359,7 @@ def _adapter_values(filepath, built, tensors):
                 f"has {expected} float32 weights there."
             )
         arrays = []
-        for weight in adapter.weights:
+        for weight in adapter.stored_weights():
             n = math.prod(weight.shape)
             arrays.append(flat[:n].reshape(weight.shape))
             flat = flat[n:]

@@ -1,0 +1,403 @@
+"""RandLoRA: full-rank adaptation by combinations of random bases."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_randadapt import bases
+from keras_randadapt.adapters import base
+from keras_randadapt.ops import fence
+from keras_randadapt.ops import with_gradient
+
+VARIANTS = ("full", "averaged", "half")
+COMPUTE = ("auto", "factored", "materialized")
+RESCALE = ("sqrt", "none")
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class RandLoRA(base.Adapter):
+    """Full-rank adaptation by random bases.
+
+    `delta = scaling * sum_j B_j diag(lambda_j) A diag(gamma_j)`, for an output
+    that is at least as large as the input (the paper's orientation: transpose
+    it for the kernel view; for a smaller output it is the kernel view as it
+    stands). `A`, `(rank, d_min)`, and the `n = ceil(d_min / rank)` matrices
+    `B_j`, `(d_max, rank)`, are frozen, random, and given by a seed that is all
+    a file stores; `d_min` and `d_max` are the smaller and larger dimension of
+    the kernel view. Trained are `lambda`, `(n, rank)`, and `gamma`,
+    `(n, d_min)`: `n * (rank + d_min)` weights a site, fewer the larger the
+    rank, for a delta of full rank. `lambda` starts at zero, so the delta does.
+
+    All sites of one shape share one `A` and one `B`, which take memory:
+    `d_max * d_min` numbers of four bytes, of one byte with a sparse basis,
+    none with `basis="hadamard"`.
+
+    Train it at a learning rate of 1e-4 to 1e-2 (AdamW).
+
+    Args:
+        rank: int. The rank of each of the `n` terms.
+        basis: What `A` and `B_j` are made of, with entries of variance 1:
+            `"gaussian"` or `"uniform"`, independent entries; `"sparse"` or
+            `"very_sparse"`, ternary entries of which one in 3, or one in
+            `sqrt(d_min)`, is not zero, kept as int8, and a few entries are
+            added to `A` so that the rank is full; or `"hadamard"`, randomized
+            Hadamard transforms of which nothing is kept.
+        variant: `"full"`, or an ablation of the paper: `"averaged"`,
+            `sum_j B_j diag(lambda_j)` times `sum_j A diag(gamma_j)`, of rank
+            `rank`; `"half"`, half of the terms.
+        alpha: Optional float, `2 * rank` by default. See `rescale`.
+        rescale: `"sqrt"`, where `scaling` is `alpha / rank / sqrt(n)` with the
+            `n` of the site, as in the paper's code and appendix; or `"none"`,
+            `alpha / rank`, as in Hugging Face's PEFT (whose `alpha` is 640 at
+            rank 32).
+        compute: `"factored"`, two products with each input in addition to the
+            site's own; `"materialized"`, the delta is formed in every step
+            and added to the kernel, one product with each input; or `"auto"`,
+            whichever takes fewer multiply-adds for the number of inputs at
+            hand. The results are equal up to rounding.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer.
+        ValueError: If an argument is out of range.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier,
+        kra.RandLoRA(rank=32, seed=0),
+        targets=["query", "value"],
+        keep_trainable=["logits"],
+    )
+    ```
+
+    References:
+        - Albert et al., "RandLoRA", ICLR 2025, equation 2. The frozen
+          matrices of a site depend on its shape only, not on which other
+          sites are adapted.
+        - Achlioptas, 2003, and Li, Hastie and Church, 2006: sparse bases. The
+          Hadamard basis is this library's own.
+    """
+
+    recommended_learning_rate = 1e-3
+
+    def __init__(
+        self,
+        rank: int = 32,
+        *,
+        basis: str = "uniform",
+        variant: str = "full",
+        alpha: float | None = None,
+        rescale: str = "sqrt",
+        compute: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        self.basis = bases.check_kind(basis)
+        self.variant = _check_choice(variant, VARIANTS, "variant")
+        self.alpha = base.check_scaling(
+            2 * self.rank if alpha is None else alpha, "alpha"
+        )
+        self.rescale = _check_choice(rescale, RESCALE, "rescale")
+        self.compute = _check_choice(compute, COMPUTE, "compute")
+
+    def build(self, kernel_view):
+        self.input_dim, self.output_dim = kernel_view
+        small, large = sorted(kernel_view)
+        self.terms = -(-small // self.rank)
+        if self.variant == "half":
+            self.terms = -(-self.terms // 2)
+        self._wide = self.input_dim <= self.output_dim
+        self.basis_a = self._add_basis("A", small, self.rank, expand=False)
+        # B_1 ... B_n side by side.
+        self.basis_b = self._add_basis(
+            "B", large, self.terms * self.rank, expand=True
+        )
+        self.scaling = self.alpha / self.rank
+        if self.rescale == "sqrt":
+            self.scaling /= math.sqrt(self.terms)
+        self._mixing_of = _Mixing(
+            self.basis_a,
+            self.terms,
+            self.scaling * self.basis_a.scale * self.basis_b.scale,
+        )
+        self.randlora_lambda = self.add_trainable(
+            "randlora_lambda", (self.terms, self.rank), "zeros"
+        )
+        self.randlora_gamma = self.add_trainable(
+            "randlora_gamma",
+            (self.terms, small),
+            keras.initializers.Constant(1.0 / small),
+        )
+        self.prepare_dropout()
+
+    def _add_basis(self, side, dim, rank, expand):
+        basis = bases.make_basis(
+            self.basis,
+            dim,
+            rank,
+            self.seed,
+            f"RandLoRA/{side}",
+            expand=expand,
+            smaller_dim=min(self.input_dim, self.output_dim),
+            # For generic vectors the delta is of full rank if the columns
+            # gamma_j[i] (x) A[:, i] are independent: no subspace of dimension
+            # u may hold more than n * u columns of A. A sparse A must be
+            # helped. A Hadamard one with one stage has orthogonal rows and
+            # entries of one size, and is always so; two stages leave zeros.
+            fill=side == "A",
+            stages=1 if side == "A" else 2,
+        )
+        return self.add_frozen(f"basis_{side.lower()}", basis)
+
+    # The computation. With B = [B_1 ... B_n], (large, p), and the mixing
+    # matrix N = [(diag(lambda_j) A diag(gamma_j))' ...], (small, p), the delta
+    # is N B' if `_wide` and B N' otherwise.
+
+    def adapt(self, x, linear, training=None):
+        kernel = None
+        dropped = training and self.dropout
+        # In 16 bits a small delta would be rounded away in kernel + delta.
+        if not dropped and keras.backend.standardize_dtype(x.dtype) in (
+            "float32",
+            "float64",
+        ):
+            kernel = linear.kernel()
+        if kernel is not None and self._materializes(x, training, True):
+            return self._materialized(x, self._wide, kernel)
+        return linear(x) + self.delta(self.drop(x, training), training)
+
+    def delta(self, x, training=None):
+        return self._product(x, training, self._wide)
+
+    def delta_transpose(self, x, training=None):
+        return self._product(x, training, not self._wide)
+
+    def delta_kernel(self):
+        delta = self.basis_b.matvec(self._mixing())
+        return delta if self._wide else ops.transpose(delta)
+
+    def lookup(self, ids, dtype, training=None):
+        if self._wide:
+            rows = ops.take(self._mixing(), ids, axis=0)
+            return self.basis_b.matvec(ops.cast(rows, dtype))
+        if self.basis == "hadamard":
+            # A transform gives all rows or none.
+            return super().lookup(ids, dtype, training)
+        return self._mix(self.basis_b.take(ids, dtype, axis=0), wide=False)
+
+    def _product(self, x, training, wide):
+        if self._materializes(x, training, False):
+            return self._materialized(x, wide)
+        if wide:
+            return self.basis_b.matvec(self._mix(x, wide))
+        return self._mix(self.basis_b.adjoint(x), wide)
+
+    def _materializes(self, x, training, into_kernel):
+        """Whether to form the delta for these inputs.
+
+        Multiply-adds beyond the base product, forward, for `t` inputs, `b` of
+        one product with B and `m = small * p` of one with N:
+
+            factored                        t (b + m)
+            materialized into the kernel    small b
+            materialized apart              small b + t large small
+
+        and backward, where the factored form needs the gradients of the input
+        and of N, and the materialized one the delta again, the gradients of
+        the delta and of N, and apart from the kernel that of the input:
+
+            factored                        t (b + m) + t m (+ t b if not wide)
+            materialized into the kernel    2 small b + t large small
+            materialized apart              2 small b + 2 t large small
+        """
+        if self.compute != "auto":
+            return self.compute == "materialized"
+        t = 1
+        for size in x.shape[:-1]:
+            if not isinstance(size, int):
+                # Training batches are large, and single inputs are served.
+                return bool(training)
+            t *= size
+        small, large = sorted((self.input_dim, self.output_dim))
+        b = self.basis_b.cost
+        m = small * self.terms * self.rank
+        apart = 0 if into_kernel else t * large * small
+        factored = t * (b + m)
+        materialized = small * b + apart
+        if training:
+            factored += t * (b + 2 * m) + (0 if self._wide else t * b)
+            materialized += 2 * small * b + t * large * small + apart
+        return materialized <= factored
+
+    def _mixing(self):
+        """N, float32."""
+        mixing = self._mixing_of
+
+        def backward(arguments, upstream):
+            return mixing.gradients(fence(upstream, *arguments), upstream)
+
+        return with_gradient(mixing.form, backward, *self._mixing_arguments())
+
+    def _mix(self, x, wide):
+        """`x N`, or `x N'` if not `wide`; keeps `x` and not N."""
+        mixing = self._mixing_of
+
+        def forward(x, *arguments):
+            n = ops.cast(mixing.form(*arguments), x.dtype)
+            return ops.matmul(x, n if wide else ops.transpose(n))
+
+        def backward(arguments, upstream):
+            x, *arguments = arguments
+            arguments = fence(upstream, *arguments)
+            n = ops.cast(mixing.form(*arguments), x.dtype)
+            of_x = ops.matmul(upstream, ops.transpose(n) if wide else n)
+            of_n = _outer(x, upstream) if wide else _outer(upstream, x)
+            return of_x, *mixing.gradients(arguments, of_n)
+
+        dim = self.terms * self.rank if wide else mixing.dim
+        return _on_rows(
+            lambda x: with_gradient(
+                forward, backward, x, *self._mixing_arguments()
+            ),
+            x,
+            dim,
+        )
+
+    def _materialized(self, x, wide, kernel=None):
+        """`x (kernel + delta)`, or `x delta` without a kernel.
+
+        Keeps `x` and the kernel, and not the delta.
+        """
+        mixing = self._mixing_of
+        basis_b = self.basis_b
+        of_mixing = self._mixing_arguments()
+        of_b = basis_b.operands()
+        kernels = () if kernel is None else (kernel,)
+
+        def matrix(arguments):
+            # Arguments: those of the mixing matrix, those of B, the kernel.
+            n = mixing.form(*arguments[: len(of_mixing)])
+            b = arguments[len(of_mixing) : len(of_mixing) + len(of_b)]
+            delta = basis_b.matvec(n, b)
+            delta = delta if wide else ops.transpose(delta)
+            return sum(arguments[len(of_mixing) + len(of_b) :], delta)
+
+        def forward(x, *arguments):
+            return ops.matmul(x, ops.cast(matrix(arguments), x.dtype))
+
+        def backward(arguments, upstream):
+            x, *arguments = arguments
+            fenced = fence(upstream, *arguments[: len(of_mixing) + len(of_b)])
+            fenced += tuple(arguments[len(fenced) :])
+            whole = ops.cast(matrix(fenced), x.dtype)
+            of_x = ops.matmul(upstream, ops.transpose(whole))
+            of_delta = _outer(x, upstream)
+            of_n = basis_b.adjoint(
+                of_delta if wide else ops.transpose(of_delta),
+                fenced[len(of_mixing) : len(of_mixing) + len(of_b)],
+            )
+            return (
+                of_x,
+                *mixing.gradients(fenced[: len(of_mixing)], of_n),
+                *[None for _ in of_b],
+                *[of_delta for _ in kernels],
+            )
+
+        dim = basis_b.shape[0] if wide else mixing.dim
+        return _on_rows(
+            lambda x: with_gradient(
+                forward, backward, x, *of_mixing, *of_b, *kernels
+            ),
+            x,
+            dim,
+        )
+
+    def _mixing_arguments(self):
+        gamma = _as_float32(self.randlora_gamma)
+        if self.variant == "averaged":
+            total = ops.sum(gamma, axis=0, keepdims=True)
+            gamma = ops.broadcast_to(total, gamma.shape)
+        return (
+            _as_float32(self.randlora_lambda),
+            gamma,
+            *self.basis_a.operands(),
+        )
+
+    def basis_digest(self):
+        return self.basis_a.digest() + self.basis_b.digest()
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "basis": self.basis,
+            "variant": self.variant,
+            "alpha": self.alpha,
+            "rescale": self.rescale,
+            "compute": self.compute,
+            **super().get_config(),
+        }
+
+
+class _Mixing:
+    """The mixing matrix N of its vectors, and their gradients of its own.
+
+    `N[i, j * rank + k] = scale * lambda[j, k] * gamma[j, i] * A[k, i]`.
+    """
+
+    def __init__(self, basis_a, terms, scale):
+        self._basis = basis_a
+        self._terms = terms
+        self._scale = scale
+        self.rank, self.dim = basis_a.shape
+
+    def form(self, lambdas, gamma, *a):
+        """N, `(dim, terms * rank)`, float32."""
+        n = self._scaled_a(a) * ops.transpose(gamma)[:, :, None] * lambdas
+        return ops.reshape(n, (self.dim, self._terms * self.rank))
+
+    def gradients(self, arguments, upstream):
+        """Of what `form` takes, from the gradient with respect to N."""
+        lambdas, gamma, *a = arguments
+        upstream = ops.reshape(upstream, (self.dim, self._terms, self.rank))
+        upstream = upstream * self._scaled_a(a)
+        of_lambdas = ops.sum(upstream * ops.transpose(gamma)[:, :, None], 0)
+        of_gamma = ops.transpose(ops.sum(upstream * lambdas, -1))
+        return of_lambdas, of_gamma, *[None for _ in a]
+
+    def _scaled_a(self, a):
+        a = ops.transpose(self._basis.matrix(a)) * self._scale
+        return ops.expand_dims(a, 1)
+
+
+def _outer(x, y):
+    """`x' y` of two matrices of rows, float32."""
+    return _as_float32(ops.matmul(ops.transpose(x), y))
+
+
+def _on_rows(function, x, dim):
+    """A function of `(rows, _)` that gives `(rows, dim)`, on any batch."""
+    if len(x.shape) == 2:
+        return function(x)
+    batch = ops.shape(x)[:-1]
+    y = function(ops.reshape(x, (-1, x.shape[-1])))
+    return ops.reshape(y, (*batch, dim))
+
+
+def _as_float32(x):
+    return ops.cast(x, "float32")
+
+
+def _check_choice(value, choices, argument):
+    if value not in choices:
+        raise ValueError(
+            f"`{argument}` must be one of {choices}. "
+            f"Received: {argument}={value!r}"
+        )
+    return value

@@ -1,0 +1,66 @@
+"""The bases that adapters take by name."""
+
+import math
+
+from keras_randadapt.bases.random_matrix import Gaussian
+from keras_randadapt.bases.random_matrix import SparseTernary
+from keras_randadapt.bases.random_matrix import Uniform
+from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard
+
+#: What `basis` may be.
+KINDS = ("gaussian", "uniform", "sparse", "very_sparse", "hadamard")
+
+
+def check_kind(basis, argument="basis"):
+    """Raises `ValueError` unless `basis` names a basis."""
+    if basis not in KINDS:
+        raise ValueError(
+            f"`{argument}` must be one of {KINDS}. "
+            f"Received: {argument}={basis!r}"
+        )
+    return basis
+
+
+def make_basis(
+    basis: str,
+    dim: int,
+    rank: int,
+    seed: int,
+    role: str,
+    *,
+    expand: bool = False,
+    smaller_dim: int | None = None,
+    fill: bool = False,
+    stages: int = 2,
+):
+    """A basis of shape `(rank, dim)`, or `(dim, rank)` with `expand`.
+
+    Args:
+        basis: One of `KINDS`: independent normal or uniform entries, ternary
+            ones of which one in three or one in `sqrt(smaller_dim)` is not 0,
+            or a randomized Hadamard transform along `dim`.
+        dim: int. A dimension of the site.
+        rank: int.
+        seed: int in `[0, 2**64)`.
+        role: string. What the basis is for.
+        expand: bool. See above.
+        smaller_dim: int. The smaller dimension of the site; `dim` by default.
+        fill: See `SparseTernary`.
+        stages: See `RandomizedHadamard`.
+
+    Returns:
+        A basis: `matvec`, `adjoint`, `scale`, `dense`, `digest` and the rest
+        of what `RandomMatrix` and `RandomizedHadamard` share.
+    """
+    check_kind(basis)
+    if basis == "hadamard":
+        return RandomizedHadamard(dim, rank, seed, role, stages, expand=expand)
+    shape = (dim, rank) if expand else (rank, dim)
+    if basis == "gaussian":
+        return Gaussian(*shape, seed, role)
+    if basis == "uniform":
+        return Uniform(*shape, seed, role)
+    sparsity = 3.0
+    if basis == "very_sparse":
+        sparsity = math.sqrt(dim if smaller_dim is None else smaller_dim)
+    return SparseTernary(*shape, seed, role, sparsity, fill)

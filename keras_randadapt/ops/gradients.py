@@ -1,0 +1,46 @@
+"""Functions with a gradient of their own."""
+
+from keras_randadapt.ops.transforms import _backend
+
+
+def with_gradient(forward, backward, *arguments, drop=0):
+    """Computes `forward(*arguments)` with a gradient of one's own.
+
+    For the backward pass the arguments but the first `drop` are kept and
+    nothing else: what `forward` computes on the way is gone, and `backward`
+    computes it anew.
+
+    It works in eager execution and under `jit`, `tf.function`,
+    `torch.compile`, and `vmap` of JAX and PyTorch; `backward` is
+    differentiated in turn where a second derivative is asked for.
+
+    Args:
+        forward: Function of tensors that gives one tensor. It must use no
+            other tensor than its arguments.
+        backward: Function of the tuple of arguments that were kept and of the
+            gradient with respect to the output. Gives a tuple of gradients,
+            one an argument, kept or not; `None` for those that have none.
+        *arguments: Tensors.
+        drop: int. How many arguments not to keep: what the function is linear
+            in.
+
+    Returns:
+        A tensor.
+    """
+    return _backend.with_gradient(forward, backward, *arguments, drop=drop)
+
+
+def fence(upstream, *tensors):
+    """For `backward`: the tensors, but not to a compiler's knowledge.
+
+    A compiler that sees the forward and the backward pass compute the same
+    thing would compute it once, and keep it between the two.
+
+    Args:
+        upstream: The gradient that `backward` was given.
+        *tensors: Tensors.
+
+    Returns:
+        A tuple of tensors of the same values.
+    """
+    return _backend.fence(upstream, *tensors)
