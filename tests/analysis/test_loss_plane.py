@@ -258,6 +258,29 @@ class TestKernels:
             bias, _numpy(model.get_layer("site").bias)
         )
 
+    def test_in_bfloat16(self):
+        """Kernels round the points as a merge does, and come back exactly."""
+        inputs = keras.Input((6,))
+        layer = keras.layers.Dense(2, dtype="bfloat16", name="site")
+        model = zoo.set_weights(keras.Model(inputs, layer(inputs)))
+        model.compile("sgd", "mse")
+        points = []
+        for seed in range(3):
+            kra.inject(model, kra.LoRA(2), "site")
+            zoo.randomize(model, seed=seed, scale=1.0)
+            points.append(kra.analysis.kernels(model))
+            kra.eject(model)
+        with Unchanged(model):
+            plane = kra.analysis.mode_connectivity(
+                model, points, X, Y, resolution=2
+            )
+        bias = _numpy(layer.bias).astype("float32")
+        expected = [
+            np.mean((X @ point["layers/dense"] + bias - Y) ** 2)
+            for point in points
+        ]
+        np.testing.assert_allclose(plane.point_losses, expected, rtol=2e-2)
+
     def test_errors(self):
         model = _model()
         kernels = kra.analysis.kernels

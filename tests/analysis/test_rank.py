@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 import keras_randadapt as kra
 from keras_randadapt.analysis import deltas
+from tests import test_matrix
 from tests import zoo
 
 
@@ -63,6 +64,19 @@ class TestSingularValues:
         (values,) = table["singular_values"]
         assert values.shape == (10,)
         np.testing.assert_allclose(values, expected, atol=2e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("method", test_matrix.METHODS)
+    def test_of_every_method(self, method):
+        model, _ = _dense(12, 10, test_matrix.METHODS[method](0))
+        layer = model.get_layer("site")
+        with kra.disabled(model):
+            base = _kernel(layer)
+        zoo.randomize(model)
+        expected = np.linalg.svd(_kernel(layer) - base)[1]
+        (values,) = kra.analysis.singular_values(model)["singular_values"]
+        np.testing.assert_allclose(
+            values, expected, rtol=1e-4, atol=2e-6 * max(1, expected[0])
+        )
 
     @pytest.mark.parametrize("view", [(48, 40), (40, 48)], ids=str)
     def test_of_rlora_are_alpha(self, view):
