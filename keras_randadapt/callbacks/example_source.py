@@ -33,6 +33,13 @@ def source_of(x, y=None, sample_weight=None):
     """
     if _is_arrays(x):
         return ArraySource(x, y, sample_weight)
+    is_dataset = isinstance(x, keras.utils.PyDataset)
+    if not is_dataset and not hasattr(x, "__iter__"):
+        raise TypeError(
+            "`x` must be arrays, a `keras.utils.PyDataset`, a "
+            "`tf.data.Dataset`, a torch `DataLoader` or another iterable of "
+            f"batches. Received: x={_short(x)} (of type {type(x).__name__})"
+        )
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ValueError(
@@ -40,19 +47,13 @@ def source_of(x, y=None, sample_weight=None):
                 f"{type(x).__name__} must hold it themselves, as "
                 f"`(x, y, sample_weight)`. Received: {name}={_short(value)}"
             )
-    if isinstance(x, keras.utils.PyDataset):
+    if is_dataset:
         if x.num_batches is None:
             batches = (x[i] for i in itertools.count())
             return StreamSource(batches)
         return PipelineSource(_PyDatasetBatches(x), bounded=True)
     if hasattr(x, "__next__"):
         return StreamSource(x)
-    if not hasattr(x, "__iter__"):
-        raise TypeError(
-            "`x` must be arrays, a `keras.utils.PyDataset`, a "
-            "`tf.data.Dataset`, a torch `DataLoader` or another iterable of "
-            f"batches. Received: x={_short(x)} (of type {type(x).__name__})"
-        )
     length = _length(x)
     if length == float("inf"):
         return StreamSource(iter(x))
@@ -257,7 +258,9 @@ def _as_array(leaf):
     if hasattr(leaf, "detach"):
         # A torch tensor, on whatever device and backend.
         leaf = leaf.detach().cpu()
-    return np.asarray(leaf)
+    array = np.asarray(leaf)
+    # The dtypes of texts hold their lengths, which differ.
+    return array.astype(object) if array.dtype.kind in "SU" else array
 
 
 def _as_given(leaf):
@@ -279,7 +282,10 @@ def _size(batch):
 
 def _take(batch, index):
     # Copies: a view would keep its whole batch in memory.
-    return _map_leaves(lambda leaf: np.array(leaf[index]), batch)
+    def take(leaf):
+        return np.array(leaf[index], dtype=leaf.dtype)
+
+    return _map_leaves(take, batch)
 
 
 def _stack(examples):
@@ -300,7 +306,7 @@ def _texts_as_lists(nest):
     """KerasHub's preprocessors take lists of `str`."""
 
     def convert(leaf):
-        if leaf.dtype.kind not in "OSU":
+        if leaf.dtype != object:
             return leaf
         return [_decode(text) for text in leaf.tolist()]
 

@@ -194,7 +194,8 @@ class PACBayes(keras.callbacks.Callback):
 
     def _table(self, name, columns):
         rows = getattr(self._penalty.history, name) if self._penalty else []
-        return np.reshape(np.array(rows, "float64"), (-1, len(columns)))
+        table = np.array(rows, "float64")
+        return np.reshape(table, (len(rows), len(columns)))
 
     def plot(self, axis=None):
         """Draws the sites' information over the estimations.

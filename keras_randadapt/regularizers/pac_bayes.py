@@ -169,10 +169,15 @@ class History:
         self.restored = False
 
     def save(self, store, sites, heads):
-        store["information"] = np.reshape(self.rows, (-1, sites))
-        store["head_information"] = np.reshape(self.head_rows, (-1, heads))
+        count = len(self.rows)
+        for name, rows, columns in (
+            ("information", self.rows, sites),
+            ("head_information", self.head_rows, heads),
+            ("costs", self.costs, 3),
+        ):
+            table = np.asarray(rows, "float64")
+            store[name] = np.reshape(table, (count, columns))
         store["totals"] = np.asarray(self.totals, "float64")
-        store["costs"] = np.reshape(self.costs, (-1, 3)).astype("float64")
         store["progress"] = np.array([self.epoch, self.steps], "int64")
 
     def load(self, store):
