@@ -186,3 +186,21 @@ def test_nnx_is_refused(monkeypatch):
     monkeypatch.setattr(_compat, "is_nnx_enabled", lambda: True)
     with pytest.raises(NotImplementedError, match="NNX"):
         kra.inject(_model(), kra.LoRA(1), "d")
+
+
+def test_no_automatic_dependency_tracking():
+    """What it keeps off an optimizer's variables: the model's."""
+
+    class Keeping(keras.optimizers.SGD):
+        def keep(self, variables):
+            self.kept = variables
+
+        keep_untracked = _compat.no_automatic_dependency_tracking(keep)
+
+    variables = [keras.Variable([0.0])]
+    optimizer = Keeping()
+    count = len(optimizer.variables)
+    optimizer.keep_untracked(variables)
+    assert len(optimizer.variables) == count
+    optimizer.keep(list(variables))
+    assert len(optimizer.variables) == count + 1

@@ -53,6 +53,8 @@ def _public():
     for module in (
         kra,
         kra.optimizers,
+        kra.ops.counter,
+        kra.regularizers,
         kra.ops,
         kra.bases,
         kra.analysis,

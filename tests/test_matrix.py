@@ -14,6 +14,7 @@ from tests import zoo
 #: Templates with ranks that fit the smallest kernels of the zoo.
 METHODS = {
     "lora": lambda seed=0: kra.LoRA(2, alpha=3, seed=seed),
+    "rmlora": lambda seed=0: kra.RMLoRA(2, alpha=3, seed=seed),
     "rlora": lambda seed=0: kra.RLoRA(5, scaling=2.0, seed=seed),
     "rlora_stacked": lambda seed=0: kra.RLoRA(23, seed=seed),
 }

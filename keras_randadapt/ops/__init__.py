@@ -1,5 +1,6 @@
 """Fast structured linear operations on the last axis, for every backend."""
 
+from keras_randadapt.ops import counter
 from keras_randadapt.ops.gradients import fence
 from keras_randadapt.ops.gradients import with_gradient
 from keras_randadapt.ops.plan import RandomizedTransform

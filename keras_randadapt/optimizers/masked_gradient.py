@@ -171,7 +171,9 @@ class MaskedGradient(wrapper.OptimizerWrapper):
             if value is not None:
                 place = self._places[self._get_variable_index(variable)]
                 mask = self._mask(masks, place)
-                variable.assign(ops.where(mask, variable, value))
+                # The tensor, because JAX's `where` takes no variable.
+                updated = ops.convert_to_tensor(variable)
+                variable.assign(ops.where(mask, updated, value))
 
     def _masks(self, step):
         """dict from pair to its trained directions, `(rank,)` booleans."""

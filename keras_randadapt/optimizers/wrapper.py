@@ -155,7 +155,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             if not self.built:
                 self.build(variables)
             self._check_variables_are_known(variables)
-        step = self.iterations
+        step = keras.ops.convert_to_tensor(self.iterations)
         grads = self.transform_gradients(grads, variables, step)
         # Copies: torch updates in place.
         before = [
