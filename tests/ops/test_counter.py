@@ -65,7 +65,7 @@ def compiled(function):
     import torch
 
     # Inductor takes minutes to compile this; the graph is the same.
-    return torch.compile(function, backend="aot_eager", fullgraph=True)
+    return torch.compile(function, backend="aot_eager")
 
 
 def _numpy(x):
