@@ -275,48 +275,50 @@ class RandLoRA(base.Adapter):
 
         Keeps `x` and the kernel, and not the delta.
         """
-        mixing = self._mixing_of
-        basis_b = self.basis_b
-        of_mixing = self._mixing_arguments()
-        of_b = basis_b.operands()
+        mixing, basis_b = self._mixing_of, self.basis_b
         kernels = () if kernel is None else (kernel,)
+        of_b = basis_b.operands()
 
-        def matrix(arguments):
-            # Arguments: those of the mixing matrix, those of B, the kernel.
-            n = mixing.form(*arguments[: len(of_mixing)])
-            b = arguments[len(of_mixing) : len(of_mixing) + len(of_b)]
-            delta = basis_b.matvec(n, b)
+        def split(arguments):
+            first, second = len(kernels), len(kernels) + len(of_b)
+            return (
+                arguments[:first],
+                arguments[first:second],
+                arguments[second:],
+            )
+
+        def form(dtype, kernels, of_b, of_mixing):
+            delta = basis_b.matvec(mixing.form(*of_mixing), of_b)
             delta = delta if wide else ops.transpose(delta)
-            return sum(arguments[len(of_mixing) + len(of_b) :], delta)
+            return ops.cast(sum(kernels, delta), dtype)
 
         def forward(x, *arguments):
-            return ops.matmul(x, ops.cast(matrix(arguments), x.dtype))
+            return ops.matmul(x, form(x.dtype, *split(arguments)))
 
         def backward(arguments, upstream):
             x, *arguments = arguments
-            fenced = fence(upstream, *arguments[: len(of_mixing) + len(of_b)])
-            fenced += tuple(arguments[len(fenced) :])
-            whole = ops.cast(matrix(fenced), x.dtype)
+            kernels, of_b, of_mixing = split(arguments)
+            of_b = bases.fence_operands(upstream, of_b)
+            of_mixing = fence(upstream, *of_mixing)
+            whole = form(x.dtype, kernels, of_b, of_mixing)
             of_x = ops.matmul(upstream, ops.transpose(whole))
-            of_delta = _outer(x, upstream)
+            of_whole = _outer(x, upstream)
             of_n = basis_b.adjoint(
-                of_delta if wide else ops.transpose(of_delta),
-                fenced[len(of_mixing) : len(of_mixing) + len(of_b)],
+                of_whole if wide else ops.transpose(of_whole), of_b
             )
             return (
                 of_x,
-                *mixing.gradients(fenced[: len(of_mixing)], of_n),
+                *[of_whole for _ in kernels],
                 *[None for _ in of_b],
-                *[of_delta for _ in kernels],
+                *mixing.gradients(of_mixing, of_n),
             )
 
-        dim = basis_b.shape[0] if wide else mixing.dim
         return _on_rows(
             lambda x: with_gradient(
-                forward, backward, x, *of_mixing, *of_b, *kernels
+                forward, backward, x, *kernels, *of_b, *self._mixing_arguments()
             ),
             x,
-            dim,
+            basis_b.shape[0] if wide else mixing.dim,
         )
 
     def _mixing_arguments(self):

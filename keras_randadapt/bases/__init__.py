@@ -7,4 +7,5 @@ from keras_randadapt.bases.random_matrix import Gaussian
 from keras_randadapt.bases.random_matrix import RandomMatrix
 from keras_randadapt.bases.random_matrix import SparseTernary
 from keras_randadapt.bases.random_matrix import Uniform
+from keras_randadapt.bases.random_matrix import fence_operands
 from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard

@@ -2,10 +2,12 @@
 
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_randadapt import random
+from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 
 # Digests by what a basis is: they are taken while the values are at hand.
@@ -121,12 +123,22 @@ class RandomMatrix:
         raise NotImplementedError
 
 
+def fence_operands(upstream, operands):
+    """Keeps compilers from keeping small values that were cast to float.
+
+    See `keras_randadapt.ops.fence`. Floats are used as they are.
+    """
+    if any(keras.backend.is_int_dtype(values.dtype) for values in operands):
+        return fence(upstream, *operands)
+    return tuple(operands)
+
+
 def _times(x, values):
     return ops.matmul(x, ops.cast(values, x.dtype))
 
 
 def _times_vjp(kept, upstream):
-    return _times_transpose(upstream, *kept), None
+    return _times_transpose(upstream, *fence_operands(upstream, kept)), None
 
 
 def _times_transpose(x, values):
@@ -134,7 +146,7 @@ def _times_transpose(x, values):
 
 
 def _times_transpose_vjp(kept, upstream):
-    return _times(upstream, *kept), None
+    return _times(upstream, *fence_operands(upstream, kept)), None
 
 
 class Gaussian(RandomMatrix):

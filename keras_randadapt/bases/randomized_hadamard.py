@@ -6,6 +6,7 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_randadapt import hadamard as hadamard_lib
 from keras_randadapt import random
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import randomized_transform
@@ -77,7 +78,7 @@ class RandomizedHadamard:
     @property
     def cost(self):
         """Multiply-adds of one `matvec` of one vector, about."""
-        return sum(plan_cost(plan) for plan in self._plans)
+        return sum(_cost(plan) for plan in self._plans)
 
     def operands(self):
         """None: nothing is kept. See `RandomMatrix.operands`."""
@@ -128,17 +129,14 @@ class RandomizedHadamard:
         return sum(parts[1:], parts[0]) if split else ops.concatenate(parts, -1)
 
 
-def plan_cost(plan):
-    """Multiply-adds of a transform of one vector, about."""
-    kronecker = [
-        getattr(step, "step", step)
-        for step in plan.program
-        if isinstance(step, (steps.Kronecker, steps.Window))
+def _cost(plan):
+    products = [
+        (step.output_dim, matrix.shape[1])
+        for step in (getattr(s, "step", s) for s in plan.program)
+        if isinstance(step, steps.Kronecker)
+        for matrix, _ in step.grouped(hadamard_lib.PASS_COST, exact=False)
     ]
-    return sum(
-        step.output_dim * sum(matrix.shape[1] for matrix in step.matrices)
-        for step in kronecker
-    )
+    return sum(math.prod(product) for product in products)
 
 
 @functools.lru_cache(maxsize=1024)

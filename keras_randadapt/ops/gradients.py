@@ -34,7 +34,8 @@ def fence(upstream, *tensors):
     """For `backward`: the tensors, but not to a compiler's knowledge.
 
     A compiler that sees the forward and the backward pass compute the same
-    thing would compute it once, and keep it between the two.
+    thing would compute it once, and keep it between the two. Each tensor is
+    passed over once, so fence what is small, or is cast to something large.
 
     Args:
         upstream: The gradient that `backward` was given.

@@ -139,18 +139,10 @@ def with_gradient(forward, backward, *arguments, drop=0):
 def fence(upstream, *tensors):
     """See `keras_randadapt.ops.fence`.
 
-    A control dependency stops TensorFlow's graph optimizer. XLA does not see
-    those, but neither it nor the other drops a product with zero, which of
-    infinity is NaN; integers have only the first.
+    Neither TensorFlow's graph optimizer nor XLA drops a product with zero,
+    which of infinity is NaN.
     """
     if tf.executing_eagerly():
         return tensors
-    zero = 0 * tf.cast(tf.reduce_sum(upstream[:1, :1]), tf.float32)
-    fenced = []
-    with tf.control_dependencies([upstream]):
-        for tensor in tensors:
-            if tensor.dtype.is_floating:
-                fenced.append(tensor + tf.cast(zero, tensor.dtype))
-            else:
-                fenced.append(tf.identity(tensor))
-    return tuple(fenced)
+    zero = 0 * tf.reduce_sum(upstream[(slice(1),) * upstream.shape.rank])
+    return tuple(tensor + tf.cast(zero, tensor.dtype) for tensor in tensors)
