@@ -17,10 +17,42 @@ METHODS = {
     "rmlora": lambda seed=0: kra.RMLoRA(2, alpha=3, seed=seed),
     "rlora": lambda seed=0: kra.RLoRA(5, scaling=2.0, seed=seed),
     "rlora_stacked": lambda seed=0: kra.RLoRA(23, seed=seed),
+    "randlora": lambda seed=0: kra.RandLoRA(3, seed=seed),
+    "randlora_gaussian": lambda seed=0: kra.RandLoRA(
+        2, basis="gaussian", compute="factored", seed=seed
+    ),
+    "randlora_sparse": lambda seed=0: kra.RandLoRA(
+        3, basis="sparse", compute="materialized", seed=seed
+    ),
+    "randlora_very_sparse": lambda seed=0: kra.RandLoRA(
+        3, basis="very_sparse", compute="factored", seed=seed
+    ),
+    "randlora_hadamard": lambda seed=0: kra.RandLoRA(
+        3, basis="hadamard", compute="materialized", seed=seed
+    ),
+    "randlora_averaged": lambda seed=0: kra.RandLoRA(
+        3, variant="averaged", rescale="none", seed=seed
+    ),
+    "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
+    "vera": lambda seed=0: kra.VeRA(7, scaling=5.0, seed=seed),
+    "vera_sparse": lambda seed=0: kra.VeRA(
+        20, basis="sparse", scaling=5.0, seed=seed
+    ),
+    "vera_hadamard": lambda seed=0: kra.VeRA(
+        7, basis="hadamard", scaling=5.0, seed=seed
+    ),
 }
 #: Models on which a second configuration of a method adds nothing.
 _ONE_IS_ENOUGH = {
-    "rlora_stacked": {"dense", "einsum_gemma", "embedding", "bert"}
+    "rlora_stacked": {"dense", "einsum_gemma", "embedding", "bert"},
+    "randlora_gaussian": {"dense", "embedding"},
+    "randlora_sparse": {"dense_int8", "einsum_gemma", "embedding", "bert"},
+    "randlora_very_sparse": {"einsum_output"},
+    "randlora_hadamard": {"dense", "einsum_output", "embedding"},
+    "randlora_averaged": {"dense"},
+    "randlora_half": {"einsum_output"},
+    "vera_sparse": {"dense", "embedding"},
+    "vera_hadamard": {"einsum_gemma", "embedding"},
 }
 
 
