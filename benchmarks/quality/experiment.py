@@ -1,0 +1,241 @@
+"""Paired seeds, hyperparameters chosen on held-out examples, and tables.
+
+What the three experiments of this folder share. A method's learning rate (and
+strength) is chosen by a small search that sees held-out training examples
+only; then every method is trained on the same paired seeds and judged once on
+the test set. Every run is a row of a CSV file, written when it ends: a run
+that is there already is not made again, so an experiment that was cut short
+goes on where it stopped.
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+#: Seeds of the search: never among those that are reported.
+SEARCH_SEEDS = (1000, 1001)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+        name: As it is printed.
+        grid: dict from the name of a hyperparameter to the values to search.
+        train: Function of a seed and keyword arguments, one for each name in
+            `grid`, which trains and returns a dict of measured numbers. The
+            held-out score to choose by is called `held_out`.
+        like: Optional name of a method that was searched before, whose choice
+            is taken for the hyperparameters that both have.
+    """
+
+    name: str
+    grid: dict
+    train: Callable
+    like: str | None = None
+
+
+class Results:
+    """The rows of a CSV file, one a run."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.rows = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def find(self, **key):
+        """The numbers of a run that was made before, or `None`."""
+        key = {name: str(value) for name, value in key.items()}
+        for row in self.rows:
+            if all(row[name] == value for name, value in key.items()):
+                return json.loads(row["numbers"])
+        return None
+
+    def add(self, numbers, **key):
+        row = {**{k: str(v) for k, v in key.items()}}
+        row["numbers"] = json.dumps(numbers)
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def run_all(results, setting, methods, seeds, search_seeds=SEARCH_SEEDS):
+    """Searches and trains every method of one setting.
+
+    Args:
+        results: `Results` to add to.
+        setting: string. What is the same for all methods: model, task, number
+            of examples, length of training.
+        methods: list of `Method`.
+        seeds: ints. The paired seeds that are reported.
+        search_seeds: ints.
+
+    Returns:
+        dict from method name to `(hyperparameters, list of numbers)`, one
+        dict of numbers a seed.
+    """
+    outcome = {}
+    for method in methods:
+        inherited = outcome[method.like][0] if method.like else {}
+        chosen = _search(results, setting, method, inherited, search_seeds)
+        runs = [
+            _run(results, setting, method, chosen, seed, "final")
+            for seed in seeds
+        ]
+        outcome[method.name] = chosen, runs
+    return outcome
+
+
+def _search(results, setting, method, inherited, seeds):
+    grid = {
+        name: (inherited[name],) if name in inherited else values
+        for name, values in method.grid.items()
+    }
+    configs = [
+        dict(zip(grid, values)) for values in itertools.product(*grid.values())
+    ]
+    if len(configs) == 1:
+        return configs[0]
+    scores = []
+    for config in configs:
+        runs = [
+            _run(results, setting, method, config, seed, "search")
+            for seed in seeds
+        ]
+        scores.append(statistics.mean(run["held_out"] for run in runs))
+    return configs[scores.index(max(scores))]
+
+
+def _run(results, setting, method, config, seed, phase):
+    key = {
+        "setting": setting,
+        "method": method.name,
+        "phase": phase,
+        "seed": seed,
+        "config": json.dumps(config, sort_keys=True),
+    }
+    numbers = results.find(**key)
+    if numbers is None:
+        start = time.perf_counter()
+        numbers = method.train(seed, **config)
+        numbers = {name: float(value) for name, value in numbers.items()}
+        numbers["seconds"] = time.perf_counter() - start
+        results.add(numbers, **key)
+        shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        print(f"{setting} | {method.name} {config} {phase} {seed}: {shown}")
+    return numbers
+
+
+def table(outcome, columns, against=None, difference_of=None):
+    """A Markdown table: mean and standard deviation over seeds.
+
+    Args:
+        outcome: What `run_all` returned.
+        columns: dict from a number's name to `(heading, format, factor)`.
+        against: Optional name of the method that all others are compared to,
+            seed by seed.
+        difference_of: The number that is compared.
+
+    Returns:
+        A string.
+    """
+    heads = ["method", "chosen"] + [head for head, _, _ in columns.values()]
+    if against:
+        heads.append(f"minus {against} (95 % interval)")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for name, (config, runs) in outcome.items():
+        chosen = ", ".join(f"{k} {v:g}" for k, v in config.items()) or "-"
+        cells = [name, chosen]
+        for number, (_, form, factor) in columns.items():
+            values = [factor * run[number] for run in runs]
+            cells.append(_mean_and_deviation(values, form))
+        if against:
+            _, form, factor = columns[difference_of]
+            cells.append(
+                "-"
+                if name == against
+                else paired_difference(
+                    [factor * run[difference_of] for run in runs],
+                    [
+                        factor * run[difference_of]
+                        for run in outcome[against][1]
+                    ],
+                    form,
+                )
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(values, form):
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1 or len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def paired_difference(ours, theirs, form=".1f"):
+    """Mean difference over paired seeds and its 95 % interval (Student's t)."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return format(mean, "+" + form)
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = _T[min(len(differences) - 1, len(_T)) - 1] * spread
+    low, high = format(mean - half, "+" + form), format(mean + half, "+" + form)
+    return f"{format(mean, '+' + form)} ({low} to {high})"
+
+
+def main(description, output, settings, methods, columns, against):
+    """The command line of an experiment.
+
+    Args:
+        description: string. The experiment's docstring.
+        output: path of the CSV file.
+        settings: Function of a bool, whether to be quick, that yields
+            `(name, task, number of seeds)`.
+        methods: Function of a loaded task that gives a list of `Method`.
+        columns: As `table` takes them.
+        against: Name of the method that the others are compared to.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="takes minutes")
+    parser.add_argument("--output", type=pathlib.Path, default=output)
+    parser.add_argument("--only", default="", help="a part of a table's name")
+    arguments = parser.parse_args()
+    path = arguments.output
+    if arguments.quick:
+        path = path.with_stem(path.stem + "_quick")
+    results = Results(path)
+    for name, task, seeds in settings(arguments.quick):
+        if arguments.only not in name:
+            continue
+        task.load()
+        outcome = run_all(
+            results,
+            name,
+            methods(task),
+            range(seeds),
+            SEARCH_SEEDS[: 1 if arguments.quick else 2],
+        )
+        print(f"\n{name}, {task.epochs} epochs, {seeds} seeds\n")
+        shown = {**columns, "test": task.test_column}
+        print(table(outcome, shown, against, "test"), flush=True)

@@ -1,0 +1,75 @@
+"""RandLoRA's Table 3: does the rank of the update matter at equal size?
+
+    KERAS_BACKEND=jax python benchmarks/quality/randlora.py --quick
+    KERAS_BACKEND=jax python benchmarks/quality/randlora.py
+
+DINOv2-small on photographs of sign-language digits, 20 a class: LoRA, and
+RandLoRA whose updates have rank r, d/2 and d, with about the same number of
+trained weights (9,216 to 9,600 a 384 x 384 projection).
+"""
+
+import pathlib
+
+import experiment
+import tasks
+
+import keras_randadapt as kra
+
+OUTPUT = pathlib.Path("outputs/quality/randlora.csv")
+RATES = (1e-3, 3e-3, 1e-2)
+COLUMNS = {
+    "parameters": ("trained, head apart", ",.0f", 1),
+    "rank": ("rank of the update", ".0f", 1),
+    # The task says how.
+    "test": None,
+    "gap": ("train minus test", ".1f", 100),
+    "seconds": ("seconds", ".0f", 1),
+}
+ADAPTERS = {
+    "LoRA, rank 12": lambda seed: kra.LoRA(12, seed=seed),
+    "RandLoRA averaged, rank r = 16": lambda seed: kra.RandLoRA(
+        16, variant="averaged", seed=seed
+    ),
+    # Half of twice as many bases: as many weights as the full one.
+    "RandLoRA half, rank d/2": lambda seed: kra.RandLoRA(
+        8, variant="half", seed=seed
+    ),
+    "RandLoRA, rank d": lambda seed: kra.RandLoRA(16, seed=seed),
+    "RandLoRA hadamard, rank d": lambda seed: kra.RandLoRA(
+        16, basis="hadamard", seed=seed
+    ),
+}
+
+
+def measure(model):
+    ranks = kra.analysis.intrinsic_rank(model)["rank"]
+    return {"rank": sum(ranks) / len(ranks)}
+
+
+def methods(task):
+    """The rows of the table."""
+
+    def method(name, adapter):
+        return experiment.Method(
+            name,
+            {"rate": RATES},
+            lambda seed, rate: task.train(
+                seed, adapter(seed), rate, measure=measure
+            ),
+        )
+
+    return [method(*row) for row in ADAPTERS.items()]
+
+
+def settings(quick):
+    """`(name, task, seeds)` of each table."""
+    if quick:
+        yield "sign_digits, 5 a class", tasks.PhotoTask(5, 2, 50, 100), 2
+    else:
+        yield "sign_digits, 20 a class", tasks.PhotoTask(20, 8), 5
+
+
+if __name__ == "__main__":
+    experiment.main(
+        __doc__, OUTPUT, settings, methods, COLUMNS, "LoRA, rank 12"
+    )

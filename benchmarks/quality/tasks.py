@@ -1,0 +1,291 @@
+"""The tasks of the experiments: a pretrained model and a few examples.
+
+A task loads its model once. Every run draws its training examples and its
+head by the run's seed, injects an adapter, trains, is judged and leaves the
+model as it was.
+"""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+
+import keras_randadapt as kra
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+
+import classifier  # noqa: E402
+import data  # noqa: E402
+import dinov2  # noqa: E402
+import smollm2  # noqa: E402
+
+#: Of the head, for every method alike.
+HEAD_RATE = 3e-3
+
+
+class Task:
+    """What the tasks have in common.
+
+    Args:
+        per_class: int. Training examples of each class.
+        epochs: int.
+        held_out: int. Examples to choose hyperparameters by.
+        test: int. Test examples at most.
+    """
+
+    #: Layers to adapt, and the head, as `inject` takes them.
+    targets = None
+    head = None
+    batch_size = 32
+    #: How the score on the test set is printed: heading, format, factor.
+    test_column = ("test accuracy, %", ".1f", 100)
+
+    def __init__(self, per_class, epochs, held_out, test):
+        self.per_class = per_class
+        self.epochs = epochs
+        self.held_out_size = held_out
+        self.test_size = test
+        self._held_out = None
+        self._test = None
+
+    def load(self):
+        """Loads the model, as `self.model`, and the data."""
+        raise NotImplementedError
+
+    def examples(self, seed):
+        """Training inputs and labels."""
+        raise NotImplementedError
+
+    def score(self, x, y):
+        """What is reported of the model on examples, larger is better."""
+        return accuracy(self.model, x, y)
+
+    def train(self, seed, adapter, rate, callbacks=None, measure=None):
+        """One run.
+
+        Args:
+            seed: int. Chooses examples, head, batches and dropout.
+            adapter: An adapter template, or `None` for the head alone.
+            rate: float. The adapters' learning rate, the head's if alone.
+            callbacks: Optional function of inputs and labels that gives a
+                list of callbacks.
+            measure: Optional function of the trained model that gives a dict
+                of further numbers.
+
+        Returns:
+            A dict of numbers.
+        """
+        keras.utils.set_random_seed(seed)
+        if self.head:
+            reset_head(self.model.get_layer(self.head), seed)
+        x, y = self.examples(seed)
+        flags = [layer.trainable for layer in self.model.layers]
+        adapted = adapter is not None
+        numbers = {}
+        try:
+            if adapted:
+                report = kra.inject(
+                    self.model,
+                    adapter,
+                    self.targets,
+                    keep_trainable=self.head,
+                )
+                numbers["parameters"] = report.adapter_parameters
+            else:
+                for layer in self.model.layers:
+                    layer.trainable = layer.name == self.head
+                numbers["parameters"] = 0
+            self.model.compile(
+                optimizer=self._optimizer(adapted, rate), loss=self.loss()
+            )
+            self.model.fit(
+                x,
+                **self.fit_arguments(y),
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                verbose=0,
+                callbacks=callbacks(x, y) if callbacks else None,
+            )
+            numbers["train"] = self.score(x, y)
+            numbers["held_out"] = self.score(*self._held_out)
+            numbers["test"] = self.score(*self._test)
+            numbers["gap"] = numbers["train"] - numbers["test"]
+            if measure:
+                numbers.update(measure(self.model))
+        finally:
+            if kra.sites(self.model):
+                kra.eject(self.model)
+            for layer, flag in zip(self.model.layers, flags):
+                layer.trainable = flag
+        return numbers
+
+    def zero_shot(self):
+        """The scores of the model as it is."""
+        return {
+            "held_out": self.score(*self._held_out),
+            "test": self.score(*self._test),
+            "parameters": 0,
+        }
+
+    def fit_arguments(self, y):
+        return {"y": y}
+
+    def pac_bayes(self, x, y, strength):
+        """The PAC-Bayes callback for these training examples."""
+        arguments = self.fit_arguments(y)
+        return kra.callbacks.PACBayes(x, strength=strength, **arguments)
+
+    def loss(self):
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def _optimizer(self, adapted, rate):
+        if not self.head or not adapted:
+            return keras.optimizers.AdamW(rate)
+        return kra.optimizers.learning_rate_groups(
+            self.model, "adamw", adapter=rate, head=HEAD_RATE
+        )
+
+
+class SentenceTask(Task):
+    """MiniLM with a head on the mean of its tokens."""
+
+    head = classifier.HEAD
+
+    def __init__(self, dataset, per_class, epochs, held_out=500, test=1000):
+        super().__init__(per_class, epochs, held_out, test)
+        self.dataset = dataset
+        self.length = {"sst2": 32, "rt_polarity": 48}[dataset]
+
+    def load(self):
+        self.model, _, self._preprocessor = classifier.load(
+            "minilm", 2, self.length
+        )
+        self._train, held_out, test = getattr(data, self.dataset)()
+        self._held_out = self._prepared(held_out, self.held_out_size)
+        self._test = self._prepared(test, self.test_size)
+
+    def examples(self, seed):
+        return self._prepared(data.few_shot(self._train, self.per_class, seed))
+
+    def _prepared(self, split, size=None):
+        texts, labels = split
+        tokens = classifier.tokenize(self._preprocessor, texts[:size])
+        return tokens, np.asarray(labels[:size])
+
+
+class PromptTask(Task):
+    """SmolLM2 asked for a sentiment: the answer is its next word."""
+
+    batch_size = 16
+    length = 72
+
+    def __init__(self, per_class, epochs, held_out=150, test=300):
+        super().__init__(per_class, epochs, held_out, test)
+
+    def load(self):
+        self.model = smollm2.word_classifier(
+            smollm2.load(), smollm2.SENTIMENT_WORDS
+        )
+        self._train, held_out, test = data.sst2()
+        self._held_out = self._prepared(held_out, self.held_out_size)
+        self._test = self._prepared(test, self.test_size)
+
+    def examples(self, seed):
+        return self._prepared(data.few_shot(self._train, self.per_class, seed))
+
+    def _prepared(self, split, size=None):
+        prompts = smollm2.sentiment_prompts(split.inputs[:size])
+        return smollm2.tokenize(prompts, self.length), split.labels[:size]
+
+
+class GenerationTask(Task):
+    """SmolLM2 describes a restaurant: nats a token of the reference.
+
+    Scores are negative, so that larger is better.
+    """
+
+    batch_size = 8
+    length = 120
+    test_column = ("test nats a token", ".3f", -1)
+
+    def __init__(self, examples, epochs, held_out=50, test=150):
+        super().__init__(examples, epochs, held_out, test)
+
+    def load(self):
+        self.model = smollm2.load()
+        self._train, held_out, test = data.e2e()
+        self._held_out = self._prepared(held_out, self.held_out_size)
+        self._test = self._prepared(test, self.test_size)
+
+    def examples(self, seed):
+        return self._prepared(data.sample(self._train, self.per_class, seed))
+
+    def loss(self):
+        return keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        )
+
+    def fit_arguments(self, y):
+        targets, weights = y
+        return {"y": targets, "sample_weight": weights}
+
+    def score(self, x, y):
+        targets, weights = y
+        total = 0.0
+        for start in range(0, len(targets), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            logits = self.model.predict_on_batch(
+                {name: tensor[part] for name, tensor in x.items()}
+            )
+            nats = keras.losses.sparse_categorical_crossentropy(
+                targets[part], logits, from_logits=True
+            )
+            total += float(
+                np.sum(keras.ops.convert_to_numpy(nats) * weights[part])
+            )
+        return -total / float(np.sum(weights))
+
+    def _prepared(self, split, size=None):
+        x, y, weights = smollm2.completion_data(
+            smollm2.description_prompts(split.inputs[:size]),
+            split.labels[:size],
+            self.length,
+        )
+        return x, (y, weights)
+
+
+class PhotoTask(Task):
+    """DINOv2-small on photographs of sign-language digits."""
+
+    head = dinov2.HEAD
+
+    def __init__(self, per_class, epochs, held_out=400, test=400):
+        super().__init__(per_class, epochs, held_out, test)
+
+    def load(self):
+        self.model = dinov2.classifier(dinov2.load(data.IMAGE_SIZE), 10)
+        self._train, held_out, test = data.sign_digits()
+        self._held_out = self._prepared(held_out, self.held_out_size)
+        self._test = self._prepared(test, self.test_size)
+
+    def examples(self, seed):
+        return self._prepared(data.few_shot(self._train, self.per_class, seed))
+
+    def _prepared(self, split, size=None):
+        return dinov2.preprocess(split.inputs[:size]), split.labels[:size]
+
+
+def reset_head(layer, seed):
+    """Gives a dense head initial weights that only the seed decides."""
+    generator = np.random.default_rng([7, seed])
+    kernel = generator.normal(size=layer.kernel.shape) / np.sqrt(
+        layer.kernel.shape[0]
+    )
+    layer.kernel.assign(kernel.astype("float32"))
+    layer.bias.assign(np.zeros(layer.bias.shape, "float32"))
+
+
+def accuracy(model, x, y):
+    logits = model.predict(x, batch_size=64, verbose=0)
+    return float(np.mean(np.argmax(logits, axis=-1) == y))

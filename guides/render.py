@@ -1,0 +1,98 @@
+"""Runs guides and writes them as Markdown pages, with output and pictures.
+
+    KERAS_BACKEND=jax python guides/render.py            # all guides
+    KERAS_BACKEND=jax python guides/render.py rlora.py
+
+A guide is a Python file in the manner of keras.io: its module-level strings
+are text, and what is between them is a cell of code. The page of `rlora.py` is
+`rlora.md`; what a cell prints follows the cell, and so does what it draws.
+"""
+
+import ast
+import contextlib
+import io
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def cells(source):
+    """Splits a guide into `("text" or "code", content, first line)`."""
+    lines = source.splitlines()
+    code_from = 0
+    for node in ast.parse(source).body:
+        if not (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            continue
+        yield from _code(lines, code_from, node.lineno - 1)
+        yield "text", node.value.value.strip(), node.lineno
+        code_from = node.end_lineno
+    yield from _code(lines, code_from, len(lines))
+
+
+def _code(lines, start, end):
+    code = "\n".join(lines[start:end]).strip("\n")
+    if code.strip():
+        while not lines[start].strip():
+            start += 1
+        yield "code", code, start + 1
+
+
+def render(path, folder=HERE):
+    """Runs a guide and writes its page.
+
+    Args:
+        path: The guide.
+        folder: Where the page goes; pictures go into `images` within.
+
+    Returns:
+        The path of the page.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    namespace = {"__name__": "__main__", "__file__": str(path)}
+    page = []
+    pictures = 0
+    for kind, content, line in cells(path.read_text(encoding="utf-8")):
+        if kind == "text":
+            page.append(content)
+            continue
+        page.append(f"```python\n{content}\n```")
+        printed = io.StringIO()
+        # Empty lines put the code where tracebacks look for it.
+        code = compile("\n" * (line - 1) + content, str(path), "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        if printed.getvalue().strip():
+            page.append(f"```\n{printed.getvalue().strip()}\n```")
+        for number in plt.get_fignums():
+            name = f"images/{path.stem}_{pictures}.png"
+            (folder / "images").mkdir(exist_ok=True)
+            plt.figure(number).savefig(folder / name, dpi=80)
+            page.append(f"![]({name})")
+            pictures += 1
+        plt.close("all")
+    output = folder / f"{path.stem}.md"
+    output.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    return output
+
+
+def main():
+    names = sys.argv[1:] or [
+        path.name
+        for path in sorted(HERE.glob("*.py"))
+        if path.name != "render.py"
+    ]
+    for name in names:
+        print(render(HERE / name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
