@@ -348,18 +348,17 @@ class TestSteps:
             weights.append(flat(model))
         np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4)
 
-    def test_other_optimizers(self):
+    def test_adaptive_optimizer(self):
+        """AdamW, one step of which does not depend on the loss's scale."""
         x, y = data_of()
-        for optimizer in ("adamw", "lion"):
-            free = network(optimizer=optimizer)
-            fit(free, keras.callbacks.Callback(), x, y)
-            model = network(optimizer=optimizer)
-            callback = PACBayes(x, y, strength=10.0, samples=5)
+        weights = []
+        for strength in (0.0, 10.0):
+            model = network(optimizer="adamw")
+            callback = PACBayes(x, y, strength=strength, samples=5)
             history = fit(model, callback, x, y)
-            assert history["pac_bayes"][-1] > 0
-            assert np.all(np.isfinite(flat(model)))
-            if optimizer == "adamw":
-                assert np.abs(flat(model) - flat(free)).max() > 1e-6
+            assert (history["pac_bayes"][-1] > 0) == (strength > 0)
+            weights.append(flat(model))
+        assert np.abs(weights[0] - weights[1]).max() > 1e-6
 
 
 class TestWithoutStrength:
@@ -560,8 +559,15 @@ class Break(keras.callbacks.Callback):
 
 
 class TestFiles:
-    @pytest.mark.parametrize("first", ["backup", "pac_bayes"])
-    @pytest.mark.parametrize("options", [{}, {"mode": "linear"}, {"every": 4}])
+    @pytest.mark.parametrize(
+        "first, options",
+        [
+            ("backup", {}),
+            ("pac_bayes", {}),
+            ("pac_bayes", {"mode": "linear", "head_strength": 0.3}),
+            ("backup", {"mode": "diagonal", "every": 4}),
+        ],
+    )
     def test_backup_and_restore(self, tmp_path, first, options):
         """A resumed training is the one that was not interrupted."""
         x, y = data_of()

@@ -24,7 +24,7 @@ class Branching(keras.layers.Layer):
     """A branch of Python on values: neither batching nor tracing goes."""
 
     def call(self, x):
-        if float(ops.convert_to_numpy(ops.stop_gradient(x)).sum()) > 1e9:
+        if bool(ops.sum(x) > 1e9):
             return -x
         return x
 

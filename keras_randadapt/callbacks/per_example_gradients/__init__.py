@@ -8,6 +8,7 @@ gradients of a chunk, the fastest first and every one exact, and
 import contextlib
 import importlib
 import inspect
+import re
 import warnings
 
 import keras
@@ -130,7 +131,7 @@ class PerExampleGradients:
                 warnings.warn(
                     f"Gradients of single examples of model "
                     f"'{self.model.name}' can't be computed {name}: "
-                    f"{type(error).__name__}: {_first_line(error)} They are "
+                    f"{type(error).__name__}: {_summary(error)} They are "
                     f"computed {self._strategies[0][0]} instead, which is as "
                     "exact and slower.",
                     stacklevel=2,
@@ -231,6 +232,8 @@ def _pad(array, size):
     )
 
 
-def _first_line(error):
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else ""
+def _summary(error):
+    """What an error says, without what Keras wraps around it."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    text = text.partition("Arguments received by")[0]
+    return " ".join(text.split())[:300]

@@ -40,11 +40,9 @@ def intermediate_bytes(loss, batch):
     values, others = _state(loss)
     try:
         closed = jax.make_jaxpr(loss.of_batch)(values, others, batch)
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-    ):
-        # A model that only runs eagerly; it must run, though.
+    except Exception:
+        # A model that only runs eagerly, or one that does not run: Keras
+        # makes new errors of JAX's, so their classes do not tell.
         loss.of_batch(values, others, batch)
         return 0
     return _bytes(closed.jaxpr)
