@@ -115,8 +115,11 @@ def random_subset(words, k: int):
     bits = (n - 1).bit_length()
     places = ops.arange(n, dtype="int32")
     keys = ops.bitwise_or(ops.bitwise_and(words, -1 << bits), places)
-    threshold = ops.sort(keys, axis=-1)[..., k - 1 : k]
-    return ops.less_equal(keys, threshold)
+    chosen = ops.sort(keys, axis=-1)[..., :k]
+    # From the sorted keys alone: XLA would compute whatever else the mask
+    # depends on, all of the generator, anew for every use of the mask.
+    chosen = ops.bitwise_and(chosen, (1 << bits) - 1)
+    return ops.any(ops.equal(chosen[..., None], places), axis=-2)
 
 
 def random_below(words, bound):
