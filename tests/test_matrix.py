@@ -42,6 +42,20 @@ METHODS = {
         7, basis="hadamard", scaling=5.0, seed=seed
     ),
 }
+#: Methods that meet every model in `make test`. The others meet those of
+#: `_CORE` there and all models in `make test-full`.
+_EVERYWHERE = {"lora", "rlora", "randlora"}
+_CORE = {
+    "dense",
+    "einsum_query",
+    "einsum_shared",
+    "dense_int8",
+    "embedding",
+    "reversible_embedding",
+    "conv2d_grouped",
+    "functional",
+    "bert_classifier",
+}
 #: Models on which a second configuration of a method adds nothing.
 _ONE_IS_ENOUGH = {
     "rlora_stacked": {"dense", "einsum_gemma", "embedding", "bert"},
@@ -59,8 +73,14 @@ _ONE_IS_ENOUGH = {
 def _cases():
     for method in METHODS:
         for model in zoo.ALL:
-            if model in _ONE_IS_ENOUGH.get(method, zoo.ALL):
-                yield pytest.param((method, model), id=f"{method}-{model}")
+            if model not in _ONE_IS_ENOUGH.get(method, zoo.ALL):
+                continue
+            quick = method in _ONE_IS_ENOUGH or method in _EVERYWHERE
+            yield pytest.param(
+                (method, model),
+                id=f"{method}-{model}",
+                marks=[] if quick or model in _CORE else pytest.mark.slow,
+            )
 
 
 class Case:
