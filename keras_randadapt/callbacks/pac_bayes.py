@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt import analysis
 from keras_randadapt import random
 from keras_randadapt import root
 from keras_randadapt.callbacks import example_source
@@ -200,8 +201,8 @@ class PACBayes(keras.callbacks.Callback):
     def plot(self, axis=None):
         """Draws the sites' information over the estimations.
 
-        The paper's figure 3: a row a site, the first at the bottom, and a
-        column an estimation.
+        The paper's figure 3, as `keras_randadapt.analysis.layer_information`
+        draws it: sites from top to bottom, estimations along x.
 
         Args:
             axis: Optional Matplotlib axis to draw on.
@@ -213,30 +214,9 @@ class PACBayes(keras.callbacks.Callback):
             ImportError: If Matplotlib is not installed.
             ValueError: If nothing was estimated yet.
         """
-        if not len(self.information):
-            raise ValueError(
-                "There is nothing to plot before the first estimation, at "
-                "the end of the first epoch."
-            )
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                "`PACBayes.plot` needs Matplotlib: pip install matplotlib"
-            ) from error
-        if axis is None:
-            _, axis = pyplot.subplots(layout="constrained")
-        image = axis.imshow(self.information.T, aspect="auto", origin="lower")
-        axis.figure.colorbar(image, ax=axis, label="information")
-        axis.set_xlabel("epoch" if self.every == "epoch" else "estimation")
-        axis.set_ylabel("site")
-        columns = np.arange(len(self.information))
-        if len(columns) <= 20:
-            axis.set_xticks(columns, columns + 1)
-        if len(self.sites) <= 48:
-            axis.set_yticks(
-                np.arange(len(self.sites)), self.sites, fontsize="x-small"
-            )
+        axis = analysis.layer_information(self).plot(axis)
+        if self.every == "epoch":
+            axis.set_xlabel("epoch")
         return axis
 
     # Attaching and detaching.

@@ -688,20 +688,22 @@ class TestCosts:
 
 class TestPlot:
     def test_plot(self):
-        matplotlib = pytest.importorskip("matplotlib")
+        import matplotlib
+
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
         x, y = data_of()
         callback = PACBayes(x, y, samples=5)
-        with pytest.raises(ValueError, match="nothing to plot"):
+        with pytest.raises(ValueError, match="no information yet"):
             callback.plot()
         fit(network(), callback, x, y, epochs=3)
         axis = callback.plot()
         (image,) = axis.get_images()
         np.testing.assert_array_equal(image.get_array(), callback.information.T)
         labels = [label.get_text() for label in axis.get_yticklabels()]
-        assert labels == ["layers/dense", "layers/dense_1"]
+        assert labels == ["dense", "dense_1"]
+        assert axis.get_xlabel() == "epoch"
         _, own = pyplot.subplots()
         assert callback.plot(own) is own
         axis.figure.canvas.draw()
