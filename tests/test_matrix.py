@@ -65,6 +65,18 @@ _ONE_IS_ENOUGH = {
     "randlora_hadamard": {"dense", "einsum_output", "embedding"},
     "randlora_averaged": {"dense"},
     "randlora_half": {"einsum_output"},
+    # It shares all but its formula with RLoRA and RandLoRA.
+    "vera": {
+        "dense",
+        "dense_int4",
+        "einsum_gemma",
+        "einsum_shared",
+        "embedding",
+        "reversible_embedding",
+        "conv2d_grouped",
+        "functional",
+        "bert_classifier",
+    },
     "vera_sparse": {"dense", "embedding"},
     "vera_hadamard": {"einsum_gemma", "embedding"},
 }

@@ -1,0 +1,231 @@
+"""RandLoRA's two ways to compute, against each other and a trained kernel.
+
+    KERAS_BACKEND=jax python benchmarks/randlora.py       # one backend
+    python benchmarks/randlora.py --all                   # each in a subprocess
+
+One `Dense(d)` without a bias, on `--tokens` inputs of `d` features, float32,
+three times: its kernel trained as usual ("kernel"), frozen under
+`RandLoRA(compute="factored")`, and under `compute="materialized"`. They run
+one after the other in one loop; the table has the median times of that loop
+and their ratios. "step" is forward and backward: the gradients of the inputs
+and of what is trained. "floor" is the ratio of the multiply-adds that the two
+ways take, the smallest part of which is counted too.
+
+JAX runs under `jax.jit`, TensorFlow under `tf.function` (with `--jit-compile`
+under XLA), PyTorch eagerly.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+BASES = ("uniform", "sparse", "hadamard")
+COLUMNS = (
+    ("basis", "{}"),
+    ("pass", "{}"),
+    ("kernel ms", "{:.0f}"),
+    ("factored ms", "{:.0f}"),
+    ("materialized ms", "{:.0f}"),
+    ("factored / materialized", "{:.2f}"),
+    ("floor", "{:.2f}"),
+    ("materialized / kernel", "{:.2f}"),
+    ("floor ", "{:.2f}"),
+)
+
+
+def multiply_adds(basis, tokens, d, terms_rank):
+    """Of kernel, factored and materialized: forward, and the whole step."""
+    product = tokens * d * d
+    b = basis.cost
+    mix = tokens * d * terms_rank
+    return {
+        "forward": (product, product + tokens * b + mix, product + d * b),
+        "step": (
+            3 * product,
+            2 * product + 2 * tokens * b + 3 * mix,
+            3 * product + 3 * d * b,
+        ),
+    }
+
+
+def build(kind, d, rank, basis, compute):
+    import keras
+
+    import keras_randadapt as kra
+
+    inputs = keras.Input((d,))
+    layer = keras.layers.Dense(d, use_bias=False, name="site")
+    model = keras.Model(inputs, layer(inputs))
+    rng = np.random.default_rng(0)
+    layer.kernel.assign(rng.standard_normal((d, d), "float32") / d**0.5)
+    if kind == "kernel":
+        return model, None
+    kra.inject(model, kra.RandLoRA(rank, basis=basis, compute=compute), "site")
+    (adapter,) = model._randadapt.adapters("default").values()
+    lambdas = adapter.randlora_lambda
+    lambdas.assign(rng.standard_normal(lambdas.shape, "float32"))
+    return model, adapter
+
+
+def jax_functions(model):
+    import jax
+
+    fixed = [v.value for v in model.non_trainable_variables]
+    trained = [v.value for v in model.trainable_variables]
+
+    def call(trained, fixed, x):
+        return model.stateless_call(trained, fixed, x, training=True)[0]
+
+    def step(trained, fixed, x, g):
+        y, pullback = jax.vjp(lambda t, x: call(t, fixed, x), trained, x)
+        return y, pullback(g)
+
+    forward, step = jax.jit(call), jax.jit(step)
+    return (
+        lambda x, g: forward(trained, fixed, x),
+        lambda x, g: step(trained, fixed, x, g),
+    )
+
+
+def tensorflow_functions(model, jit_compile):
+    import tensorflow as tf
+
+    @tf.function(jit_compile=jit_compile)
+    def forward(x, g):
+        return model(x, training=True)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(x, g):
+        trained = [v.value for v in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = model(x, training=True)
+        return y, tape.gradient(y, [x, *trained], output_gradients=g)
+
+    return forward, step
+
+
+def torch_functions(model):
+    import torch
+
+    trained = [v.value for v in model.trainable_variables]
+
+    def forward(x, g):
+        return model(x, training=True)
+
+    def step(x, g):
+        x = x.detach().requires_grad_()
+        y = model(x, training=True)
+        return y, torch.autograd.grad(y, [x, *trained], g)
+
+    return forward, step
+
+
+def wait(result):
+    import keras
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.block_until_ready(result)
+
+
+def medians(functions, x, g, repeats):
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            wait(function(x, g))
+            elapsed = time.perf_counter() - start
+            # The first two compile, and fill caches.
+            if repeat >= 2:
+                times[name].append(1e3 * elapsed)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def rows(arguments):
+    import keras
+
+    make = {
+        "jax": jax_functions,
+        "tensorflow": lambda m: tensorflow_functions(m, arguments.jit_compile),
+        "torch": torch_functions,
+    }[keras.config.backend()]
+    d, tokens = arguments.dim, arguments.tokens
+    rng = np.random.default_rng(1)
+    x, g = (
+        keras.ops.convert_to_tensor(
+            rng.standard_normal((tokens, d), dtype="float32")
+        )
+        for _ in range(2)
+    )
+    for basis in BASES:
+        functions = {}
+        for kind in ("kernel", "factored", "materialized"):
+            model, adapter = build(kind, d, arguments.rank, basis, kind)
+            functions[kind] = make(model)
+        counts = multiply_adds(
+            adapter.basis_b, tokens, d, adapter.terms * adapter.rank
+        )
+        for index, name in enumerate(("forward", "step")):
+            t = medians(
+                {kind: both[index] for kind, both in functions.items()},
+                x,
+                g,
+                arguments.repeats,
+            )
+            kernel, factored, materialized = counts[name]
+            yield (
+                basis,
+                name,
+                t["kernel"],
+                t["factored"],
+                t["materialized"],
+                t["factored"] / t["materialized"],
+                factored / materialized,
+                t["materialized"] / t["kernel"],
+                materialized / kernel,
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="all backends")
+    parser.add_argument("--jit-compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=32)
+    arguments = parser.parse_args()
+    if arguments.all:
+        options = [a for a in sys.argv[1:] if a != "--all"]
+        for backend in ("jax", "tensorflow", "torch"):
+            subprocess.run(
+                [sys.executable, __file__, *options],
+                env={**os.environ, "KERAS_BACKEND": backend},
+                check=True,
+            )
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    import keras
+
+    backend = keras.config.backend()
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    print(f"\n{backend}, {cores} cores, load before the run {load:.1f}\n")
+    names = [name.strip() for name, _ in COLUMNS]
+    print("| " + " | ".join(names) + " |")
+    print("|" + " --- |" * len(names))
+    for row in rows(arguments):
+        cells = (f.format(v) for (_, f), v in zip(COLUMNS, row))
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
