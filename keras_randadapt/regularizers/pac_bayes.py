@@ -366,7 +366,7 @@ class PACBayesPenalty(keras.layers.Layer):
         self.history.load(store)
 
 
-class JointRegularizer:
+class JointRegularizer(keras.regularizers.Regularizer):
     """The penalty in the guise of one variable's regularizer.
 
     Keras adds regularizers of trainable variables to every loss, and calls

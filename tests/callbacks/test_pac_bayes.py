@@ -537,6 +537,7 @@ class TestLifetime:
         losses = []
         for epoch in range(3):
             callbacks.on_epoch_begin(epoch)
+            model.reset_metrics()
             losses.append(float(model.train_on_batch(x, y)))
             callbacks.on_epoch_end(epoch, {})
         callbacks.on_train_end()
