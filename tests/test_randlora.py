@@ -4,6 +4,9 @@ The reference shares with the library only the random draws (and, for the
 Hadamard basis, the Hadamard matrices), which have tests of their own.
 """
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -373,6 +376,57 @@ class TestFrozenBases:
         zoo.randomize(model, seed=4)
         model.load_weights(tmp_path / "a.weights.h5")
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    @pytest.mark.parametrize("basis", ["sparse", "hadamard"])
+    @pytest.mark.parametrize(
+        "copier",
+        [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+        ids=["deepcopy", "pickle"],
+    )
+    def test_copies_have_bases_of_their_own(self, basis, copier):
+        model, x, _ = zoo.bert()
+        kra.inject(model, kra.RandLoRA(3, basis=basis))
+        zoo.randomize(model)
+        twin = copier(model)
+        np.testing.assert_allclose(
+            zoo.outputs(twin, x), zoo.outputs(model, x), atol=1e-6
+        )
+        mine, theirs = (
+            {id(v) for v in m.variables if v.name.endswith("_values")}
+            for m in (model, twin)
+        )
+        # Of query and value in both layers: one pair.
+        assert len(mine) == len(theirs) == (0 if basis == "hadamard" else 2)
+        assert not mine & theirs
+
+    @pytest.mark.parametrize("compute", ["factored", "materialized"])
+    @pytest.mark.parametrize("basis", ["sparse", "hadamard"])
+    def test_export(self, basis, compute, tmp_path):
+        """To what the backend exports: a SavedModel, or torch's program."""
+        model, x, targets = zoo.einsum_query()
+        kra.inject(
+            model, kra.RandLoRA(3, basis=basis, compute=compute), targets
+        )
+        zoo.randomize(model)
+        if keras.config.backend() == "torch":
+            import torch
+
+            x = torch.from_numpy(x)
+            program = torch.export.export(model, (x,), strict=False)
+            got = program.module()(x)
+        else:
+            import tensorflow as tf
+
+            model.export(str(tmp_path / "saved"), verbose=False)
+            # Held on to: its functions do not keep its variables alive.
+            loaded = tf.saved_model.load(str(tmp_path / "saved"))
+            got = loaded.serve(x)
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(got).ravel(),
+            zoo.outputs(model, x),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
     def test_weights_of_another_adapter_do_not_load(self, tmp_path):
         model, _, _ = _dense_model((8, 12), kra.RandLoRA(3, dropout=0.5))
