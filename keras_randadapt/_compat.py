@@ -18,6 +18,7 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 __all__ = [
     "alias_registered_class",
     "attach_sublayer",
+    "compiled_functions",
     "detach_sublayer",
     "flatten_layers",
     "forget_jax_state",
@@ -31,6 +32,7 @@ __all__ = [
     "set_keras_mask",
     "set_layer_trainable_flag",
     "snake_case",
+    "sync_jax_state",
     "trainable_by_nature",
     "training_phase",
     "unpickle_model",
@@ -123,17 +125,34 @@ def alias_registered_class(cls, registered_class):
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
 
 
+_COMPILED_FUNCTIONS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
+
+
+def compiled_functions(model):
+    """A model's traced step functions, by attribute."""
+    # `vars`, because KerasHub tasks without generation lack the last.
+    return {
+        attribute: vars(model)[attribute]
+        for attribute in _COMPILED_FUNCTIONS
+        if attribute in vars(model)
+    }
+
+
 def reset_compiled_functions(model):
     """Drops a model's traced step functions; Keras builds them anew."""
-    for attribute in (
-        "train_function",
-        "test_function",
-        "predict_function",
-        "generate_function",
-    ):
-        # `vars`, because KerasHub tasks without generation lack the last.
-        if attribute in vars(model):
-            setattr(model, attribute, None)
+    for attribute in compiled_functions(model):
+        setattr(model, attribute, None)
+
+
+def sync_jax_state(model):
+    """On JAX, inside `fit`, gives the variables their values of the moment."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 def forget_jax_state(model):

@@ -26,6 +26,7 @@ def check_model(model):
     """Raises an error if adapters can't be attached to a model."""
     root.check_is_model(model)
     root.check_no_block(model)
+    root.check_not_fitting(model)
     if _compat.is_nnx_enabled():
         raise NotImplementedError(
             "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "

@@ -172,6 +172,7 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     """
     state = root.state_of(model)
     root.check_no_block(model)
+    root.check_not_fitting(model)
     names = list(state.records) if name is None else [name]
     checks.check_names(state, names)
     trainable_before = list(map(id, model.trainable_variables))
@@ -210,6 +211,7 @@ def merge(model: keras.Model) -> keras.Model:
     """
     state = root.state_of(model)
     root.check_no_block(model)
+    root.check_not_fitting(model)
     _check_finite_merge(state)
     for layer in state.site_layers:
         if layer.adapter.active():
@@ -227,6 +229,8 @@ def merge(model: keras.Model) -> keras.Model:
 def merged(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the active adapters are folded into the kernels.
 
+    Callbacks may use it in the middle of `fit`.
+
     Example:
 
     ```python
@@ -242,6 +246,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     """
     state = root.state_of(model)
     root.check_no_block(model)
+    functions = _functions_of_fit(model)
     _check_finite_merge(state)
     active = state.active
     before = {}
@@ -258,11 +263,14 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         for layer, values in before.items():
             _restore_kernel(layer, values)
         _show(model, active)
+        _restore_functions(functions)
 
 
 @contextlib.contextmanager
 def disabled(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the model computes what the base model does.
+
+    Callbacks may use it in the middle of `fit`.
 
     Args:
         model: An adapted model.
@@ -281,6 +289,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     outer = state.block
     if outer == "merged":
         root.check_no_block(model)
+    functions = _functions_of_fit(model)
     active = state.active
     state.block = "disabled"
     trainable_before = list(map(id, model.trainable_variables))
@@ -292,6 +301,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
         state.block = outer
         _activate(model, active, freeze=False)
         _refresh(model, trainable_before)
+        _restore_functions(functions)
 
 
 def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
@@ -310,6 +320,7 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     """
     state = root.state_of(model)
     root.check_no_block(model)
+    root.check_not_fitting(model)
     names = (names,) if isinstance(names, str) else tuple(names)
     checks.check_names(state, names)
     if len(set(names)) != len(names):
@@ -436,6 +447,24 @@ def _activate(model, names, freeze=True):
     _show(model, names)
     if freeze:
         root.apply_trainable(model)
+
+
+def _functions_of_fit(model):
+    """The step functions of a `fit` that a callback's block interrupts.
+
+    `fit` goes on with them after the block, and on JAX a callback finds the
+    variables' values of the moment only once they are asked for.
+    """
+    if not model._randadapt.fitting:
+        return {}
+    _compat.sync_jax_state(model)
+    return {part: _compat.compiled_functions(part) for part in _models(model)}
+
+
+def _restore_functions(functions):
+    for part, by_attribute in functions.items():
+        for attribute, function in by_attribute.items():
+            setattr(part, attribute, function)
 
 
 def _refresh(model, trainable_before):

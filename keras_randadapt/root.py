@@ -127,6 +127,17 @@ def check_no_block(model):
         )
 
 
+def check_not_fitting(model):
+    """Raises `ValueError` while `fit` is running, in a callback that is."""
+    if is_adapted(model) and model._randadapt.fitting:
+        raise ValueError(
+            f"Model '{model.name}' is being trained, and `fit` can't go on "
+            "with other adapters. Attach, load, switch, merge and remove "
+            "adapters before or after `fit`; callbacks may use the blocks "
+            "`keras_randadapt.merged` and `keras_randadapt.disabled`."
+        )
+
+
 def layers_of(model):
     """dict from structural address to layer, of all of a model's layers."""
     if is_adapted(model):

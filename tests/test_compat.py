@@ -112,10 +112,30 @@ def test_reset_compiled_functions():
     model.fit(x, y, verbose=0)
     model.predict(x, verbose=0)
     assert model.train_function is not None
+    functions = _compat.compiled_functions(model)
+    assert functions["train_function"] is model.train_function
+    assert functions["predict_function"] is model.predict_function
     _compat.reset_compiled_functions(model)
     assert model.train_function is None
     assert model.predict_function is None
     model.fit(x, y, verbose=0)
+
+
+def test_sync_jax_state():
+    """In a step's callback, JAX's variables have their values of the step."""
+    model = _model()
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x, y = np.ones((2, 3), "float32"), np.ones((2, 2), "float32")
+    values = []
+
+    def look(*_, **__):
+        _compat.sync_jax_state(model)
+        values.append(np.array(model.get_weights()[0]))
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[callback])
+    assert np.any(values[0] != values[1])
+    np.testing.assert_array_equal(values[1], model.get_weights()[0])
 
 
 def test_forget_jax_state():

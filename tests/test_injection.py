@@ -203,6 +203,64 @@ class TestBlocks:
                 kra.disabled(model).__enter__()
 
 
+class TestInsideFit:
+    def _run(self, at_epoch_end=None, at_batch_end=None):
+        keras.utils.set_random_seed(0)
+        model, x, _ = zoo.bert_classifier()
+        kra.inject(model, kra.RLoRA(5), keep_trainable="logits")
+        events = {}
+        if at_epoch_end:
+            events["on_epoch_end"] = lambda *_, **__: at_epoch_end(model, x)
+        if at_batch_end:
+            events["on_train_batch_end"] = lambda *_, **__: at_batch_end(
+                model, x
+            )
+        callback = keras.callbacks.LambdaCallback(**events)
+        zoo.fit(model, x, steps=3, callbacks=[callback])
+        return zoo.outputs(model, x)
+
+    def test_blocks_leave_training_alone(self):
+        seen = []
+
+        def use(model, x):
+            adapted = zoo.outputs(model, x)
+            with kra.merged(model):
+                merged = model.predict(x, verbose=0)
+            with kra.disabled(model):
+                base = model.predict(x, verbose=0)
+            seen.append((adapted, np.ravel(merged), np.ravel(base)))
+
+        plain = self._run()
+        np.testing.assert_array_equal(self._run(use), plain)
+        np.testing.assert_array_equal(self._run(at_batch_end=use), plain)
+        assert len(seen) == 6
+        for adapted, merged, base in seen:
+            np.testing.assert_allclose(merged, adapted, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(base, seen[0][2])
+        # Three different states of one training were merged.
+        assert np.abs(seen[0][1] - seen[2][1]).max() > 1e-3
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            kra.eject,
+            kra.merge,
+            lambda model: kra.set_active(model, []),
+            lambda model: kra.inject(model, kra.LoRA(1), name="b"),
+        ],
+    )
+    def test_switching_is_refused(self, change):
+        errors = []
+
+        def use(model, x):
+            with pytest.raises(ValueError, match="is being trained") as info:
+                change(model)
+            errors.append(info)
+
+        np.testing.assert_array_equal(self._run(use), self._run())
+        assert len(errors) == 3
+
+
 class TestBadInput:
     def test_not_a_model(self):
         with pytest.raises(TypeError, match="`model` must be a `keras.Model`"):

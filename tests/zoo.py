@@ -413,7 +413,7 @@ def outputs(model, x):
     ).astype("float32")
 
 
-def fit(model, x, steps=3, **compile_args):
+def fit(model, x, steps=3, callbacks=None, **compile_args):
     """`steps` steps of plain `model.fit` towards fixed random targets."""
     batch = len(keras.tree.flatten(x)[0])
     arguments = {"optimizer": keras.optimizers.Adam(0.05)}
@@ -429,7 +429,14 @@ def fit(model, x, steps=3, **compile_args):
         )
         arguments["loss"] = "mse"
     model.compile(**{**arguments, **compile_args})
-    return model.fit(x, y, batch_size=batch, epochs=steps, verbose=0)
+    return model.fit(
+        x,
+        y,
+        batch_size=batch,
+        epochs=steps,
+        verbose=0,
+        callbacks=callbacks,
+    )
 
 
 def randomize(model, name="default", seed=0, scale=0.3):
