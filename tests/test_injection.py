@@ -223,6 +223,9 @@ class TestInsideFit:
         seen = []
 
         def use(model, x):
+            if hasattr(model, "jax_state_sync"):
+                # As `callback.model` does; the blocks do it themselves.
+                model.jax_state_sync()
             adapted = zoo.outputs(model, x)
             with kra.merged(model):
                 merged = model.predict(x, verbose=0)
