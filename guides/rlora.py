@@ -121,7 +121,7 @@ plt.tight_layout()
 
 The same run without the callback, from the same start, for comparison. With
 200 sentences and one seed, a difference of a few points in the last line is
-noise; `benchmarks/README.md` has paired seeds.
+noise: `benchmarks/quality/rlora.py` compares methods over paired seeds.
 """
 
 kra.save_adapter(model, "rlora.safetensors")
