@@ -70,8 +70,10 @@ def render(path, folder=HERE):
         code = compile("\n" * (line - 1) + content, str(path), "exec")
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
-        if printed.getvalue().strip():
-            page.append(f"```\n{printed.getvalue().strip()}\n```")
+        # The page is for everyone: no folders of who rendered it.
+        text = printed.getvalue().strip().replace(str(pathlib.Path.home()), "~")
+        if text:
+            page.append(f"```\n{text}\n```")
         for number in plt.get_fignums():
             name = f"images/{path.stem}_{pictures}.png"
             (folder / "images").mkdir(exist_ok=True)
