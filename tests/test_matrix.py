@@ -44,7 +44,7 @@ METHODS = {
 }
 #: Methods that meet every model in `make test`. The others meet those of
 #: `_CORE` there and all models in `make test-full`.
-_EVERYWHERE = {"lora", "rlora", "randlora"}
+_EVERYWHERE = {"lora", "rlora"}
 _CORE = {
     "dense",
     "einsum_query",
