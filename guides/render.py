@@ -57,6 +57,8 @@ def render(path, folder=HERE):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Whatever the process drew before is no picture of this guide.
+    plt.close("all")
     namespace = {"__name__": "__main__", "__file__": str(path)}
     page = []
     pictures = 0
