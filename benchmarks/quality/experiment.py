@@ -165,8 +165,9 @@ def table(outcome, columns, against=None, difference_of=None):
         chosen = ", ".join(f"{k} {v:g}" for k, v in config.items()) or "-"
         cells = [name, chosen]
         for number, (_, form, factor) in columns.items():
-            values = [factor * run[number] for run in runs]
-            cells.append(_mean_and_deviation(values, form))
+            # A model that is not trained has no training score, say.
+            values = [factor * run[number] for run in runs if number in run]
+            cells.append(_mean_and_deviation(values, form) if values else "-")
         if against:
             _, form, factor = columns[difference_of]
             cells.append(
@@ -237,5 +238,5 @@ def main(description, output, settings, methods, columns, against):
             SEARCH_SEEDS[: 1 if arguments.quick else 2],
         )
         print(f"\n{name}, {task.epochs} epochs, {seeds} seeds\n")
-        shown = {**columns, "test": task.test_column}
+        shown = {**columns, **task.score_columns}
         print(table(outcome, shown, against, "test"), flush=True)

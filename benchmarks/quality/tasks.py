@@ -38,8 +38,11 @@ class Task:
     targets = None
     head = None
     batch_size = 32
-    #: How the score on the test set is printed: heading, format, factor.
-    test_column = ("test accuracy, %", ".1f", 100)
+    #: How scores are printed: heading, format, factor.
+    score_columns = {
+        "test": ("test accuracy, %", ".1f", 100),
+        "gap": ("train minus test", ".1f", 100),
+    }
 
     def __init__(self, per_class, epochs, held_out, test):
         self.per_class = per_class
@@ -207,7 +210,10 @@ class GenerationTask(Task):
 
     batch_size = 8
     length = 120
-    test_column = ("test nats a token", ".3f", -1)
+    score_columns = {
+        "test": ("test nats a token", ".3f", -1),
+        "gap": ("test minus train", ".3f", 1),
+    }
 
     def __init__(self, examples, epochs, held_out=50, test=150):
         super().__init__(examples, epochs, held_out, test)
