@@ -18,6 +18,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import checks
+from keras_randadapt import quantized_kernels
 from keras_randadapt import report as report_lib
 from keras_randadapt import root
 from keras_randadapt import site_layers
@@ -509,17 +510,10 @@ def build_adapters(template, name, layers, addresses):
 
 def _merged_kernel(layer):
     """The merged kernel of a site, float32, in the layer's own shape."""
-    kernel = _float_kernel(layer)
+    kernel = quantized_kernels.float_kernel(layer)
     return keras.ops.convert_to_numpy(
         layer.from_view(layer._merged_kernel_view(kernel))
     )
-
-
-def _float_kernel(layer):
-    """A site's base kernel as floats, dequantized where it is quantized."""
-    if layer.quantization_mode is None:
-        return site_layers.kernel_variable(layer)
-    return site_layers.dequantized_kernel(layer)
 
 
 def _check_finite_merge(state):
@@ -547,7 +541,7 @@ def _write_kernel(layer, kernel):
     if layer.quantization_mode is None:
         site_layers.kernel_variable(layer).assign(kernel)
     else:
-        site_layers.requantize(layer, kernel)
+        quantized_kernels.requantize(layer, kernel)
 
 
 def _kernel_values(layer):

@@ -202,19 +202,19 @@ class EinsumDenseSite(_ProductSite):
 
     @property
     def kernel_view(self):
-        return _einsum_plan(self).view_shape
+        return einsum_plan_of(self).view_shape
 
     def to_view(self, kernel):
-        return _einsum_plan(self).to_view(kernel)
+        return einsum_plan_of(self).to_view(kernel)
 
     def from_view(self, view):
-        return _einsum_plan(self).from_view(view)
+        return einsum_plan_of(self).from_view(view)
 
     def _float_product(self, x, kernel):
         return ops.einsum(self.equation, x, kernel)
 
     def _adapted_product(self, inputs, training):
-        plan = _einsum_plan(self)
+        plan = einsum_plan_of(self)
         active = self.adapter.active()
         if not active:
             return self._base_product(inputs)
@@ -414,7 +414,7 @@ def _kernel_space_product(site, inputs, training):
     return y
 
 
-def _einsum_plan(layer):
+def einsum_plan_of(layer):
     shape = list(layer._kernel.shape)
     if layer.quantization_mode == "int4":
         # Packed: flattened since Keras 3.15, along one axis before.
@@ -529,7 +529,7 @@ def check_site(address, layer):
             "of its own, the name that adapters are kept under."
         )
     if isinstance(layer, keras.layers.EinsumDense):
-        plan = _einsum_plan(layer)
+        plan = einsum_plan_of(layer)
         if layer.quantization_mode is not None and not plan.is_matrix_product:
             raise ValueError(
                 f"Layer '{layer.name}' at '{address}' is quantized to "
@@ -537,46 +537,6 @@ def check_site(address, layer):
                 f"'{layer.equation}' is no plain matrix product: adapting it "
                 "takes a float kernel."
             )
-
-
-def dequantized_kernel(site):
-    """A quantized site's base kernel as floats, in the unpacked shape.
-
-    Read off the products with the unit vectors, so it is the kernel that the
-    layer computes with, however this version of Keras packs and scales it.
-    """
-    view = site.kernel_view
-    if isinstance(site, keras.layers.Embedding):
-        return site._site_base.quantized_call(site, ops.arange(view.input_dim))
-    units = ops.eye(view.input_dim, dtype=site.compute_dtype)
-    if isinstance(site, keras.layers.Dense):
-        return site._base_product(units)
-    return site.from_view(_einsum_plan(site).probe(units, site._base_product))
-
-
-def requantize(site, kernel):
-    """Quantizes a float kernel as the site's own was, and stores it."""
-    mode, _, source = site.dtype_policy.name.partition("_from_")
-    config = site._site_base.get_config(site)
-    twin = site._site_base.from_config({**config, "dtype": source})
-    twin.build_from_config(site.get_build_config())
-    kernel_variable(twin).assign(kernel)
-    arguments = {}
-    if getattr(site, "quantization_config", None) is not None:
-        arguments["config"] = site.quantization_config
-    twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
-    # A tied embedding's reverse shares these; an untied one's is no site.
-    for name in (
-        "_kernel",
-        "kernel_scale",
-        "kernel_zero",
-        "_embeddings",
-        "embeddings_scale",
-        "embeddings_zero",
-    ):
-        variable = getattr(twin, name, None)
-        if variable is not None:
-            getattr(site, name).assign(variable)
 
 
 def site_class(base):

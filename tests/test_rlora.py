@@ -209,7 +209,7 @@ class TestRLoRA:
         "arguments, message",
         [
             ({"rank": -1}, "`rank` must be at least 1"),
-            ({"stages": 4}, "`stages` must be 1, 2 or 3"),
+            ({"stages": 4}, "`stages` must be one of \\(1, 2, 3\\)"),
             ({"rows": "first"}, "`rows` must be one of"),
             ({"hadamard": "crop"}, "`hadamard` must be one of"),
             ({"beta_initializer": 3}, "`beta_initializer` must be one of"),

@@ -152,6 +152,15 @@ class Adapter(keras.layers.Layer):
         """The adapted kernel: `(input_dim, output_dim)`, float32."""
         return kernel + self.delta_kernel()
 
+    def factors(self):
+        """Two thin matrices whose product is the update, if it has such.
+
+        Returns:
+            `None`, or float32 tensors `(input_dim, rank)` and
+            `(rank, output_dim)`. With them, `analysis` forms no update.
+        """
+        return None
+
     def basis_digest(self):
         """A short hash of the frozen bases, or `""` where there are none."""
         return ""
@@ -460,6 +469,16 @@ def check_scaling(scaling, argument="scaling"):
         raise ValueError(
             f"`{argument}` must be a finite number. "
             f"Received: {argument}={scaling!r}"
+        )
+    return value
+
+
+def check_choice(value, choices, argument):
+    """Validates a choice between names."""
+    if value not in choices:
+        raise ValueError(
+            f"`{argument}` must be one of {choices}. "
+            f"Received: {argument}={value!r}"
         )
     return value
 

@@ -127,9 +127,10 @@ class LoRA(base.Adapter):
         return ops.matmul(a, self._scaled_b(dtype))
 
     def delta_kernel(self):
-        return ops.matmul(
-            ops.cast(self.lora_a, "float32"), self._scaled_b("float32")
-        )
+        return ops.matmul(*self.factors())
+
+    def factors(self):
+        return ops.cast(self.lora_a, "float32"), self._scaled_b("float32")
 
     def _scaled_b(self, dtype):
         # Scaling B instead of the output: one pass over the smaller tensor.

@@ -100,12 +100,12 @@ class RandLoRA(base.Adapter):
         super().__init__(**kwargs)
         self.rank = base.check_rank(rank)
         self.basis = bases.check_kind(basis)
-        self.variant = _check_choice(variant, VARIANTS, "variant")
+        self.variant = base.check_choice(variant, VARIANTS, "variant")
         self.alpha = base.check_scaling(
             2 * self.rank if alpha is None else alpha, "alpha"
         )
-        self.rescale = _check_choice(rescale, RESCALE, "rescale")
-        self.compute = _check_choice(compute, COMPUTE, "compute")
+        self.rescale = base.check_choice(rescale, RESCALE, "rescale")
+        self.compute = base.check_choice(compute, COMPUTE, "compute")
 
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view
@@ -394,12 +394,3 @@ def _on_rows(function, x, dim):
 
 def _as_float32(x):
     return ops.cast(x, "float32")
-
-
-def _check_choice(value, choices, argument):
-    if value not in choices:
-        raise ValueError(
-            f"`{argument}` must be one of {choices}. "
-            f"Received: {argument}={value!r}"
-        )
-    return value

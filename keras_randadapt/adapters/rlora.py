@@ -87,20 +87,9 @@ class RLoRA(base.Adapter):
         super().__init__(**kwargs)
         self.rank = base.check_rank(rank)
         self.scaling = base.check_scaling(scaling)
-        if stages not in (1, 2, 3):
-            raise ValueError(
-                f"`stages` must be 1, 2 or 3. Received: stages={stages!r}"
-            )
-        if rows not in randomized_hadamard.ROWS:
-            raise ValueError(
-                f"`rows` must be one of {randomized_hadamard.ROWS}. "
-                f"Received: rows={rows!r}"
-            )
-        if hadamard not in randomized_hadamard.HADAMARD:
-            raise ValueError(
-                f"`hadamard` must be one of {randomized_hadamard.HADAMARD}. "
-                f"Received: hadamard={hadamard!r}"
-            )
+        base.check_choice(stages, (1, 2, 3), "stages")
+        base.check_choice(rows, randomized_hadamard.ROWS, "rows")
+        base.check_choice(hadamard, randomized_hadamard.HADAMARD, "hadamard")
         self.stages = int(stages)
         self.rows = rows
         self.hadamard = hadamard

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 
 from keras_randadapt import checks
+from keras_randadapt import quantized_kernels
 from keras_randadapt import root
 from keras_randadapt import site_layers
 from keras_randadapt.adapters.base import Adapter
-from keras_randadapt.adapters.lora import LoRA
 
 _EPSILON = float(np.finfo("float32").eps)
 
@@ -99,10 +99,7 @@ def check_measurable(model, name):
 
 def base_kernel_view(layer):
     """A site's base kernel view, float32, dequantized if need be."""
-    if layer.quantization_mode is None:
-        kernel = site_layers.kernel_variable(layer)
-    else:
-        kernel = site_layers.dequantized_kernel(layer)
+    kernel = quantized_kernels.float_kernel(layer)
     return keras.ops.cast(site_layers.as_view(layer, kernel), "float32")
 
 
@@ -130,11 +127,8 @@ def _is_additive(adapter):
 
 def _factors(adapter):
     """`(left, right)` if the delta is their product, of low rank."""
-    if not isinstance(adapter, LoRA) or not _is_additive(adapter):
-        return None
-    if type(adapter).delta_kernel is not LoRA.delta_kernel:
-        return None
-    return _numpy(adapter.lora_a), _numpy(adapter._scaled_b("float32"))
+    factors = adapter.factors() if _is_additive(adapter) else None
+    return None if factors is None else tuple(map(_numpy, factors))
 
 
 def _gram_of_product(factors):

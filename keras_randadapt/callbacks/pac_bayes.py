@@ -11,6 +11,7 @@ from keras_randadapt import _compat
 from keras_randadapt import analysis
 from keras_randadapt import random
 from keras_randadapt import root
+from keras_randadapt.adapters import base
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
 from keras_randadapt.regularizers import pac_bayes
@@ -144,13 +145,13 @@ class PACBayes(keras.callbacks.Callback):
             # Not a method: Keras waits for every step's logs where a callback
             # has one.
             self.on_train_batch_end = self._count_steps
-        self.mode = _check_choice("mode", mode, pac_bayes.MODES)
-        self.reference = _check_choice(
-            "reference", reference, ("initial", "zero")
+        self.mode = base.check_choice(mode, pac_bayes.MODES, "mode")
+        self.reference = base.check_choice(
+            reference, ("initial", "zero"), "reference"
         )
-        self.blocks = _check_choice("blocks", blocks, pac_bayes.BLOCKS)
-        self.reduction = _check_choice(
-            "reduction", reduction, pac_bayes.REDUCTIONS
+        self.blocks = base.check_choice(blocks, pac_bayes.BLOCKS, "blocks")
+        self.reduction = base.check_choice(
+            reduction, pac_bayes.REDUCTIONS, "reduction"
         )
         self.seed = random.check_seed(seed)
         if chunk_size is not None:
@@ -509,12 +510,3 @@ def _check_count(name, value, otherwise=""):
             f"`{name}` must be at least 1. Received: {name}={value}"
         )
     return int(value)
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(
-            f"`{name}` must be one of {list(allowed)}. "
-            f"Received: {name}={value!r}"
-        )
-    return value

@@ -1,0 +1,55 @@
+"""Base kernels of sites as floats, and back into what a site quantizes to."""
+
+import keras
+from keras import ops
+
+from keras_randadapt import site_layers
+
+
+def float_kernel(site):
+    """A site's base kernel as floats, dequantized where it is quantized."""
+    if site.quantization_mode is None:
+        return site_layers.kernel_variable(site)
+    return dequantized_kernel(site)
+
+
+def dequantized_kernel(site):
+    """A quantized site's base kernel as floats, in the unpacked shape.
+
+    Read off the products with the unit vectors, so it is the kernel that the
+    layer computes with, however this version of Keras packs and scales it.
+    """
+    view = site.kernel_view
+    if isinstance(site, keras.layers.Embedding):
+        return site._site_base.quantized_call(site, ops.arange(view.input_dim))
+    units = ops.eye(view.input_dim, dtype=site.compute_dtype)
+    if isinstance(site, keras.layers.Dense):
+        return site._base_product(units)
+    return site.from_view(
+        site_layers.einsum_plan_of(site).probe(units, site._base_product)
+    )
+
+
+def requantize(site, kernel):
+    """Quantizes a float kernel as the site's own was, and stores it."""
+    mode, _, source = site.dtype_policy.name.partition("_from_")
+    config = site._site_base.get_config(site)
+    twin = site._site_base.from_config({**config, "dtype": source})
+    twin.build_from_config(site.get_build_config())
+    site_layers.kernel_variable(twin).assign(kernel)
+    arguments = {}
+    if getattr(site, "quantization_config", None) is not None:
+        arguments["config"] = site.quantization_config
+    twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
+    # A tied embedding's reverse shares these; an untied one's is no site.
+    for name in (
+        "_kernel",
+        "kernel_scale",
+        "kernel_zero",
+        "_embeddings",
+        "embeddings_scale",
+        "embeddings_zero",
+    ):
+        variable = getattr(twin, name, None)
+        if variable is not None:
+            getattr(site, name).assign(variable)
