@@ -23,7 +23,7 @@ from collections.abc import Callable
 _T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
 #: Seeds of the search: never among those that are reported.
-SEARCH_SEEDS = (1000, 1001)
+SEARCH_SEEDS = (1000,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Method:
     Attributes:
         name: As it is printed.
         grid: dict from the name of a hyperparameter to the values to search.
-        train: Function of a seed and keyword arguments, one for each name in
-            `grid`, which trains and returns a dict of measured numbers. The
-            held-out score to choose by is called `held_out`.
+        train: Function of a seed, of whether this run is reported, and of
+            keyword arguments, one for each name in `grid`, which trains and
+            returns a dict of measured numbers. The held-out score to choose
+            by is called `held_out`; a run that is not reported need not
+            measure anything else.
         like: Optional name of a method that was searched before, whose choice
             is taken for the hyperparameters that both have.
     """
@@ -44,6 +46,25 @@ class Method:
     grid: dict
     train: Callable
     like: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One table.
+
+    Attributes:
+        name: What is the same for all its methods: model, task, number of
+            examples.
+        task: What the methods are trained on.
+        seeds: int. How many paired seeds are reported.
+        choices_of: Optional name of a setting before this one, whose choice
+            of hyperparameters is taken.
+    """
+
+    name: str
+    task: object
+    seeds: int
+    choices_of: str | None = None
 
 
 class Results:
@@ -77,7 +98,9 @@ class Results:
             writer.writerow(row)
 
 
-def run_all(results, setting, methods, seeds, search_seeds=SEARCH_SEEDS):
+def run_all(
+    results, setting, methods, seeds, search_seeds=SEARCH_SEEDS, choices=None
+):
     """Searches and trains every method of one setting.
 
     Args:
@@ -87,6 +110,8 @@ def run_all(results, setting, methods, seeds, search_seeds=SEARCH_SEEDS):
         methods: list of `Method`.
         seeds: ints. The paired seeds that are reported.
         search_seeds: ints.
+        choices: Optional dict from method name to the hyperparameters to
+            take, instead of a search.
 
     Returns:
         dict from method name to `(hyperparameters, list of numbers)`, one
@@ -94,8 +119,11 @@ def run_all(results, setting, methods, seeds, search_seeds=SEARCH_SEEDS):
     """
     outcome = {}
     for method in methods:
-        inherited = outcome[method.like][0] if method.like else {}
-        chosen = _search(results, setting, method, inherited, search_seeds)
+        if choices is not None:
+            chosen = choices[method.name]
+        else:
+            inherited = outcome[method.like][0] if method.like else {}
+            chosen = _search(results, setting, method, inherited, search_seeds)
         runs = [
             _run(results, setting, method, chosen, seed, "final")
             for seed in seeds
@@ -135,7 +163,7 @@ def _run(results, setting, method, config, seed, phase):
     numbers = results.find(**key)
     if numbers is None:
         start = time.perf_counter()
-        numbers = method.train(seed, **config)
+        numbers = method.train(seed, phase == "final", **config)
         numbers = {name: float(value) for name, value in numbers.items()}
         numbers["seconds"] = time.perf_counter() - start
         results.add(numbers, **key)
@@ -212,7 +240,7 @@ def main(description, output, settings, methods, columns, against):
         description: string. The experiment's docstring.
         output: path of the CSV file.
         settings: Function of a bool, whether to be quick, that yields
-            `(name, task, number of seeds)`.
+            `Setting`s.
         methods: Function of a loaded task that gives a list of `Method`.
         columns: As `table` takes them.
         against: Name of the method that the others are compared to.
@@ -226,17 +254,26 @@ def main(description, output, settings, methods, columns, against):
     if arguments.quick:
         path = path.with_stem(path.stem + "_quick")
     results = Results(path)
-    for name, task, seeds in settings(arguments.quick):
+    chosen = {}
+    for setting in settings(arguments.quick):
+        name, task = setting.name, setting.task
         if arguments.only not in name:
             continue
+        source = setting.choices_of
+        if source and source not in chosen:
+            parser.error(f"{name!r} takes its choices from {source!r}")
         task.load()
         outcome = run_all(
             results,
             name,
             methods(task),
-            range(seeds),
-            SEARCH_SEEDS[: 1 if arguments.quick else 2],
+            range(setting.seeds),
+            SEARCH_SEEDS,
+            chosen[source] if source else None,
         )
-        print(f"\n{name}, {task.epochs} epochs, {seeds} seeds\n")
+        chosen[name] = {
+            method: config for method, (config, _) in outcome.items()
+        }
+        print(f"\n{name}, {task.epochs} epochs, {setting.seeds} seeds\n")
         shown = {**columns, **task.score_columns}
         print(table(outcome, shown, against, "test"), flush=True)

@@ -27,7 +27,6 @@ COLUMNS = {
     # The task says how these two are printed.
     "test": None,
     "gap": None,
-    "seconds": ("seconds", ".0f", 1),
 }
 
 
@@ -68,8 +67,8 @@ def methods(task):
         return experiment.Method(
             name,
             {"rate": RATES},
-            lambda seed, rate: task.train(
-                seed, adapter(seed), rate, measure=measure
+            lambda seed, final, rate: task.train(
+                seed, final, adapter(seed), rate, measure=measure
             ),
         )
 
@@ -77,18 +76,15 @@ def methods(task):
 
 
 def settings(quick):
-    """`(name, task, seeds)` of each table."""
+    """The tables."""
     for rank in (8,) if quick else (8, 32, 128):
         if quick:
             task = tasks.SentenceTask("sst2", 50, 4, 200, 300)
         else:
-            task = tasks.SentenceTask("sst2", 100, 20)
+            task = tasks.SentenceTask("sst2", 100, 8)
         task.rank = rank
-        yield (
-            f"SST-2, {2 * task.per_class}, rank {rank}",
-            task,
-            2 if quick else 5,
-        )
+        name = f"SST-2, {2 * task.per_class}, rank {rank}"
+        yield experiment.Setting(name, task, 2 if quick else 5)
 
 
 if __name__ == "__main__":

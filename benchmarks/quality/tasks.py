@@ -23,6 +23,8 @@ import smollm2  # noqa: E402
 #: Of the head, for every method alike.
 HEAD_RATE = 3e-3
 
+EVALUATION_BATCH = 50
+
 
 class Task:
     """What the tasks have in common.
@@ -37,7 +39,8 @@ class Task:
     #: Layers to adapt, and the head, as `inject` takes them.
     targets = None
     head = None
-    batch_size = 32
+    # Few examples, so small batches for enough steps.
+    batch_size = 16
     #: How scores are printed: heading, format, factor.
     score_columns = {
         "test": ("test accuracy, %", ".1f", 100),
@@ -64,11 +67,12 @@ class Task:
         """What is reported of the model on examples, larger is better."""
         return accuracy(self.model, x, y)
 
-    def train(self, seed, adapter, rate, callbacks=None, measure=None):
+    def train(self, seed, final, adapter, rate, callbacks=None, measure=None):
         """One run.
 
         Args:
             seed: int. Chooses examples, head, batches and dropout.
+            final: bool. Whether to measure more than the held-out score.
             adapter: An adapter template, or `None` for the head alone.
             rate: float. The adapters' learning rate, the head's if alone.
             callbacks: Optional function of inputs and labels that gives a
@@ -110,11 +114,12 @@ class Task:
                 verbose=0,
                 callbacks=callbacks(x, y) if callbacks else None,
             )
-            numbers["train"] = self.score(x, y)
             numbers["held_out"] = self.score(*self._held_out)
-            numbers["test"] = self.score(*self._test)
-            numbers["gap"] = numbers["train"] - numbers["test"]
-            if measure:
+            if final:
+                numbers["train"] = self.score(x, y)
+                numbers["test"] = self.score(*self._test)
+                numbers["gap"] = numbers["train"] - numbers["test"]
+            if final and measure:
                 numbers.update(measure(self.model))
         finally:
             if kra.sites(self.model):
@@ -180,7 +185,6 @@ class SentenceTask(Task):
 class PromptTask(Task):
     """SmolLM2 asked for a sentiment: the answer is its next word."""
 
-    batch_size = 16
     length = 72
 
     def __init__(self, per_class, epochs, held_out=150, test=300):
@@ -279,7 +283,8 @@ class PhotoTask(Task):
         return self._prepared(data.few_shot(self._train, self.per_class, seed))
 
     def _prepared(self, split, size=None):
-        return dinov2.preprocess(split.inputs[:size]), split.labels[:size]
+        images = dinov2.preprocess(split.inputs[:size])
+        return {"images": images}, split.labels[:size]
 
 
 def reset_head(layer, seed):
@@ -293,5 +298,15 @@ def reset_head(layer, seed):
 
 
 def accuracy(model, x, y):
-    logits = model.predict(x, batch_size=64, verbose=0)
-    return float(np.mean(np.argmax(logits, axis=-1) == y))
+    logits = model.predict(_padded(x), batch_size=EVALUATION_BATCH, verbose=0)
+    return float(np.mean(np.argmax(logits[: len(y)], axis=-1) == y))
+
+
+def _padded(x):
+    """Whole batches, so that all splits share one compiled function."""
+
+    def repeat_last(tensor):
+        missing = -len(tensor) % EVALUATION_BATCH
+        return np.concatenate([tensor, np.repeat(tensor[-1:], missing, 0)])
+
+    return keras.tree.map_structure(repeat_last, x)

@@ -3,11 +3,14 @@
 import experiment
 import pytest
 
+SEARCH_SEEDS = (7, 8)
+
 
 def _method(name, scores, calls, grid=None, **kwargs):
     """A method whose held-out score is looked up by its rate."""
 
-    def train(seed, rate):
+    def train(seed, final, rate):
+        assert final == (seed not in SEARCH_SEEDS)
         calls.append((name, seed, rate))
         return {"held_out": scores[rate], "test": rate + seed, "gap": 0.5}
 
@@ -17,7 +20,7 @@ def _method(name, scores, calls, grid=None, **kwargs):
 
 def _run(tmp_path, methods):
     results = experiment.Results(tmp_path / "runs.csv")
-    return experiment.run_all(results, "task", methods, range(3), (7, 8))
+    return experiment.run_all(results, "task", methods, range(3), SEARCH_SEEDS)
 
 
 def test_the_best_held_out_score_is_chosen(tmp_path):
@@ -27,7 +30,7 @@ def test_the_best_held_out_score_is_chosen(tmp_path):
     chosen, runs = outcome["a"]
     assert chosen == {"rate": 0.2}
     assert [run["test"] for run in runs] == [0.2, 1.2, 2.2]
-    searched = [call for call in calls if call[1] in (7, 8)]
+    searched = [call for call in calls if call[1] in SEARCH_SEEDS]
     assert len(searched) == 6 and len(calls) == 9
 
 
@@ -42,6 +45,21 @@ def test_a_choice_is_inherited(tmp_path):
     ]
 
 
+def test_choices_of_another_setting_are_taken(tmp_path):
+    calls = []
+    methods = [_method("a", {0.1: 0.5, 0.2: 0.9}, calls)]
+    outcome = experiment.run_all(
+        experiment.Results(tmp_path / "runs.csv"),
+        "fewer examples",
+        methods,
+        range(3),
+        SEARCH_SEEDS,
+        choices={"a": {"rate": 0.1}},
+    )
+    assert outcome["a"][0] == {"rate": 0.1}
+    assert calls == [("a", seed, 0.1) for seed in range(3)]
+
+
 def test_runs_that_were_made_are_not_made_again(tmp_path):
     calls = []
     methods = [_method("a", {0.1: 0.5, 0.2: 0.9}, calls)]
@@ -51,7 +69,7 @@ def test_runs_that_were_made_are_not_made_again(tmp_path):
     assert len(calls) == count
     # Another setting is another run.
     results = experiment.Results(tmp_path / "runs.csv")
-    experiment.run_all(results, "other", methods, range(3), (7, 8))
+    experiment.run_all(results, "other", methods, range(3), SEARCH_SEEDS)
     assert len(calls) == 2 * count
 
 
