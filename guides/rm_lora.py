@@ -117,8 +117,8 @@ axis.legend()
 ## The parts by themselves
 
 The penalty is a Keras regularizer that any low-rank adapter takes, and the
-masks are an optimizer that wraps any other:
-
-    adapter = kra.LoRA(32, regularizer=kra.regularizers.Orthogonality(0.1))
-    optimizer = kra.optimizers.MaskedGradient("adamw", update_rank=16, seed=0)
+masks are an optimizer that wraps any other.
 """
+
+adapter = kra.LoRA(32, regularizer=kra.regularizers.Orthogonality(0.1))
+optimizer = kra.optimizers.MaskedGradient("adamw", update_rank=16, seed=0)
