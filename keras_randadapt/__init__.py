@@ -15,10 +15,14 @@ from keras_randadapt import random
 from keras_randadapt import regularizers
 from keras_randadapt.adapters import Adapter
 from keras_randadapt.adapters import LoRA
+from keras_randadapt.adapters import LoRAFA
 from keras_randadapt.adapters import RandLoRA
 from keras_randadapt.adapters import RLoRA
 from keras_randadapt.adapters import RMLoRA
+from keras_randadapt.adapters import SoRA
 from keras_randadapt.adapters import VeRA
+from keras_randadapt.compaction import compact
+from keras_randadapt.compaction import truncate
 from keras_randadapt.injection import disabled
 from keras_randadapt.injection import eject
 from keras_randadapt.injection import inject

@@ -20,6 +20,7 @@ __all__ = [
     "attach_sublayer",
     "compiled_functions",
     "detach_sublayer",
+    "exclude_from_weight_decay",
     "flatten_layers",
     "forget_jax_state",
     "instance_attributes",
@@ -178,6 +179,17 @@ def refresh_torch_parameters(model):
         # and then list no parameter at all until they track them anew.
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
+
+
+def exclude_from_weight_decay(optimizer, variables):
+    """Adds to the variables that an optimizer's weight decay leaves alone.
+
+    Keras's own method of this name forgets what earlier calls excluded.
+    """
+    excluded = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
+    excluded.update(optimizer._var_key(variable) for variable in variables)
+    optimizer._exclude_from_weight_decay = excluded
+    optimizer._exclude_from_weight_decay_cache = {}
 
 
 def is_nnx_enabled():

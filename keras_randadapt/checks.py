@@ -110,6 +110,19 @@ def check_names(state, names):
             )
 
 
+def one_name(state, name):
+    """The name of one attached adapter: this one, or the only one."""
+    if name is None:
+        if len(state.records) > 1:
+            raise ValueError(
+                "The model has several adapters: say which with `name`. "
+                f"Attached: {sorted(state.records)}"
+            )
+        (name,) = state.records
+    check_names(state, [name])
+    return name
+
+
 def check_attachable(model, layers, addresses, kept):
     """Raises `ValueError` if one of these layers can't be a site or kept."""
     absent = [a for a in [*addresses, *kept] if a not in layers]

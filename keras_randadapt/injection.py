@@ -143,6 +143,32 @@ def attach(model, template, name, addresses, kept, layers, built):
     _refresh(model, trainable_before)
 
 
+def replace(model, name, template, built):
+    """Puts other built adapters in the place of an attached one.
+
+    Args:
+        model: An adapted model.
+        name: The adapter's name.
+        template: The template that the new adapters are clones of.
+        built: dict from address to adapter. Sites that it lacks are let go.
+    """
+    trainable_before = list(map(id, model.trainable_variables))
+    state = model._randadapt
+    record = state.records[name]
+    for address in record.addresses:
+        state.layers[address].adapter.remove(name)
+        if address in built:
+            state.layers[address].adapter.add(name, built[address])
+    gone = [address for address in record.addresses if address not in built]
+    record.template = template
+    record.addresses = list(built)
+    for address in gone:
+        _leave_unused_site(state, address)
+    _show(model, state.active)
+    root.apply_trainable(model)
+    _refresh(model, trainable_before)
+
+
 def attach_from_config(model, config):
     """Attaches an adapter that a whole-model config describes."""
     checks.check_model(model)
@@ -181,10 +207,8 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     for one in names:
         record = state.records.pop(one)
         for address in record.addresses:
-            layer = state.layers[address]
-            layer.adapter.remove(one)
-            if not any(address in r.addresses for r in state.records.values()):
-                _leave_site(layer)
+            state.layers[address].adapter.remove(one)
+            _leave_unused_site(state, address)
     if not state.records:
         _leave_root(model)
     _refresh(model, trainable_before)
@@ -412,7 +436,11 @@ def _become_site(layer):
     _compat.attach_sublayer(layer, "adapter", site_layers.AdapterStack())
 
 
-def _leave_site(layer):
+def _leave_unused_site(state, address):
+    """Gives a layer its own class back if no adapter is left on it."""
+    if any(address in record.addresses for record in state.records.values()):
+        return
+    layer = state.layers[address]
     _compat.detach_sublayer(layer, "adapter")
     layer.__class__ = layer._site_base
 

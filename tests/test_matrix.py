@@ -34,6 +34,11 @@ METHODS = {
         3, variant="averaged", rescale="none", seed=seed
     ),
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
+    "lorafa": lambda seed=0: kra.LoRAFA(2, alpha=3, seed=seed),
+    "lorafa_hadamard": lambda seed=0: kra.LoRAFA(
+        2, basis="hadamard", seed=seed
+    ),
+    "sora": lambda seed=0: kra.SoRA(2, alpha=3, seed=seed),
     "vera": lambda seed=0: kra.VeRA(7, scaling=5.0, seed=seed),
     "vera_sparse": lambda seed=0: kra.VeRA(
         20, basis="sparse", scaling=5.0, seed=seed
@@ -65,18 +70,11 @@ _ONE_IS_ENOUGH = {
     "randlora_hadamard": {"dense", "einsum_output", "embedding"},
     "randlora_averaged": {"dense"},
     "randlora_half": {"einsum_output"},
-    # It shares all but its formula with RLoRA and RandLoRA.
-    "vera": {
-        "dense",
-        "dense_int4",
-        "einsum_gemma",
-        "einsum_shared",
-        "embedding",
-        "reversible_embedding",
-        "conv2d_grouped",
-        "functional",
-        "bert_classifier",
-    },
+    # They share all but their formula with LoRA, RLoRA and RandLoRA.
+    "vera": _CORE,
+    "lorafa": _CORE,
+    "lorafa_hadamard": {"dense", "embedding"},
+    "sora": _CORE,
     "vera_sparse": {"dense", "embedding"},
     "vera_hadamard": {"einsum_gemma", "embedding"},
 }

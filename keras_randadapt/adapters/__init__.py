@@ -2,7 +2,9 @@
 
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.adapters.lora import LoRA
+from keras_randadapt.adapters.lorafa import LoRAFA
 from keras_randadapt.adapters.randlora import RandLoRA
 from keras_randadapt.adapters.rlora import RLoRA
 from keras_randadapt.adapters.rmlora import RMLoRA
+from keras_randadapt.adapters.sora import SoRA
 from keras_randadapt.adapters.vera import VeRA

@@ -161,6 +161,39 @@ class Adapter(keras.layers.Layer):
         """
         return None
 
+    def compacted(self):
+        """The update with all that does not count left out, for `compact`.
+
+        Returns:
+            `(a, b, scaling)`: NumPy arrays `(input_dim, rank)` and `(rank,
+            output_dim)` with `scaling * a b` the update, and a float that all
+            sites have in common. The rank may be 0.
+
+        Raises:
+            TypeError: If the method has nothing to leave out.
+        """
+        raise TypeError(
+            f"`{type(self).__name__}` has no ranks to leave out: `compact` is "
+            "for methods that switch ranks off, such as `AdaLoRA` and `SoRA`."
+        )
+
+    def truncated(self, rank):
+        """The first ranks of the update, for `truncate`.
+
+        Args:
+            rank: int, at least 1.
+
+        Returns:
+            See `compacted`.
+
+        Raises:
+            TypeError: If the method does not order its ranks.
+        """
+        raise TypeError(
+            f"`{type(self).__name__}` does not order its ranks: `truncate` is "
+            "for methods that train every rank for itself, such as `DyLoRA`."
+        )
+
     def basis_digest(self):
         """A short hash of the frozen bases, or `""` where there are none."""
         return ""
@@ -457,6 +490,31 @@ def check_rank(rank, argument="rank"):
             f"`{argument}` must be at least 1. Received: {argument}={rank}"
         )
     return int(rank)
+
+
+def check_rank_fits(rank, kernel_view):
+    """Raises `ValueError` if a rank exceeds a kernel view's dimensions."""
+    if rank > min(kernel_view):
+        raise ValueError(
+            f"`rank` must be at most {min(kernel_view)}, the smaller "
+            f"dimension of the kernel view {tuple(kernel_view)}: a larger "
+            "rank trains more weights than the kernel has and gains "
+            f"nothing. Received: rank={rank}. Lower the rank, or "
+            "leave the site out with `exclude`."
+        )
+
+
+def check_alpha(alpha, scaling, rank):
+    """The scaling that `alpha` or `scaling` asks for, 1 by default."""
+    if alpha is not None and scaling is not None:
+        raise ValueError(
+            "`alpha` and `scaling` say the same thing "
+            "(scaling = alpha / rank): give one of them. "
+            f"Received: alpha={alpha}, scaling={scaling}"
+        )
+    if alpha is not None:
+        scaling = check_scaling(alpha, "alpha") / rank
+    return check_scaling(1.0 if scaling is None else scaling)
 
 
 def check_scaling(scaling, argument="scaling"):

@@ -29,6 +29,8 @@ class LoRA(base.Adapter):
         regularizer: Optional Keras regularizer of both factors, such as
             `keras_randadapt.regularizers.Orthogonality(0.1)`. It is part of
             the model's losses, so plain `fit` applies it.
+        site_ranks: Optional dict from structural addresses, the keys of
+            `keras_randadapt.sites(model)`, to ranks of their own.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -62,19 +64,16 @@ class LoRA(base.Adapter):
         a_initializer="kaiming_uniform",
         b_initializer="zeros",
         regularizer=None,
+        site_ranks: dict[str, int] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.rank = base.check_rank(rank)
-        if alpha is not None and scaling is not None:
-            raise ValueError(
-                "`alpha` and `scaling` say the same thing "
-                "(scaling = alpha / rank): give one of them. "
-                f"Received: alpha={alpha}, scaling={scaling}"
-            )
-        if alpha is not None:
-            scaling = base.check_scaling(alpha, "alpha") / self.rank
-        self.scaling = base.check_scaling(1.0 if scaling is None else scaling)
+        self.site_ranks = {
+            address: base.check_rank(one, f"site_ranks[{address!r}]")
+            for address, one in (site_ranks or {}).items()
+        }
+        self.scaling = base.check_alpha(alpha, scaling, self.rank)
         self.a_initializer = base.check_initializer(
             a_initializer, "a_initializer"
         )
@@ -83,15 +82,19 @@ class LoRA(base.Adapter):
         )
         self.regularizer = base.check_regularizer(regularizer)
 
+    def for_site(self, address, name):
+        clone = super().for_site(address, name)
+        for key, rank in self.site_ranks.items():
+            # A file of a task loads into its backbone, and the reverse: one
+            # address then has a prefix more.
+            if f"/{address}".endswith(f"/{key}") or f"/{key}".endswith(
+                f"/{address}"
+            ):
+                clone.rank = rank
+        return clone
+
     def check(self, kernel_view):
-        if self.rank > min(kernel_view):
-            raise ValueError(
-                f"`rank` must be at most {min(kernel_view)}, the smaller "
-                f"dimension of the kernel view {tuple(kernel_view)}: a larger "
-                "rank trains more weights than the kernel has and gains "
-                f"nothing. Received: rank={self.rank}. Lower the rank, or "
-                "leave the site out with `exclude`."
-            )
+        base.check_rank_fits(self.rank, kernel_view)
 
     def build(self, kernel_view):
         self.check(kernel_view)
@@ -145,6 +148,8 @@ class LoRA(base.Adapter):
             "b_initializer": base.serialize_initializer(self.b_initializer),
             **super().get_config(),
         }
+        if self.site_ranks:
+            config["site_ranks"] = dict(self.site_ranks)
         if self.regularizer is not None:
             config["regularizer"] = keras.regularizers.serialize(
                 self.regularizer

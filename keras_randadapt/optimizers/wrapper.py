@@ -268,6 +268,15 @@ def walk(optimizer):
         yield from walk(inner)
 
 
+def leaf_of(optimizer, variable):
+    """The plain optimizer, of those inside a built one, of a variable."""
+    for one in walk(optimizer):
+        if not _inner_optimizers(one):
+            if any(v is variable for v in one._trainable_variables):
+                return one
+    raise ValueError(f"'{variable.path}' is trained by none of {optimizer}.")
+
+
 def attach(optimizer, wraps):
     """Puts the wrappers around an optimizer that adapters ask for.
 

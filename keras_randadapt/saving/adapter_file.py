@@ -48,14 +48,7 @@ def save_adapter(
     ```
     """
     state = root.state_of(model)
-    if name is None:
-        if len(state.records) > 1:
-            raise ValueError(
-                "The model has several adapters: say which to save with "
-                f"`name`. Attached: {sorted(state.records)}"
-            )
-        (name,) = state.records
-    checks.check_names(state, [name])
+    name = checks.one_name(state, name)
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
     metadata = file_format.describe(model, name, preset)

@@ -1,0 +1,166 @@
+"""LoRA-FA: LoRA whose first factor is frozen."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import bases
+from keras_randadapt.adapters import base
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class LoRAFA(base.Adapter):
+    """LoRA with a frozen first factor.
+
+    `delta = scaling * A B`, where `A`, `(input_dim, rank)`, is a frozen random
+    matrix that a seed gives and no file stores, and `B`, `(rank,
+    output_dim)`, is trained: `rank * output_dim` weights a site. `B` starts
+    at zero, so the delta does. The backward pass needs `x A` of a site's
+    input `x`, and not `x` itself.
+
+    Layers of one name and shape share one `A`: the queries of all blocks of a
+    transformer, say, but not a block's query and value.
+
+    Train it at the learning rates of LoRA, 1e-4 to 1e-3 (AdamW).
+
+    Args:
+        rank: int. The rank of the delta.
+        alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
+            `rank` by default.
+        scaling: Optional float, instead of `alpha`.
+        basis: What `A` is made of: `"uniform"` or `"gaussian"`, independent
+            entries; `"sparse"` or `"very_sparse"`, ternary ones, kept as
+            int8; `"hadamard"`, a randomized Hadamard transform, of which
+            nothing is kept. Entries have the variance that LoRA's have, 1 /
+            (3 input_dim), whatever the basis.
+        precondition: bool. Whether the gradient of `B` is multiplied by
+            `(A' A)^-1 / scaling**2`. A step of plain gradient descent then
+            changes the delta by the kernel's own gradient, projected onto
+            the columns of `A`. Adaptive optimizers undo most of it.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer.
+        ValueError: If an argument is out of range, if both `alpha` and
+            `scaling` are given, or `precondition` with `scaling=0`. At
+            injection, if `rank` exceeds the smaller dimension of a kernel
+            view.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier, kra.LoRAFA(8), ["query", "value"], keep_trainable="logits"
+    )
+    ```
+
+    References:
+        - Zhang et al., "LoRA-FA", 2023
+          ([arXiv 2308.03303](https://arxiv.org/abs/2308.03303)), equation 4.
+        - Wang et al., "LoRA-Pro", 2024, section 3, with `A` held fixed, for
+          `precondition`.
+    """
+
+    recommended_learning_rate = 5e-4
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+        basis: str = "uniform",
+        precondition: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        self.scaling = base.check_alpha(alpha, scaling, self.rank)
+        self.basis = bases.check_kind(basis)
+        self.precondition = bool(precondition)
+        if self.precondition and self.scaling == 0:
+            raise ValueError(
+                "`precondition` divides by the scaling, which must not be 0. "
+                f"Received: scaling={scaling}, alpha={alpha}"
+            )
+
+    def check(self, kernel_view):
+        base.check_rank_fits(self.rank, kernel_view)
+
+    def build(self, kernel_view):
+        self.check(kernel_view)
+        self.input_dim, self.output_dim = kernel_view
+        basis = bases.make_basis(
+            self.basis,
+            self.input_dim,
+            self.rank,
+            self.seed,
+            f"LoRAFA/{self.site_role}/A",
+            smaller_dim=min(kernel_view),
+            fill=True,
+        )
+        self.basis_a = self.add_frozen("basis_a", basis)
+        self.lora_b = self.add_trainable(
+            "lora_b", (self.rank, self.output_dim), "zeros"
+        )
+        # The scale of A's entries, given to B, which is smaller than x.
+        self._scale = self.scaling * basis.scale / math.sqrt(3 * self.input_dim)
+        self._preconditioner = None
+        if self.precondition:
+            self._preconditioner = self._inverse_gram()
+        self.prepare_dropout()
+
+    def _inverse_gram(self):
+        """`(A' A)^-1 / scaling**2`, float32."""
+        a = self.basis_a.dense()
+        if self.basis == "hadamard":
+            a = a * self.basis_a.scale
+        a = a / math.sqrt(3 * self.input_dim)
+        inverse = np.linalg.pinv(a @ a.T) / self.scaling**2
+        return inverse.astype("float32")
+
+    def delta(self, x, training=None):
+        return ops.matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
+
+    def delta_transpose(self, x, training=None):
+        b = self._scaled_b(x.dtype)
+        return self.basis_a.adjoint(ops.matmul(x, ops.transpose(b)))
+
+    def lookup(self, ids, dtype, training=None):
+        if self.basis == "hadamard":
+            # A transform gives all rows or none.
+            return super().lookup(ids, dtype, training)
+        a = self.basis_a.take(ids, dtype, axis=1)
+        return ops.matmul(a, self._scaled_b(dtype))
+
+    def delta_kernel(self):
+        return ops.matmul(*self.factors())
+
+    def factors(self):
+        a = ops.transpose(self.basis_a.matrix())
+        return a, self._scaled_b("float32")
+
+    def basis_digest(self):
+        return self.basis_a.digest()
+
+    def _scaled_b(self, dtype):
+        b = ops.cast(self.lora_b, "float32")
+        if self._preconditioner is not None:
+            # Of B's own value, and with its gradient preconditioned.
+            change = b - ops.stop_gradient(b)
+            b = ops.stop_gradient(b) + ops.matmul(self._preconditioner, change)
+        return ops.cast(b * self._scale, dtype)
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "scaling": self.scaling,
+            "basis": self.basis,
+            "precondition": self.precondition,
+            **super().get_config(),
+        }

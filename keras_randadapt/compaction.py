@@ -1,0 +1,108 @@
+"""Smaller adapters from trained ones: ranks that do not count, left out."""
+
+import keras
+
+from keras_randadapt import checks
+from keras_randadapt import injection
+from keras_randadapt import report as report_lib
+from keras_randadapt import root
+from keras_randadapt.adapters import LoRA
+from keras_randadapt.adapters import base
+
+
+def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
+    """Leaves out the ranks that training switched off.
+
+    An `AdaLoRA` or `SoRA` becomes the `LoRA` that computes the same, with a
+    rank of its own at each site; sites where nothing is left are let go. The
+    model computes what it did before, and its adapter's file gets smaller.
+
+    Args:
+        model: An adapted model.
+        name: Optional string: which adapter; the only one by default.
+
+    Returns:
+        A `Report` of the adapter.
+
+    Raises:
+        TypeError: If the adapter has no ranks that can be switched off.
+        ValueError: If the model has no adapter, none of this name or several
+            and no `name`, or if no rank is left at any site.
+
+    Example:
+
+    ```python
+    kra.inject(classifier, kra.SoRA(8), keep_trainable="logits")
+    kra.compact(classifier)
+    ```
+    """
+    return _replace(model, name, lambda adapter: adapter.compacted())
+
+
+def truncate(
+    model: keras.Model, rank: int, name: str | None = None
+) -> report_lib.Report:
+    """Cuts a `DyLoRA` down to its first ranks, without any search.
+
+    It becomes the `LoRA` of that rank, which computes what the `DyLoRA` did
+    when it was trained at that rank.
+
+    Args:
+        model: An adapted model.
+        rank: int. The rank to keep.
+        name: Optional string: which adapter; the only one by default.
+
+    Returns:
+        A `Report` of the adapter.
+
+    Raises:
+        TypeError: If `rank` is no integer, or if the adapter does not order
+            its ranks.
+        ValueError: If `rank` is out of range, or if the model has no adapter,
+            none of this name or several and no `name`.
+
+    Example:
+
+    ```python
+    kra.inject(classifier, kra.DyLoRA(8), keep_trainable="logits")
+    kra.truncate(classifier, rank=4)
+    ```
+    """
+    rank = base.check_rank(rank)
+    return _replace(model, name, lambda adapter: adapter.truncated(rank))
+
+
+def _replace(model, name, low_rank):
+    state = root.state_of(model)
+    root.check_no_block(model)
+    root.check_not_fitting(model)
+    name = checks.one_name(state, name)
+    record = state.records[name]
+    found = {
+        address: low_rank(adapter)
+        for address, adapter in state.adapters(name).items()
+    }
+    ranks = {address: len(b) for address, (_, b, _) in found.items()}
+    addresses = [address for address in record.addresses if ranks[address]]
+    if not addresses:
+        raise ValueError(
+            f"No rank of the adapter '{name}' is switched on at any site: "
+            "there would be nothing left. Eject it instead."
+        )
+    largest = max(ranks.values())
+    (scaling,) = {scaling for _, _, scaling in found.values()}
+    template = LoRA(
+        largest,
+        scaling=scaling,
+        site_ranks={a: ranks[a] for a in addresses if ranks[a] < largest},
+        seed=record.template.seed,
+        dropout=record.template.dropout,
+        dtype=record.template.dtype,
+    )
+    built = injection.build_adapters(template, name, state.layers, addresses)
+    for address in addresses:
+        a, b, _ = found[address]
+        built[address].lora_a.assign(a)
+        built[address].lora_b.assign(b)
+    injection.replace(model, name, template, built)
+    return report_lib.Report(model, name)

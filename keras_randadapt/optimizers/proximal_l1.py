@@ -1,0 +1,121 @@
+"""Proximal steps for an L1 penalty: values that become exactly zero."""
+
+import re
+
+import keras
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt.adapters import base
+from keras_randadapt.optimizers import wrapper
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class ProximalL1(wrapper.OptimizerWrapper):
+    """Follows each update by the proximal step of an L1 penalty.
+
+    A value `v` that the inner optimizer arrives at becomes
+    `sign(v) max(|v| - rate * strength, 0)`, the soft threshold, where `rate`
+    is the learning rate of the step. Unlike with a penalty in the loss, values
+    become exactly zero, and do so at a speed that adaptive rates do not
+    change. Adam moves a value by about `rate` a step, so with it strengths
+    from 0 to 1 set how much of a steady gradient the threshold outweighs.
+
+    These values get no weight decay, which would be a second penalty.
+
+    `SoRA` puts this around the optimizer of a compiled model by itself.
+
+    Args:
+        optimizer: The optimizer to wrap: any Keras optimizer without
+            `use_ema`, the result of `learning_rate_groups` too, or a name.
+        strength: float, at least 0. The strength of the penalty.
+        paths: string, a regular expression: variables with a match in their
+            paths are thresholded. By default the gates of `SoRA`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer.
+        ValueError: If an argument is out of range or `optimizer` is a
+            `LossScaleOptimizer`. At the first step, if no variable matches
+            `paths`, or if the inner optimizer keeps moving averages.
+
+    Example:
+
+    ```python
+    optimizer = kra.optimizers.ProximalL1("adamw", 0.1, paths="embeddings$")
+    ```
+
+    References:
+        - Parikh and Boyd, "Proximal algorithms", 2014, section 6.5.2.
+        - Ding et al., "Sparse low-rank adaptation", EMNLP 2023, equation 8.
+          Its reference code sets all values up to twice the threshold to
+          zero; this is the soft threshold that the paper states.
+    """
+
+    changes_values = True
+
+    def __init__(
+        self,
+        optimizer,
+        strength: float,
+        paths: str = "(^|/)sora_gate$",
+        name: str | None = None,
+    ):
+        super().__init__(optimizer, name=name)
+        self.strength = base.check_non_negative(strength, "strength")
+        try:
+            re.compile(paths)
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                "`paths` must be a regular expression, as a string. "
+                f"Received: paths={paths!r}"
+            ) from error
+        self.paths = paths
+
+    def build_state(self, variables):
+        found = {
+            i: v
+            for i, v in enumerate(variables)
+            if re.search(self.paths, v.path)
+        }
+        if not found:
+            raise ValueError(
+                f"`ProximalL1` found no variable that matches `paths`="
+                f"{self.paths!r} among the {len(variables)} trained ones."
+            )
+        # By place, so that variables can come in any order.
+        self._rate_of = {}
+        for i, variable in found.items():
+            leaf = wrapper.leaf_of(self.inner_optimizer, variable)
+            _compat.exclude_from_weight_decay(leaf, [variable])
+            self._rate_of[i] = leaf
+
+    def transform_gradients(self, gradients, variables, step):
+        # The rates of this step: the update moves schedules on.
+        self._rates = {
+            place: ops.convert_to_tensor(leaf.learning_rate)
+            for place, leaf in self._rate_of.items()
+        }
+        return gradients
+
+    def after_update(self, variables, before, step):
+        is_update = self.is_update_step()
+        rates = self._rates
+        self._rates = None
+        for variable in variables:
+            rate = rates.get(self._get_variable_index(variable))
+            if rate is None:
+                continue
+            value = ops.convert_to_tensor(variable)
+            threshold = ops.cast(rate * self.strength, value.dtype)
+            shrunk = ops.sign(value) * ops.relu(ops.abs(value) - threshold)
+            if is_update is not True:
+                shrunk = ops.where(is_update, shrunk, value)
+            variable.assign(shrunk)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "strength": self.strength,
+            "paths": self.paths,
+        }

@@ -1,0 +1,55 @@
+"""Checks that the tests of single methods share."""
+
+import keras
+import numpy as np
+
+from tests import zoo
+
+
+def numpy(tensor):
+    return np.array(keras.ops.convert_to_numpy(tensor))
+
+
+def close(got, expected, tolerance=1e-5):
+    """Equal to `tolerance` of the largest expected value."""
+    np.testing.assert_allclose(
+        numpy(got),
+        expected,
+        rtol=tolerance,
+        atol=tolerance * max(np.abs(expected).max(), 1e-30),
+    )
+
+
+def randomize(adapter, seed=1):
+    """Gives every trained weight normal values; returns them as float64."""
+    values = {}
+    for i, weight in enumerate(adapter.trainable_variables):
+        value = zoo.normal(*weight.shape, seed=seed + i)
+        weight.assign(value)
+        values[weight.name] = value.astype("float64")
+    return values
+
+
+def check_products(adapter, dense, tolerance=1e-5):
+    """All products of an additive adapter are those of its delta.
+
+    Args:
+        adapter: A built adapter.
+        dense: Its delta, `(input_dim, output_dim)`, by other means.
+        tolerance: float.
+    """
+    tensor = keras.ops.convert_to_tensor
+    x = zoo.normal(3, 2, dense.shape[0])
+    z = zoo.normal(3, 2, dense.shape[1])
+    ids = zoo.integers(2, 5, high=dense.shape[0])
+    for got, expected in (
+        (adapter.delta_kernel(), dense),
+        (adapter.delta(tensor(x)), x @ dense),
+        (adapter.delta_transpose(tensor(z)), z @ dense.T),
+        (adapter.lookup(tensor(ids), "float32"), dense[ids]),
+    ):
+        close(got, expected, tolerance)
+    factors = adapter.factors()
+    if factors is not None:
+        left, right = map(numpy, factors)
+        close(left.astype("float64") @ right, dense, tolerance)

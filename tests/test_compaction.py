@@ -1,0 +1,142 @@
+"""Smaller adapters that compute the same."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from tests import methods
+from tests import zoo
+from tests.test_sora import _adapted
+
+
+def _close_gates(model, closed):
+    adapters = model._randadapt.adapters("default").values()
+    for adapter, places in zip(adapters, closed):
+        gate = methods.numpy(adapter.sora_gate)
+        gate[places] = 0
+        adapter.sora_gate.assign(gate)
+
+
+class TestCompact:
+    def test_computes_the_same(self, tmp_path):
+        model, x, _ = _adapted(alpha=6)
+        _close_gates(model, [[0, 2], [1]])
+        before = zoo.outputs(model, x)
+        deltas = [
+            methods.numpy(a.delta_kernel())
+            for a in model._randadapt.adapters("default").values()
+        ]
+        kra.save_adapter(model, tmp_path / "before")
+        bytes_before = (tmp_path / "before").stat().st_size
+        report = kra.compact(model)
+        methods.close(zoo.outputs(model, x), before)
+        adapters = model._randadapt.adapters("default").values()
+        assert [type(a) for a in adapters] == [kra.LoRA] * 2
+        assert [a.rank for a in adapters] == [2, 3]
+        assert report.adapter_parameters == 2 * (7 + 6) + 3 * (6 + 5)
+        for adapter, delta in zip(adapters, deltas):
+            methods.close(adapter.delta_kernel(), delta, 1e-6)
+        kra.save_adapter(model, tmp_path / "after")
+        assert (tmp_path / "after").stat().st_size < bytes_before
+        # The file carries the ranks.
+        after = zoo.outputs(model, x)
+        kra.eject(model)
+        kra.load_adapter(model, tmp_path / "after")
+        np.testing.assert_array_equal(zoo.outputs(model, x), after)
+
+    def test_sites_without_a_rank_are_let_go(self):
+        model, x, _ = _adapted()
+        _close_gates(model, [[0, 1, 2, 3], [1]])
+        before = zoo.outputs(model, x)
+        report = kra.compact(model)
+        assert len(report.sites) == 1 and len(kra.sites(model)) == 1
+        assert type(model.get_layer("one")) is keras.layers.Dense
+        methods.close(zoo.outputs(model, x), before)
+        kra.eject(model)
+        assert model.get_layer("one").trainable
+
+    def test_nothing_left(self):
+        model, x, _ = _adapted()
+        _close_gates(model, [[0, 1, 2, 3]] * 2)
+        before = zoo.outputs(model, x)
+        with pytest.raises(ValueError, match="there would be nothing left"):
+            kra.compact(model)
+        np.testing.assert_array_equal(zoo.outputs(model, x), before)
+
+    def test_goes_on_training(self):
+        model, x, y = _adapted()
+        _close_gates(model, [[0], [1]])
+        model.compile("adam", "mse")
+        model.fit(x, y, verbose=0)
+        kra.compact(model)
+        assert isinstance(model.optimizer, keras.optimizers.Adam)
+        values = [methods.numpy(v) for v in model.trainable_variables]
+        model.fit(x, y, verbose=0)
+        for variable, value in zip(model.trainable_variables, values):
+            assert np.any(methods.numpy(variable) != value)
+
+    def test_whole_model_file(self, tmp_path):
+        model, x, _ = _adapted()
+        _close_gates(model, [[0, 2], [1]])
+        kra.compact(model)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(
+            zoo.outputs(loaded, x), zoo.outputs(model, x), rtol=1e-6
+        )
+
+    def test_one_of_two_adapters(self):
+        model, x, _ = _adapted()
+        kra.inject(model, kra.LoRA(2), ["one"], name="other")
+        kra.set_active(model, ["default", "other"])
+        zoo.randomize(model, "other")
+        _close_gates(model, [[0, 1, 2, 3], [1]])
+        before = zoo.outputs(model, x)
+        with pytest.raises(ValueError, match="say which with `name`"):
+            kra.compact(model)
+        kra.compact(model, "default")
+        methods.close(zoo.outputs(model, x), before)
+        assert [x.name for x in kra.sites(model).values()] == ["one", "two"]
+
+    def test_other_methods(self):
+        model, _, targets = zoo.dense()
+        with pytest.raises(ValueError, match="has no adapter attached"):
+            kra.compact(model)
+        kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(TypeError, match="`LoRA` has no ranks to leave"):
+            kra.compact(model)
+        with pytest.raises(TypeError, match="`LoRA` does not order its ranks"):
+            kra.truncate(model, 1)
+
+
+class TestSiteRanks:
+    def test_ranks_of_single_sites(self):
+        model, _, _ = zoo.bert()
+        kra.inject(model, kra.LoRA(3), ["query", "value"])
+        addresses = list(kra.sites(model))
+        kra.eject(model)
+        ranks = {addresses[0]: 1, addresses[3]: 5}
+        template = kra.LoRA(3, site_ranks=ranks)
+        kra.inject(model, template, ["query", "value"])
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.rank for a in adapters] == [1, 3, 3, 5]
+        config = template.get_config()
+        assert kra.LoRA.from_config(config).get_config() == config
+
+    def test_file_of_a_task_in_its_backbone(self, tmp_path):
+        model, x, _ = zoo.bert_classifier()
+        kra.inject(model, kra.LoRA(3), ["query", "value"])
+        ranks = {list(kra.sites(model))[1]: 2}
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(3, site_ranks=ranks), ["query", "value"])
+        zoo.randomize(model)
+        kra.save_adapter(model, tmp_path / "file")
+        backbone, _, _ = zoo.bert()
+        kra.load_adapter(backbone, tmp_path / "file")
+        adapters = backbone._randadapt.adapters("default").values()
+        assert [a.rank for a in adapters] == [3, 2, 3, 3]
+
+    def test_bad_ranks(self):
+        with pytest.raises(ValueError, match=r"`site_ranks\['x'\]` must be"):
+            kra.LoRA(3, site_ranks={"x": 0})

@@ -1,0 +1,143 @@
+"""SoRA: gates, how they close, and what is left."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from tests import gradients
+from tests import methods
+from tests import zoo
+
+
+def _built(view=(7, 9), rank=4, **arguments):
+    adapter = kra.SoRA(rank, seed=3, **arguments)
+    adapter.build(view)
+    return adapter
+
+
+def _dense(adapter, values):
+    gated = values["lora_a"] @ np.diag(values["sora_gate"])
+    return adapter.scaling * gated @ values["lora_b"]
+
+
+def _adapted(**arguments):
+    x = zoo.normal(8, 7)
+    inputs = keras.Input((7,))
+    hidden = keras.layers.Dense(6, activation="tanh", name="one")(inputs)
+    outputs = keras.layers.Dense(5, name="two")(hidden)
+    model = zoo.set_weights(keras.Model(inputs, outputs))
+    kra.inject(model, kra.SoRA(4, **arguments), ["one", "two"])
+    zoo.randomize(model)
+    return model, x, zoo.normal(8, 5, seed=1)
+
+
+def _gates(model):
+    return [
+        methods.numpy(adapter.sora_gate)
+        for adapter in model._randadapt.adapters("default").values()
+    ]
+
+
+class TestSoRA:
+    def test_against_dense_reference(self):
+        adapter = _built(alpha=6)
+        values = methods.randomize(adapter)
+        dense = _dense(adapter, values)
+        methods.check_products(adapter, dense)
+        values["sora_gate"][[0, 2]] = 0
+        adapter.sora_gate.assign(values["sora_gate"])
+        dense = _dense(adapter, values)
+        methods.check_products(adapter, dense)
+        assert np.linalg.matrix_rank(dense) == 2
+
+    def test_gradients(self):
+        adapter = _built(scaling=0.5)
+        values = methods.randomize(adapter)
+        x, upstream = zoo.normal(6, 7), zoo.normal(6, 9, seed=4)
+        names = ["lora_a", "lora_b", "sora_gate"]
+        found = gradients.gradients(
+            lambda x: adapter.delta(x, True),
+            x,
+            [getattr(adapter, name) for name in names],
+            upstream,
+        )
+        methods.close(found[0], upstream @ _dense(adapter, values).T, 2e-5)
+        for name, got in zip(names, found[1:]):
+
+            def loss(value, name=name):
+                return np.sum(
+                    upstream * (x @ _dense(adapter, {**values, name: value}))
+                )
+
+            expected = gradients.numeric_gradient(loss, values[name])
+            methods.close(got, expected, 2e-5)
+
+    def test_first_values_and_counts(self):
+        adapter = _built()
+        assert methods.numpy(adapter.sora_gate).all()
+        assert not methods.numpy(adapter.delta_kernel()).any()
+        model, _, _ = zoo.bert()
+        report = kra.inject(model, kra.SoRA(3), ["query", "value"])
+        assert report.adapter_parameters == 4 * 3 * (8 + 8 + 1)
+
+    def test_plain_fit_closes_gates(self):
+        model, x, y = _adapted(sparsity=3.0)
+        model.compile(keras.optimizers.SGD(0.02), "mse")
+        expected = [np.abs(gate) for gate in _gates(model)]
+        model.fit(x, y, epochs=100, verbose=0)
+        gates = _gates(model)
+        assert any((gate == 0).any() for gate in gates)
+        for gate, first in zip(gates, expected):
+            assert np.all(np.abs(gate) < first)
+        kra.eject(model)
+        assert not isinstance(model.optimizer, kra.optimizers.ProximalL1)
+
+    def test_no_sparsity_is_no_wrapper(self):
+        model, x, y = _adapted(sparsity=0.0)
+        model.compile("sgd", "mse")
+        assert isinstance(model.optimizer, keras.optimizers.SGD)
+
+    def test_a_wrapper_of_ones_own_is_kept(self):
+        model, x, y = _adapted()
+        model.compile(kra.optimizers.ProximalL1("sgd", 2.0), "mse")
+        assert not model.optimizer.automatic
+        assert isinstance(model.optimizer.inner_optimizer, keras.optimizers.SGD)
+
+    def test_config_round_trip(self):
+        config = kra.SoRA(
+            7, sparsity=0.1, gate_initializer="ones", alpha=14, dropout=0.1
+        ).get_config()
+        assert config["sparsity"] == 0.1
+        assert kra.SoRA.from_config(config).get_config() == config
+        with pytest.raises(ValueError, match="`sparsity` must be at least 0"):
+            kra.SoRA(sparsity=-1)
+
+    def test_resumes_from_a_checkpoint(self, tmp_path):
+        model, x, y = _adapted(sparsity=3.0)
+        model.compile(keras.optimizers.Adam(0.02), "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+        model.save(tmp_path / "model.keras")
+        model.fit(x, y, epochs=2, verbose=0)
+        again = keras.models.load_model(tmp_path / "model.keras")
+        again.fit(x, y, epochs=2, verbose=0)
+        for one, two in zip(_gates(model), _gates(again)):
+            np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
+
+
+class TestPaperCount:
+    @pytest.mark.slow
+    def test_roberta_base(self):
+        """Rank 8 on query and value: 24 * 8 * (768 + 768 + 1)."""
+        import keras_hub
+
+        model = keras_hub.models.RobertaBackbone(
+            vocabulary_size=50,
+            num_layers=12,
+            num_heads=12,
+            hidden_dim=768,
+            intermediate_dim=64,
+            max_sequence_length=8,
+        )
+        report = kra.inject(model, kra.SoRA(8), ["query", "value"])
+        assert report.adapter_parameters == 295_104
