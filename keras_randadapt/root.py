@@ -83,6 +83,17 @@ class RootState:
     def site_layers(self):
         return [self.layers[address] for address in self.site_addresses]
 
+    def step_counters(self):
+        """The active adapters' step counters, each once."""
+        counters = {}
+        for name in self.active:
+            for adapter in self.adapters(name).values():
+                for layer in _compat.flatten_layers(adapter):
+                    counter = getattr(layer, "step_counter", None)
+                    if counter is not None:
+                        counters[id(counter)] = counter
+        return list(counters.values())
+
     def adapters(self, name):
         """dict from address to built adapter, of one named adapter."""
         return {
@@ -381,11 +392,25 @@ def _root_class(base):
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_root_base": base,
+            "call": _counting_call(base),
             "fit": _releasing_fit(base),
         },
     )
     _compat.alias_registered_class(cls, AdaptedModel)
     return cls
+
+
+def _counting_call(base):
+    """A class's `call`, which tells the adapters of training steps."""
+
+    @functools.wraps(base.call)
+    def call(self, *args, **kwargs):
+        if _compat.training_phase(self):
+            for counter in self._randadapt.step_counters():
+                counter.assign_add(1)
+        return base.call(self, *args, **kwargs)
+
+    return call
 
 
 def _releasing_fit(base):

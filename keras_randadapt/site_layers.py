@@ -399,15 +399,21 @@ def _kernel_space_product(site, inputs, training):
     active = site.adapter.active()
     if not active:
         return site._base_product(inputs)
-    dropped = training and any(adapter.dropout for adapter in active)
-    if site.compute_dtype in ("float32", "float64") and not dropped:
+    apart = training and any(
+        adapter.dropout or adapter.step_counter is not None
+        for adapter in active
+    )
+    if site.compute_dtype in ("float32", "float64") and not apart:
         view = site._merged_kernel_view(site._kernel)
         kernel = ops.cast(site.from_view(view), site.compute_dtype)
         return site._float_product(inputs, kernel)
     # In 16 bits a small delta would be rounded away in base + delta.
     y = site._base_product(inputs)
     for adapter in active:
-        delta = site.from_view(adapter.delta_kernel())
+        delta = adapter.delta_kernel
+        if training:
+            delta = adapter.training_delta_kernel
+        delta = site.from_view(delta())
         y = y + site._float_product(
             adapter.drop(inputs, training), ops.cast(delta, inputs.dtype)
         )

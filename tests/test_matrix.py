@@ -34,6 +34,7 @@ METHODS = {
         3, variant="averaged", rescale="none", seed=seed
     ),
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
+    "dylora": lambda seed=0: kra.DyLoRA(2, alpha=3, seed=seed),
     "lorafa": lambda seed=0: kra.LoRAFA(2, alpha=3, seed=seed),
     "lorafa_hadamard": lambda seed=0: kra.LoRAFA(
         2, basis="hadamard", seed=seed
@@ -72,6 +73,7 @@ _ONE_IS_ENOUGH = {
     "randlora_half": {"einsum_output"},
     # They share all but their formula with LoRA, RLoRA and RandLoRA.
     "vera": _CORE,
+    "dylora": _CORE,
     "lorafa": _CORE,
     "lorafa_hadamard": {"dense", "embedding"},
     "sora": _CORE,
@@ -181,6 +183,7 @@ class TestMatrix:
         assert len(trained) == len(adapters) + (2 if case.kept else 0)
         kept = {"logits/kernel", "logits/bias"} if case.kept else set()
         for key, (path, value) in case.before.items():
+            # State of dropout and of methods that draw anew in every step.
             if path in kept or "seed_generator" in path:
                 continue
             np.testing.assert_array_equal(

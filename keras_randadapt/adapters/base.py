@@ -70,6 +70,7 @@ class Adapter(keras.layers.Layer):
             )
         self.dropout = float(dropout)
         self.dropout_seed_generator = None
+        self.step_counter = None
         self._address = ""
         self._frozen_names = ()
 
@@ -105,6 +106,14 @@ class Adapter(keras.layers.Layer):
 
     def check(self, kernel_view):
         """Raises `ValueError` if the method can't take this kernel view."""
+
+    def training_delta_kernel(self):
+        """The update as a training step uses it, if that differs.
+
+        Returns:
+            As `delta_kernel`.
+        """
+        return self.delta_kernel()
 
     def delta_transpose(self, x, training=None):
         """The product with the update's transpose, for tied output heads.
@@ -305,6 +314,35 @@ class Adapter(keras.layers.Layer):
         basis.bind(variable)
         return basis
 
+    def add_step_counter(self):
+        """Counts training steps, for methods that draw anew in each.
+
+        The adapted model counts up once a training call, before any layer
+        computes, so that all adapters of one injection see the same number
+        throughout a step, however often their site is called. The count is
+        state like that of dropout: Keras's files hold it, adapter files do
+        not.
+        """
+        shared = _shared.get()
+        key = "step counter"
+        counter = None if shared is None else shared.get(key)
+        if counter is None:
+            counter = self.add_weight(
+                name="step_counter",
+                shape=(),
+                dtype="int32",
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
+            if shared is not None:
+                shared[key] = counter
+        self.step_counter = counter
+
+    def training_step(self):
+        """The number of training calls so far: an int32 scalar tensor."""
+        return ops.convert_to_tensor(self.step_counter)
+
     def frozen_weights(self):
         """The variables of frozen bases, here and below."""
         return [
@@ -315,13 +353,18 @@ class Adapter(keras.layers.Layer):
         ]
 
     def stored_weights(self):
-        """The weights that files hold: all but frozen bases.
+        """The weights that adapter files hold: all but bases and counters.
 
         Both are methods, because Keras's saving walks into lists that
         properties give.
         """
-        frozen = {id(variable) for variable in self.frozen_weights()}
-        return [w for w in self.weights if id(w) not in frozen]
+        left_out = {id(variable) for variable in self.frozen_weights()}
+        left_out |= {
+            id(layer.step_counter)
+            for layer in _compat.flatten_layers(self)
+            if isinstance(layer, Adapter)
+        }
+        return [w for w in self.weights if id(w) not in left_out]
 
     def prepare_dropout(self):
         """Creates the state of dropout. Call it at the end of `build`."""

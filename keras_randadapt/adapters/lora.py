@@ -117,28 +117,32 @@ class LoRA(base.Adapter):
         return self.a_initializer
 
     def delta(self, x, training=None):
-        a = ops.cast(self.lora_a, x.dtype)
-        return ops.matmul(ops.matmul(x, a), self._scaled_b(x.dtype))
+        a, b = self._pair(x.dtype, training)
+        return ops.matmul(ops.matmul(x, a), b)
 
     def delta_transpose(self, x, training=None):
-        a = ops.cast(self.lora_a, x.dtype)
-        b = self._scaled_b(x.dtype)
+        a, b = self._pair(x.dtype, training)
         return ops.matmul(ops.matmul(x, ops.transpose(b)), ops.transpose(a))
 
     def lookup(self, ids, dtype, training=None):
-        a = ops.cast(ops.take(self.lora_a, ids, axis=0), dtype)
-        return ops.matmul(a, self._scaled_b(dtype))
+        a, b = self._scaled(training)
+        a = ops.cast(ops.take(a, ids, axis=0), dtype)
+        return ops.matmul(a, ops.cast(b, dtype))
 
     def delta_kernel(self):
         return ops.matmul(*self.factors())
 
     def factors(self):
-        return ops.cast(self.lora_a, "float32"), self._scaled_b("float32")
+        return self._pair("float32")
 
-    def _scaled_b(self, dtype):
+    def _pair(self, dtype, training=None):
+        return tuple(ops.cast(one, dtype) for one in self._scaled(training))
+
+    def _scaled(self, training):
+        """`A`, as it is, and `B` with the scale, float32."""
         # Scaling B instead of the output: one pass over the smaller tensor.
         b = ops.cast(self.lora_b, "float32")
-        return ops.cast(b if self.scaling == 1 else b * self.scaling, dtype)
+        return self.lora_a, b if self.scaling == 1 else b * self.scaling
 
     def get_config(self):
         config = {

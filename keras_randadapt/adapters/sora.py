@@ -113,10 +113,10 @@ class SoRA(lora.LoRA):
         open_gates = np.flatnonzero(gate)
         return a[:, open_gates] * gate[open_gates], b[open_gates], self.scaling
 
-    def _scaled_b(self, dtype):
-        b = ops.cast(self.lora_b, "float32")
-        gate = ops.cast(self.sora_gate, "float32") * self.scaling
-        return ops.cast(b * ops.expand_dims(gate, -1), dtype)
+    def _scaled(self, training):
+        a, b = super()._scaled(training)
+        gate = ops.cast(self.sora_gate, "float32")
+        return a, b * ops.expand_dims(gate, -1)
 
     def get_config(self):
         return {

@@ -1,0 +1,130 @@
+"""DyLoRA: LoRA that can be cut down to any rank after training."""
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+from keras_randadapt.adapters import lora
+from keras_randadapt.ops import counter
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class DyLoRA(lora.LoRA):
+    """LoRA that is trained for all ranks up to its own at once.
+
+    Each training step draws a rank `b`, the same for all sites, uniformly
+    from `min_rank` to `rank`, and computes with the first `b` columns of `A`
+    and rows of `B` alone: `delta = scaling * (rank / b) * A[:, :b] B[:b]`.
+    Otherwise the delta is that of `LoRA` at the full rank. Trained are
+    `rank * (input_dim + output_dim)` weights a site.
+
+    After training, `keras_randadapt.truncate(model, b)` gives the `LoRA` of
+    any rank `b` in that range, without training it again.
+
+    The draws are counted in the compiled step, so nothing is traced anew for
+    a rank, and training that is resumed from a checkpoint draws what it would
+    have drawn.
+
+    Train it at a learning rate of 1e-4 to 1e-3 (AdamW), as LoRA.
+
+    Args:
+        rank: int. The largest rank.
+        min_rank: int, at most `rank`. The smallest rank that is drawn.
+        frozen: bool. Whether a step trains the `b`-th column and row alone
+            and takes the others as they are, the paper's "frozen" mode.
+        alpha: Optional float. `scaling` is `alpha / rank`: the delta is
+            scaled by `alpha / b`.
+        scaling: Optional float. See `LoRA`.
+        a_initializer: The first values of `A`. See `LoRA`.
+        b_initializer: The first values of `B`. See `LoRA`.
+        regularizer: Optional regularizer of `A` and `B`. See `LoRA`.
+        seed: int. Also gives the drawn ranks. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If a rank is no integer.
+        ValueError: If an argument is out of range. At injection, if `rank`
+            exceeds the smaller dimension of a kernel view.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier, kra.DyLoRA(8), ["query", "value"], keep_trainable="logits"
+    )
+    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    classifier.fit(x, y, verbose=0)
+    kra.truncate(classifier, rank=4)
+    ```
+
+    References:
+        - Valipour et al., "DyLoRA", EACL 2023, algorithm 1. The row of
+          `W_dw` that it indexes as `[:, b, :]` is `[:b, :]`.
+    """
+
+    recommended_learning_rate = 5e-4
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        min_rank: int = 1,
+        frozen: bool = False,
+        **kwargs,
+    ):
+        super().__init__(rank, **kwargs)
+        self.min_rank = base.check_rank(min_rank, "min_rank")
+        if self.min_rank > self.rank:
+            raise ValueError(
+                f"`min_rank` must be at most {self.rank}, the rank. "
+                f"Received: min_rank={min_rank}"
+            )
+        self.frozen = bool(frozen)
+
+    def build(self, kernel_view):
+        super().build(kernel_view)
+        self.add_step_counter()
+
+    def drawn_rank(self):
+        """The rank of the training step that is running: an int32 tensor."""
+        words = counter.random_words(self.seed, 0, self.training_step(), 1)
+        choices = self.rank - self.min_rank + 1
+        return self.min_rank + counter.random_below(words, choices)[0]
+
+    def training_delta_kernel(self):
+        return ops.matmul(*self._pair("float32", training=True))
+
+    def truncated(self, rank):
+        if not self.min_rank <= rank <= self.rank:
+            raise ValueError(
+                f"`rank` must be from {self.min_rank} to {self.rank}, which "
+                f"the adapter was trained for. Received: rank={rank}"
+            )
+        a = ops.convert_to_numpy(self.lora_a)[:, :rank]
+        b = ops.convert_to_numpy(self.lora_b)[:rank]
+        return a, b, self.scaling * self.rank / rank
+
+    def _scaled(self, training):
+        if not training:
+            return super()._scaled(training)
+        a = ops.cast(self.lora_a, "float32")
+        b = ops.cast(self.lora_b, "float32")
+        drawn = self.drawn_rank()
+        # What B's rows beyond the drawn rank multiply needs no mask.
+        places = ops.arange(self.rank, dtype="int32")
+        if self.frozen:
+            trained = ops.equal(places, drawn - 1)
+            a = ops.where(trained, a, ops.stop_gradient(a))
+            b = ops.where(trained[:, None], b, ops.stop_gradient(b))
+        scale = self.scaling * self.rank / ops.cast(drawn, "float32")
+        kept = ops.cast(places < drawn, "float32")
+        return a, b * (kept * scale)[:, None]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "min_rank": self.min_rank,
+            "frozen": self.frozen,
+        }
