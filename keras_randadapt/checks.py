@@ -9,6 +9,7 @@ from keras_randadapt import _compat
 from keras_randadapt import file_format
 from keras_randadapt import root
 from keras_randadapt import site_layers
+from keras_randadapt.adapters import base as adapter_base
 from keras_randadapt.adapters.base import Adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
@@ -77,7 +78,7 @@ def check_adapter(adapter):
             f"and clones it: write `{type(adapter).__name__}(...)` anew."
         )
     try:
-        file_format.canonical(root.serialize_adapter(adapter))
+        file_format.canonical(adapter_base.serialize(adapter))
     except TypeError as error:
         raise TypeError(
             "`adapter` has an argument that no file can store, such as a "

@@ -85,12 +85,22 @@ class EinsumPlan:
             z = ops.reshape(z, (*batch, *self._row_sizes))
         return _transpose(z, self._unflatten_x)
 
-    def probe(self, units, product):
-        """The view, read off the products with all unit vectors."""
+    def multiply(self, rows, product):
+        """A matrix times the view, by the layer's own product.
+
+        Args:
+            rows: Tensor `(n, input_dim)`.
+            product: Function of the layer's input.
+
+        Returns:
+            Tensor `(n, output_dim)`.
+        """
         ones = [1] * (len(self._batch_axes) - 1)
-        z = ops.reshape(units, (*ones, -1, *self._row_sizes))
+        z = ops.reshape(rows, (*ones, -1, *self._row_sizes))
         y = product(_transpose(z, self._unflatten_x))
-        return ops.reshape(self.flatten_output(y), self.view_shape)
+        return ops.reshape(
+            self.flatten_output(y), (-1, self.view_shape.output_dim)
+        )
 
     def flatten_output(self, y):
         """Layer output to `(*batch, output_dim)`."""

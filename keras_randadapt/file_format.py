@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import root
+from keras_randadapt.adapters import base as adapter_base
 
 VERSION = 1
 METADATA_KEY = "keras_randadapt"
@@ -105,7 +106,7 @@ def describe(model, name, preset):
     metadata = {
         "version": VERSION,
         "name": name,
-        "adapter": root.serialize_adapter(record.template),
+        "adapter": adapter_base.serialize(record.template),
         "model": describe_model(model),
         # Run-length encoded, in the order of the sorted addresses.
         "kernel_views": [

@@ -127,6 +127,7 @@ def attach(model, template, name, addresses, kept, layers, built):
     state = model._randadapt
     for address in addresses:
         _become_site(layers[address])
+        _start(built[address], layers[address])
         layers[address].adapter.add(name, built[address])
     record = root.AdapterRecord(template, addresses, kept)
     for address in kept:
@@ -173,7 +174,7 @@ def attach_from_config(model, config):
     """Attaches an adapter that a whole-model config describes."""
     checks.check_model(model)
     layers = root.layers_of(model)
-    template = root.deserialize_adapter(config["adapter"])
+    template = adapter_base.deserialize(config["adapter"])
     name, addresses, kept = config["name"], config["sites"], config["kept"]
     checks.check_new_name(model, name)
     checks.check_attachable(model, layers, addresses, kept)
@@ -436,6 +437,14 @@ def _become_site(layer):
     _compat.attach_sublayer(layer, "adapter", site_layers.AdapterStack())
 
 
+def _start(adapter, layer):
+    """Gives an adapter the base kernel, if it asks for it."""
+    if type(adapter).start_from is not Adapter.start_from:
+        kernel = quantized_kernels.float_kernel(layer)
+        view = keras.ops.cast(layer.to_view(kernel), "float32")
+        adapter.start_from(np.array(keras.ops.convert_to_numpy(view)))
+
+
 def _leave_unused_site(state, address):
     """Gives a layer its own class back if no adapter is left on it."""
     if any(address in record.addresses for record in state.records.values()):
@@ -514,6 +523,7 @@ def build_adapters(template, name, layers, addresses):
     built = {}
     for address in addresses:
         try:
+            _check_kind(template, layers[address])
             template.check(tuple(site_layers.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
@@ -531,6 +541,15 @@ def build_adapters(template, name, layers, addresses):
                 clone.build(tuple(view))
             built[address] = clone
     return built
+
+
+def _check_kind(template, layer):
+    if isinstance(layer, keras.layers.Embedding) and not template.takes_lookups:
+        raise ValueError(
+            f"`{type(template).__name__}` adapts products, and a "
+            f"{type(layer).__name__} looks rows up. Leave it out with "
+            "`exclude`."
+        )
 
 
 # Kernels.

@@ -16,6 +16,7 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt import site_layers
 from keras_randadapt import targets
+from keras_randadapt.adapters import base as adapter_base
 
 _ASSET = "randadapt_kept.npz"
 
@@ -272,7 +273,7 @@ class AdaptedRoot:
             "adapters": [
                 {
                     "name": name,
-                    "adapter": serialize_adapter(record.template),
+                    "adapter": adapter_base.serialize(record.template),
                     "sites": record.addresses,
                     "kept": record.kept,
                 }
@@ -453,30 +454,3 @@ def plain_classes(model):
             for layer, flag in flags:
                 _compat.set_layer_trainable_flag(layer, flag)
             model.__class__ = adapted
-
-
-def serialize_adapter(template):
-    """A JSON-ready description of an adapter template."""
-    return {
-        "class": keras.saving.get_registered_name(type(template)),
-        "config": template.get_config(),
-    }
-
-
-def deserialize_adapter(config):
-    """The template that `serialize_adapter` described.
-
-    Raises:
-        ValueError: If the class is not a registered adapter: a file must not
-            be able to name any other class.
-    """
-    from keras_randadapt.adapters.base import Adapter
-
-    cls = keras.saving.get_registered_object(config["class"])
-    if not isinstance(cls, type) or not issubclass(cls, Adapter):
-        raise ValueError(
-            f"'{config['class']}' is no registered adapter. If it is your "
-            "own, import its module first. This version of keras_randadapt "
-            "may also be older than the file."
-        )
-    return cls.from_config(config["config"])

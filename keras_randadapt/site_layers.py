@@ -69,11 +69,15 @@ class Product:
     """The product that an adapter adapts: `linear` of `Adapter.adapt`.
 
     Called with `(..., input_dim)`, it gives `(..., output_dim)`.
+
+    Attributes:
+        base: The `Product` without any adapter; perhaps this one.
     """
 
-    def __init__(self, product, site=None):
+    def __init__(self, product, site, base=None):
         self._product = product
         self._site = site
+        self.base = self if base is None else base
 
     def __call__(self, x):
         return self._product(x)
@@ -87,11 +91,36 @@ class Product:
             `None` if the kernel is quantized, or if this is what another
             adapter made of the base product.
         """
-        site = self._site
-        if site is None or site.quantization_mode is not None:
+        if self.base is not self:
             return None
-        kernel = ops.cast(site._kernel, site.compute_dtype)
-        return site.to_view(kernel)
+        return self._kernel(self._site.compute_dtype)
+
+    def times_base(self, rows):
+        """A float32 matrix times the base kernel view, of any layout.
+
+        Args:
+            rows: Tensor `(n, input_dim)`.
+
+        Returns:
+            float32 tensor `(n, output_dim)`.
+        """
+        kernel = self._kernel("float32")
+        if kernel is not None:
+            return ops.matmul(rows, kernel)
+        rows = ops.cast(rows, self._site.compute_dtype)
+        return ops.cast(self._site.multiply(rows), "float32")
+
+    def base_kernel(self):
+        """The base kernel view, float32, dequantized if need be."""
+        kernel = self._kernel("float32")
+        if kernel is None:
+            kernel = self.times_base(ops.eye(self._site.kernel_view.input_dim))
+        return kernel
+
+    def _kernel(self, dtype):
+        if self._site.quantization_mode is not None:
+            return None
+        return self._site.to_view(ops.cast(self._site._kernel, dtype))
 
 
 class Site:
@@ -128,10 +157,8 @@ class Site:
 
     def _merged_kernel_view(self, kernel):
         """The kernel view with every active adapter folded in, float32."""
-        view = ops.cast(self.to_view(kernel), "float32")
-        for adapter in self.adapter.active():
-            view = adapter.merged(view)
-        return view
+        base = ops.cast(self.to_view(kernel), "float32")
+        return fold(self.adapter.active(), base)
 
     def _merged_or_base(self, kernel):
         """What the public `kernel` or `embeddings` property shows."""
@@ -189,6 +216,10 @@ class DenseSite(_ProductSite):
     def from_view(self, view):
         return view
 
+    def multiply(self, rows):
+        """A matrix `(n, input_dim)` times the base kernel view."""
+        return self._base_product(rows)
+
     def _float_product(self, x, kernel):
         return ops.matmul(x, kernel)
 
@@ -209,6 +240,10 @@ class EinsumDenseSite(_ProductSite):
 
     def from_view(self, view):
         return einsum_plan_of(self).from_view(view)
+
+    def multiply(self, rows):
+        """A matrix `(n, input_dim)` times the base kernel view."""
+        return einsum_plan_of(self).multiply(rows, self._base_product)
 
     def _float_product(self, x, kernel):
         return ops.einsum(self.equation, x, kernel)
@@ -389,7 +424,9 @@ def _adapt_all(adapters, x, linear, training):
     """Every adapter adapts what those before it made of the base product."""
     for adapter in adapters:
         linear = Product(
-            functools.partial(adapter.adapt, linear=linear, training=training)
+            functools.partial(adapter.adapt, linear=linear, training=training),
+            linear._site,
+            linear.base,
         )
     return linear(x)
 
@@ -410,14 +447,39 @@ def _kernel_space_product(site, inputs, training):
     # In 16 bits a small delta would be rounded away in base + delta.
     y = site._base_product(inputs)
     for adapter in active:
-        delta = adapter.delta_kernel
-        if training:
-            delta = adapter.training_delta_kernel
-        delta = site.from_view(delta())
+        delta = site.from_view(_delta_view(site, adapter, training))
         y = y + site._float_product(
             adapter.drop(inputs, training), ops.cast(delta, inputs.dtype)
         )
     return y
+
+
+def _delta_view(site, adapter, training):
+    if not adapter.additive:
+        base = ops.cast(site.to_view(site._kernel), "float32")
+        return adapter.merged(base, base, training) - base
+    if training:
+        return adapter.training_delta_kernel()
+    return adapter.delta_kernel()
+
+
+def fold(adapters, base):
+    """A kernel view with adapters folded in.
+
+    Args:
+        adapters: list of built adapters.
+        base: float32 tensor, the base kernel view.
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    view = base
+    for adapter in adapters:
+        if adapter.additive:
+            view = adapter.merged(view)
+        else:
+            view = adapter.merged(view, base)
+    return view
 
 
 def einsum_plan_of(layer):

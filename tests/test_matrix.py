@@ -34,6 +34,14 @@ METHODS = {
         3, variant="averaged", rescale="none", seed=seed
     ),
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
+    "dora": lambda seed=0: kra.DoRA(kra.LoRA(2, alpha=3, seed=seed)),
+    "dora_full_gradient": lambda seed=0: kra.DoRA(
+        kra.LoRA(2, seed=seed), detach_norm=False
+    ),
+    "dvora": lambda seed=0: kra.DoRA(kra.VeRA(7, scaling=5.0, seed=seed)),
+    "dora_rlora": lambda seed=0: kra.DoRA(kra.RLoRA(5, scaling=2.0, seed=seed)),
+    "dora_randlora": lambda seed=0: kra.DoRA(kra.RandLoRA(3, seed=seed)),
+    "dora_dylora": lambda seed=0: kra.DoRA(kra.DyLoRA(2, seed=seed)),
     "dylora": lambda seed=0: kra.DyLoRA(2, alpha=3, seed=seed),
     "lorafa": lambda seed=0: kra.LoRAFA(2, alpha=3, seed=seed),
     "lorafa_hadamard": lambda seed=0: kra.LoRAFA(
@@ -73,6 +81,12 @@ _ONE_IS_ENOUGH = {
     "randlora_half": {"einsum_output"},
     # They share all but their formula with LoRA, RLoRA and RandLoRA.
     "vera": _CORE,
+    "dora": _CORE,
+    "dora_full_gradient": {"dense", "einsum_shared"},
+    "dvora": {"dense", "einsum_query", "dense_int8", "bert_classifier"},
+    "dora_rlora": {"dense", "einsum_query", "conv2d_grouped"},
+    "dora_randlora": {"dense", "dense_int8", "bert_classifier"},
+    "dora_dylora": {"dense", "conv2d_grouped"},
     "dylora": _CORE,
     "lorafa": _CORE,
     "lorafa_hadamard": {"dense", "embedding"},
@@ -82,9 +96,16 @@ _ONE_IS_ENOUGH = {
 }
 
 
+def _is_refused(method, model):
+    """Whether a method declares that it does not take this model's sites."""
+    return "embedding" in model and not METHODS[method]().takes_lookups
+
+
 def _cases():
     for method in METHODS:
         for model in zoo.ALL:
+            if _is_refused(method, model):
+                continue
             if model not in _ONE_IS_ENOUGH.get(method, zoo.ALL):
                 continue
             quick = method in _ONE_IS_ENOUGH or method in _EVERYWHERE
@@ -313,14 +334,37 @@ class TestMatrix:
         # The view of the delta is what `merge` and exporters rely on.
         adapters = case.model._randadapt.adapters("default")
         for address, layer in kra.sites(case.model).items():
-            delta = adapters[address].delta_kernel()
+            adapter = adapters[address]
+            if not adapter.additive:
+                if not case.quantized:
+                    kernel = layer.to_view(layer._kernel)
+                    self._check(layer, adapter.merged(kernel, kernel))
+                continue
+            delta = adapter.delta_kernel()
             assert tuple(delta.shape) == tuple(layer.kernel_view)
             assert keras.backend.standardize_dtype(delta.dtype) == "float32"
             if case.quantized or "embedding" in case.builder.__name__:
                 continue
-            kernel = kra.site_layers.kernel_variable(layer)
-            close(
-                keras.ops.convert_to_numpy(layer.kernel),
-                keras.ops.convert_to_numpy(kernel + layer.from_view(delta)),
-                1e-6,
-            )
+            kernel = layer.to_view(kra.site_layers.kernel_variable(layer))
+            self._check(layer, kernel + delta)
+
+    def _check(self, layer, view):
+        close(
+            keras.ops.convert_to_numpy(layer.kernel),
+            keras.ops.convert_to_numpy(layer.from_view(view)),
+            1e-6,
+        )
+
+
+@pytest.mark.parametrize(
+    "method, model",
+    [(m, z) for m in METHODS for z in zoo.ALL if _is_refused(m, z)],
+)
+def test_what_a_method_does_not_take(method, model):
+    """Declared in its class, refused by `inject`, and no trace is left."""
+    model, x, targets = zoo.ALL[model]()
+    before = zoo.outputs(model, x)
+    with pytest.raises(ValueError, match="looks rows up"):
+        kra.inject(model, METHODS[method](), targets)
+    assert kra.sites(model) == {}
+    np.testing.assert_array_equal(zoo.outputs(model, x), before)

@@ -1,6 +1,7 @@
 """The methods, one module each."""
 
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA

@@ -53,6 +53,13 @@ class Adapter(keras.layers.Layer):
     #: The learning rate that the method's source trains with (AdamW).
     recommended_learning_rate = None
 
+    #: Whether the update is a delta that does not depend on the base kernel.
+    #: If not, `merged` gets the base kernel as well and `delta` is undefined.
+    additive = True
+
+    #: Whether embeddings can be sites.
+    takes_lookups = True
+
     def __init__(
         self,
         *,
@@ -73,6 +80,7 @@ class Adapter(keras.layers.Layer):
         self.step_counter = None
         self._address = ""
         self._frozen_names = ()
+        self._derived_names = ()
 
     # What a method says.
 
@@ -149,7 +157,8 @@ class Adapter(keras.layers.Layer):
             linear: `site_layers.Product`. Called with a tensor like `x`, it
                 gives the product that this adapter adapts,
                 `(..., output_dim)`; `linear.kernel()` is the kernel view, or
-                `None` where it can't be had.
+                `None` where it can't be had. `linear.base` is the product
+                without any adapter.
             training: Whether a training step is running.
 
         Returns:
@@ -158,8 +167,20 @@ class Adapter(keras.layers.Layer):
         return linear(x) + self.delta(self.drop(x, training), training)
 
     def merged(self, kernel):
-        """The adapted kernel: `(input_dim, output_dim)`, float32."""
+        """The adapted kernel: `(input_dim, output_dim)`, float32.
+
+        Args:
+            kernel: The kernel view that other adapters have left, float32.
+            base: The base kernel view, if the method is not `additive`.
+        """
         return kernel + self.delta_kernel()
+
+    def start_from(self, kernel):
+        """Sets what depends on the base kernel, when the adapter is attached.
+
+        Args:
+            kernel: float32 NumPy array, the base kernel view.
+        """
 
     def factors(self):
         """Two thin matrices whose product is the update, if it has such.
@@ -314,6 +335,21 @@ class Adapter(keras.layers.Layer):
         basis.bind(variable)
         return basis
 
+    def add_derived(self, name, shape):
+        """A float32 variable for what `start_from` derives from the kernel.
+
+        Keras's files hold it, adapter files do not.
+        """
+        self._derived_names += (name,)
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            dtype="float32",
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+        )
+
     def add_step_counter(self):
         """Counts training steps, for methods that draw anew in each.
 
@@ -353,17 +389,19 @@ class Adapter(keras.layers.Layer):
         ]
 
     def stored_weights(self):
-        """The weights that adapter files hold: all but bases and counters.
+        """The weights that adapter files hold.
 
-        Both are methods, because Keras's saving walks into lists that
-        properties give.
+        All but bases, step counters and what is derived from the kernel. Both
+        are methods, because Keras's saving walks into lists that properties
+        give.
         """
         left_out = {id(variable) for variable in self.frozen_weights()}
-        left_out |= {
-            id(layer.step_counter)
-            for layer in _compat.flatten_layers(self)
-            if isinstance(layer, Adapter)
-        }
+        for layer in _compat.flatten_layers(self):
+            if isinstance(layer, Adapter):
+                left_out.add(id(layer.step_counter))
+                left_out.update(
+                    id(getattr(layer, name)) for name in layer._derived_names
+                )
         return [w for w in self.weights if id(w) not in left_out]
 
     def prepare_dropout(self):
@@ -425,6 +463,31 @@ class Adapter(keras.layers.Layer):
             f"{name}={value!r}" for name, value in self.get_config().items()
         )
         return f"<{type(self).__name__} {arguments}>"
+
+
+def serialize(template):
+    """A JSON-ready description of an adapter template."""
+    return {
+        "class": keras.saving.get_registered_name(type(template)),
+        "config": template.get_config(),
+    }
+
+
+def deserialize(config):
+    """The template that `serialize` described.
+
+    Raises:
+        ValueError: If the class is not a registered adapter: a file must not
+            be able to name any other class.
+    """
+    cls = keras.saving.get_registered_object(config["class"])
+    if not isinstance(cls, type) or not issubclass(cls, Adapter):
+        raise ValueError(
+            f"'{config['class']}' is no registered adapter. If it is your "
+            "own, import its module first. This version of keras_randadapt "
+            "may also be older than the file."
+        )
+    return cls.from_config(config["config"])
 
 
 def initial_values(kind, seed, role, shape, **arguments):

@@ -111,10 +111,7 @@ def _gram(layer, adapters):
         delta = sum(_numpy(adapter.delta_kernel()) for adapter in adapters)
         return _gram_of_matrix(delta), 0.0
     base = base_kernel_view(layer)
-    merged = base
-    for adapter in adapters:
-        merged = adapter.merged(merged)
-    merged = _numpy(merged)
+    merged = _numpy(site_layers.fold(adapters, base))
     # A few roundings of each element of the merged kernel. The norm of their
     # error bounds every singular value that it can raise.
     noise = 4 * _EPSILON * float(np.linalg.norm(merged))

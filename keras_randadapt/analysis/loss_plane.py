@@ -480,9 +480,7 @@ def _read(layers, key):
         view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
         return _numpy(view).astype("float32")
     view = deltas.base_kernel_view(layer)
-    for adapter in layer.adapter.active():
-        view = adapter.merged(view)
-    return _numpy(view)
+    return _numpy(site_layers.fold(layer.adapter.active(), view))
 
 
 def _write(layers, key, value):

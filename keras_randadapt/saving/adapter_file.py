@@ -16,6 +16,7 @@ from keras_randadapt import injection
 from keras_randadapt import report
 from keras_randadapt import root
 from keras_randadapt import site_layers
+from keras_randadapt.adapters import base as adapter_base
 
 
 def save_adapter(
@@ -104,7 +105,7 @@ def load_adapter(
     """
     tensors, metadata = _read(filepath)
     try:
-        template = root.deserialize_adapter(metadata["adapter"])
+        template = adapter_base.deserialize(metadata["adapter"])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"'{filepath}' describes an adapter that can't be made here: "
@@ -307,8 +308,8 @@ def _check_views(filepath, metadata, addresses, layers):
 
 def _check_same(filepath, model, name, template, addresses, kept):
     record = model._randadapt.records[name]
-    ours = root.serialize_adapter(record.template)
-    theirs = root.serialize_adapter(template)
+    ours = adapter_base.serialize(record.template)
+    theirs = adapter_base.serialize(template)
     if file_format.canonical(ours) != file_format.canonical(theirs):
         difference = f"the file's is {theirs}, the model's {ours}"
     elif set(record.addresses) != set(addresses):

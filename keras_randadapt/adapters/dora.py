@@ -1,0 +1,193 @@
+"""DoRA: a magnitude for each output, and any adapter for the direction."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt.adapters import base
+
+# Below any norm that matters, and far above where its square underflows.
+_SMALLEST_SQUARE = 1e-30
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class DoRA(base.Adapter):
+    """Weight-decomposed low-rank adaptation, of any additive adapter.
+
+    The adapted kernel is `m * (W + delta) / ||W + delta||`, where `delta` is
+    that of the inner adapter, `||.||` the norm of each column of the kernel
+    view, one an output, and `m`, `(output_dim,)`, a trained magnitude. It
+    starts at `||W||`, so that the kernel starts at `W` if the inner delta
+    starts at zero. `output_dim` weights a site more than the inner adapter.
+
+    `DoRA(LoRA(8))` is the paper's; `DoRA(VeRA(256))` is DVoRA.
+
+    The update depends on the base kernel: beside other active adapters, it is
+    `adapted kernel - W` that is added. `||W||` is computed when the adapter
+    is attached, so load a base model's weights before that. Where the inner
+    adapter has two thin factors, the norms come from products of these with
+    the kernel and no delta is formed.
+
+    Train it at the inner adapter's learning rate.
+
+    Args:
+        adapter: The inner adapter, such as `LoRA(8)`, with its seed and
+            dropout. It must be additive.
+        detach_norm: bool. Whether the gradient takes the norms for constants,
+            as in the paper's section 4.3, which saves memory and time.
+        dtype: The dtype of `m`. See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `adapter` is no adapter.
+        ValueError: If `adapter` is built or not additive. At injection, if a
+            site is an embedding, or one that the inner adapter does not take.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier,
+        kra.DoRA(kra.LoRA(8)),
+        targets=["query", "value"],
+        keep_trainable="logits",
+    )
+    ```
+
+    References:
+        - Liu et al., "DoRA", ICML 2024, equations 5, 6 and 11. Its "column"
+          of the weight `(output_dim, input_dim)` is a row, as in the
+          reference code.
+    """
+
+    additive = False
+    takes_lookups = False
+
+    def __init__(
+        self,
+        adapter: base.Adapter,
+        *,
+        detach_norm: bool = True,
+        dtype: str = "float32",
+        name: str | None = None,
+    ):
+        if not isinstance(adapter, base.Adapter):
+            raise TypeError(
+                "`adapter` must be an adapter such as `LoRA(8)`. Received: "
+                f"adapter={adapter!r} (of type {type(adapter).__name__})"
+            )
+        if adapter.built or not adapter.additive:
+            raise ValueError(
+                "`adapter` must be an unbuilt adapter that adds to the kernel "
+                f"what does not depend on it. Received: adapter={adapter!r}"
+            )
+        super().__init__(seed=adapter.seed, dtype=dtype, name=name)
+        self.inner = adapter
+        self.dropout = adapter.dropout
+        self.detach_norm = bool(detach_norm)
+        self.recommended_learning_rate = adapter.recommended_learning_rate
+
+    def for_site(self, address, name):
+        clone = type(self)(
+            self.inner.for_site(address, "inner"),
+            detach_norm=self.detach_norm,
+            dtype=self.dtype,
+            name=name,
+        )
+        clone._address = address
+        return clone
+
+    def check(self, kernel_view):
+        self.inner.check(kernel_view)
+
+    def build(self, kernel_view):
+        self.input_dim, self.output_dim = kernel_view
+        self.inner.build(kernel_view)
+        self.step_counter = self.inner.step_counter
+        self.magnitude = self.add_trainable(
+            "magnitude", (self.output_dim,), "ones"
+        )
+        # Of the base kernel, so no adapter file holds it.
+        self.base_square = self.add_derived("base_square", (self.output_dim,))
+
+    def start_from(self, kernel):
+        self.inner.start_from(kernel)
+        square = np.sum(kernel.astype("float64") ** 2, axis=0)
+        square = square.astype("float32")
+        self.base_square.assign(square)
+        self.magnitude.assign(np.sqrt(square))
+
+    def wrap_optimizer(self, optimizer, name):
+        return self.inner.wrap_optimizer(optimizer, name)
+
+    def drop(self, x, training):
+        return self.inner.drop(x, training)
+
+    def adapt(self, x, linear, training=None):
+        excess = self._excess(self._square(linear, training))
+        excess = ops.cast(excess, x.dtype)
+        if training and self.dropout:
+            # As in the reference code: only the product with the base kernel
+            # as it was sees all inputs.
+            dropped = self.drop(x, training)
+            direction = linear.base(dropped)
+            delta = self.inner.delta(dropped, training)
+            return linear(x) + excess * (direction + delta) + delta
+        y = self.inner.adapt(x, linear, training)
+        direction = y
+        if linear.base is not linear:
+            direction = self.inner.adapt(x, linear.base, training)
+        # In 16 bits, a factor near 1 would round all outputs alike.
+        return y + excess * direction
+
+    def merged(self, kernel, base, training=False):
+        delta = self._inner_delta(training)
+        direction = base + delta
+        square = ops.sum(ops.square(self._norms_see(direction)), axis=0)
+        return kernel + delta + self._excess(square) * direction
+
+    def basis_digest(self):
+        return self.inner.basis_digest()
+
+    def _excess(self, square):
+        """`m / ||W + delta|| - 1`, `(output_dim,)`, float32."""
+        norm = ops.sqrt(ops.maximum(square, _SMALLEST_SQUARE))
+        return ops.cast(self.magnitude, "float32") / norm - 1.0
+
+    def _square(self, linear, training):
+        """`||W + delta||^2`, `(output_dim,)`, float32."""
+        factors = None
+        if not training or self.step_counter is None:
+            factors = self.inner.factors()
+        if factors is None:
+            delta = self._norms_see(self._inner_delta(training))
+            return ops.sum(ops.square(linear.base_kernel() + delta), axis=0)
+        # ||w + A b||^2 = ||w||^2 + 2 (A' w)' b + b' (A' A) b, an output.
+        a, b = map(self._norms_see, factors)
+        rows = ops.transpose(a)
+        products = 2.0 * linear.times_base(rows)
+        products = products + ops.matmul(ops.matmul(rows, a), b)
+        return self.base_square + ops.sum(products * b, axis=0)
+
+    def _inner_delta(self, training):
+        if training:
+            return self.inner.training_delta_kernel()
+        return self.inner.delta_kernel()
+
+    def _norms_see(self, tensor):
+        return ops.stop_gradient(tensor) if self.detach_norm else tensor
+
+    def get_config(self):
+        config = {
+            "adapter": base.serialize(self.inner),
+            "detach_norm": self.detach_norm,
+        }
+        if self.dtype != "float32":
+            config["dtype"] = self.dtype
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        inner = config.pop("adapter")
+        return cls(base.deserialize(inner), **config)
