@@ -13,9 +13,9 @@ from tests.test_sora import _adapted
 def _close_gates(model, closed):
     adapters = model._randadapt.adapters("default").values()
     for adapter, places in zip(adapters, closed):
-        gate = methods.numpy(adapter.sora_gate)
+        gate = methods.numpy(adapter.gate)
         gate[places] = 0
-        adapter.sora_gate.assign(gate)
+        adapter.gate.assign(gate)
 
 
 class TestCompact:

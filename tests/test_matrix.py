@@ -34,6 +34,7 @@ METHODS = {
         3, variant="averaged", rescale="none", seed=seed
     ),
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
+    "adalora": lambda seed=0: kra.AdaLoRA(2, alpha=3, seed=seed),
     "dora": lambda seed=0: kra.DoRA(kra.LoRA(2, alpha=3, seed=seed)),
     "dora_full_gradient": lambda seed=0: kra.DoRA(
         kra.LoRA(2, seed=seed), detach_norm=False
@@ -81,6 +82,7 @@ _ONE_IS_ENOUGH = {
     "randlora_half": {"einsum_output"},
     # They share all but their formula with LoRA, RLoRA and RandLoRA.
     "vera": _CORE,
+    "adalora": _CORE,
     "dora": _CORE,
     "dora_full_gradient": {"dense", "einsum_shared"},
     "dvora": {"dense", "einsum_query", "dense_int8", "bert_classifier"},

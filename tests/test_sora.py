@@ -17,7 +17,7 @@ def _built(view=(7, 9), rank=4, **arguments):
 
 
 def _dense(adapter, values):
-    gated = values["lora_a"] @ np.diag(values["sora_gate"])
+    gated = values["lora_a"] @ np.diag(values["gate"])
     return adapter.scaling * gated @ values["lora_b"]
 
 
@@ -34,7 +34,7 @@ def _adapted(**arguments):
 
 def _gates(model):
     return [
-        methods.numpy(adapter.sora_gate)
+        methods.numpy(adapter.gate)
         for adapter in model._randadapt.adapters("default").values()
     ]
 
@@ -45,8 +45,8 @@ class TestSoRA:
         values = methods.randomize(adapter)
         dense = _dense(adapter, values)
         methods.check_products(adapter, dense)
-        values["sora_gate"][[0, 2]] = 0
-        adapter.sora_gate.assign(values["sora_gate"])
+        values["gate"][[0, 2]] = 0
+        adapter.gate.assign(values["gate"])
         dense = _dense(adapter, values)
         methods.check_products(adapter, dense)
         assert np.linalg.matrix_rank(dense) == 2
@@ -55,7 +55,7 @@ class TestSoRA:
         adapter = _built(scaling=0.5)
         values = methods.randomize(adapter)
         x, upstream = zoo.normal(6, 7), zoo.normal(6, 9, seed=4)
-        names = ["lora_a", "lora_b", "sora_gate"]
+        names = ["lora_a", "lora_b", "gate"]
         found = gradients.gradients(
             lambda x: adapter.delta(x, True),
             x,
@@ -75,7 +75,7 @@ class TestSoRA:
 
     def test_first_values_and_counts(self):
         adapter = _built()
-        assert methods.numpy(adapter.sora_gate).all()
+        assert methods.numpy(adapter.gate).all()
         assert not methods.numpy(adapter.delta_kernel()).any()
         model, _, _ = zoo.bert()
         report = kra.inject(model, kra.SoRA(3), ["query", "value"])

@@ -1,5 +1,6 @@
 """The methods, one module each."""
 
+from keras_randadapt.adapters.adalora import AdaLoRA
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA

@@ -3,17 +3,15 @@
 import re
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_randadapt.adapters import base
-from keras_randadapt.adapters import lora
+from keras_randadapt.adapters import gated
 from keras_randadapt.optimizers import proximal_l1
 from keras_randadapt.optimizers import wrapper
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class SoRA(lora.LoRA):
+class SoRA(gated.GatedLoRA):
     """Sparse low-rank adaptation: a gate on each rank of LoRA.
 
     `delta = scaling * A diag(g) B`, with LoRA's `A` and `B` and a trained gate
@@ -81,17 +79,8 @@ class SoRA(lora.LoRA):
         gate_initializer="normal",
         **kwargs,
     ):
-        super().__init__(rank, **kwargs)
+        super().__init__(rank, gate_initializer=gate_initializer, **kwargs)
         self.sparsity = base.check_non_negative(sparsity, "sparsity")
-        self.gate_initializer = base.check_initializer(
-            gate_initializer, "gate_initializer"
-        )
-
-    def build(self, kernel_view):
-        super().build(kernel_view)
-        self.sora_gate = self.add_trainable(
-            "sora_gate", (self.rank,), self.gate_initializer
-        )
 
     def wrap_optimizer(self, optimizer, name):
         if not self.sparsity:
@@ -103,26 +92,8 @@ class SoRA(lora.LoRA):
         return proximal_l1.ProximalL1(
             optimizer,
             self.sparsity,
-            paths=f"(^|/)adapter/{re.escape(name)}/(.*/)?sora_gate$",
+            paths=f"(^|/)adapter/{re.escape(name)}/(.*/)?gate$",
         )
 
-    def compacted(self):
-        a = ops.convert_to_numpy(self.lora_a)
-        b = ops.convert_to_numpy(self.lora_b)
-        gate = ops.convert_to_numpy(self.sora_gate)
-        open_gates = np.flatnonzero(gate)
-        return a[:, open_gates] * gate[open_gates], b[open_gates], self.scaling
-
-    def _scaled(self, training):
-        a, b = super()._scaled(training)
-        gate = ops.cast(self.sora_gate, "float32")
-        return a, b * ops.expand_dims(gate, -1)
-
     def get_config(self):
-        return {
-            **super().get_config(),
-            "sparsity": self.sparsity,
-            "gate_initializer": base.serialize_initializer(
-                self.gate_initializer
-            ),
-        }
+        return {**super().get_config(), "sparsity": self.sparsity}

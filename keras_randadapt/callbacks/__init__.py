@@ -1,4 +1,5 @@
 """What runs at the ends of batches and epochs."""
 
 from keras_randadapt.callbacks.pac_bayes import PACBayes
+from keras_randadapt.callbacks.rank_budget import RankBudget
 from keras_randadapt.callbacks.rank_monitor import RankMonitor

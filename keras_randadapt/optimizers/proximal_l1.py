@@ -58,7 +58,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
         self,
         optimizer,
         strength: float,
-        paths: str = "(^|/)sora_gate$",
+        paths: str = "/adapter/.*/gate$",
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)

@@ -18,7 +18,8 @@ def soft_threshold(v, threshold):
 
 def _variables():
     values = np.array([-0.3, -0.1, 0.0, 0.05, 0.15, 0.199, 0.2, 1.0], "float32")
-    gate = keras.Variable(values, name="sora_gate")
+    with keras.name_scope("default", override_parent="site/adapter"):
+        gate = keras.Variable(values, name="gate")
     other = keras.Variable(values, name="lora_b")
     gradients = [np.linspace(-1, 1, 8).astype("float32")] * 2
     return [gate, other], gradients
@@ -49,7 +50,7 @@ class TestProximalL1:
         plain, gradients = _variables()
         wrapped, _ = _variables()
         inner = OPTIMIZERS[name]()
-        inner.exclude_from_weight_decay(var_names=["sora_gate"])
+        inner.exclude_from_weight_decay(var_names=["gate"])
         optimizer = ProximalL1(OPTIMIZERS[name](), 0.7)
         gate, other = _apply(optimizer, gradients, wrapped)
         stepped, expected = _apply(inner, gradients, plain)
@@ -125,7 +126,7 @@ class TestProximalL1:
         multi = keras.optimizers.MultiOptimizer(
             keras.optimizers.OptimizerMap(
                 keras.optimizers.SGD(0.5),
-                {"sora_gate": keras.optimizers.SGD(0.1)},
+                {".*/gate": keras.optimizers.SGD(0.1)},
             )
         )
         before = methods.numpy(variables[0])
@@ -151,7 +152,7 @@ class TestProximalL1:
             with pytest.raises(ValueError, match=message):
                 ProximalL1("adam", **arguments)
         with pytest.raises(ValueError, match="found no variable"):
-            ProximalL1("adam", 1.0, paths="gates").build(variables)
+            ProximalL1("adam", 1.0, paths="doors").build(variables)
         with pytest.raises(ValueError, match="use_ema"):
             ProximalL1(keras.optimizers.SGD(use_ema=True), 1).build(variables)
 

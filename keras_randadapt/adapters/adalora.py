@@ -1,0 +1,119 @@
+"""AdaLoRA: a budget of ranks, given to the sites that use them."""
+
+import re
+
+import keras
+
+from keras_randadapt.adapters import base
+from keras_randadapt.adapters import gated
+from keras_randadapt.optimizers import rank_allocation
+from keras_randadapt.optimizers import wrapper
+from keras_randadapt.regularizers import Orthogonality
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class AdaLoRA(gated.GatedLoRA):
+    """Adaptive budget allocation: LoRA that moves ranks between sites.
+
+    `delta = scaling * A diag(l) B`, like a singular value decomposition: a
+    penalty, `orthogonality * (||A' A - I||_F^2 + ||B B' - I||_F^2)`, keeps
+    `A`'s columns and `B`'s rows nearly orthonormal. Ranks are scored by how
+    much the loss depends on their weights, and those with the lowest scores
+    in the whole model lose their `l_i`, until a budget is met. `l` starts at
+    zero, so the delta does. `rank * (input_dim + output_dim + 1)` weights a
+    site.
+
+    The budget is set by `keras_randadapt.callbacks.RankBudget`, and nothing
+    else need be called: the penalty is among the model's losses, and the
+    optimizer of a compiled model is put inside a `RankAllocation`, which
+    scores and prunes, for as long as the adapter is active. Without the
+    callback no rank is pruned. After training,
+    `keras_randadapt.compact(model)` drops the ranks that are off.
+
+    Train it at a learning rate of 5e-4 to 1e-3 (AdamW).
+
+    Args:
+        rank: int. The rank of every site at first, 1.5 times the average
+            rank to end with in the paper.
+        orthogonality: float, at least 0. The strength of the penalty.
+        alpha: Optional float. See `LoRA`. `scaling` stays what it is when
+            ranks are pruned.
+        scaling: Optional float. See `LoRA`.
+        a_initializer: The first values of `A`, normal with standard deviation
+            0.02 by default. See `LoRA` for the forms it may have.
+        b_initializer: The first values of `B`, as of `A`.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer, or a `regularizer` is given.
+        ValueError: If an argument is out of range. At injection, if `rank`
+            exceeds the smaller dimension of a kernel view.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier, kra.AdaLoRA(12), ["query", "value"], keep_trainable="logits"
+    )
+    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    classifier.fit(
+        x, y, callbacks=[kra.callbacks.RankBudget(8, interval=1)], verbose=0
+    )
+    kra.compact(classifier)
+    ```
+
+    References:
+        - Zhang et al., "AdaLoRA", ICLR 2023, equations 3 and 4 and section
+          3.3. The penalty is the paper's, squared and summed; the reference
+          code averages norms that are not squared.
+    """
+
+    recommended_learning_rate = 1e-3
+
+    def __init__(
+        self,
+        rank: int = 12,
+        *,
+        orthogonality: float = 0.1,
+        a_initializer={"name": "normal", "stddev": 0.02},
+        b_initializer={"name": "normal", "stddev": 0.02},
+        **kwargs,
+    ):
+        if "regularizer" in kwargs:
+            raise TypeError(
+                "`AdaLoRA` has a regularizer of its own, set by "
+                "`orthogonality`; use `LoRA` for another one. "
+                f"Received: regularizer={kwargs['regularizer']!r}"
+            )
+        penalty = Orthogonality(
+            base.check_non_negative(orthogonality, "orthogonality")
+        )
+        kwargs.setdefault("gate_initializer", "zeros")
+        super().__init__(
+            rank,
+            a_initializer=a_initializer,
+            b_initializer=b_initializer,
+            regularizer=penalty if penalty.strength else None,
+            **kwargs,
+        )
+        self.orthogonality = penalty.strength
+
+    def wrap_optimizer(self, optimizer, name):
+        for one in wrapper.walk(optimizer):
+            if (
+                isinstance(one, rank_allocation.RankAllocation)
+                and not one.automatic
+            ):
+                # The user has chosen how to score.
+                return optimizer
+        return rank_allocation.RankAllocation(
+            optimizer, paths=f"(^|/)adapter/{re.escape(name)}/"
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("regularizer", None)
+        return {**config, "orthogonality": self.orthogonality}

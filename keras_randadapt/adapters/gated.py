@@ -1,0 +1,50 @@
+"""LoRA with a trained factor on each rank."""
+
+import numpy as np
+from keras import ops
+
+from keras_randadapt.adapters import base
+from keras_randadapt.adapters import lora
+
+
+class GatedLoRA(lora.LoRA):
+    """`delta = scaling * A diag(gate) B`: what `SoRA` and `AdaLoRA` share.
+
+    `rank * (input_dim + output_dim + 1)` weights a site.
+
+    Args:
+        rank: int.
+        gate_initializer: The first values of the gate, `(rank,)`.
+        **kwargs: See `LoRA`.
+    """
+
+    def __init__(self, rank, *, gate_initializer, **kwargs):
+        super().__init__(rank, **kwargs)
+        self.gate_initializer = base.check_initializer(
+            gate_initializer, "gate_initializer"
+        )
+
+    def build(self, kernel_view):
+        super().build(kernel_view)
+        self.gate = self.add_trainable(
+            "gate", (self.rank,), self.gate_initializer
+        )
+
+    def compacted(self):
+        a = ops.convert_to_numpy(self.lora_a)
+        b = ops.convert_to_numpy(self.lora_b)
+        gate = ops.convert_to_numpy(self.gate)
+        on = np.flatnonzero(gate)
+        return a[:, on] * gate[on], b[on], self.scaling
+
+    def _scaled(self, training):
+        a, b = super()._scaled(training)
+        return a, b * ops.expand_dims(ops.cast(self.gate, "float32"), -1)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "gate_initializer": base.serialize_initializer(
+                self.gate_initializer
+            ),
+        }

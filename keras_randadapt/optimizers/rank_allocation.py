@@ -1,0 +1,237 @@
+"""Rank allocation: scores of ranks from gradients, and pruning to a budget."""
+
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt.adapters import base
+from keras_randadapt.optimizers import wrapper
+
+_NEVER = 2**31 - 1
+_PARTS = ("lora_a", "gate", "lora_b")
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class RankAllocation(wrapper.OptimizerWrapper):
+    """Prunes the ranks of `AdaLoRA` to a budget that shrinks as training goes.
+
+    Before each update, each weight `w` of gradient `g` gets a sensitivity
+    `|w g|`, of which two averages are kept: `I`, smoothed by `beta1`, and `U`,
+    that of its distance to `I`, by `beta2`. A rank's score is the sum of
+    `I * U` of its gate and of the means of `I * U` over its column of `A` and
+    its row of `B`. After the update, when the schedule says so, the gates of
+    all but the `b` ranks with the largest scores in the whole model are set to
+    zero. Of equal scores the earlier rank is kept, so exactly `b` ranks are.
+    `A` and `B` are left alone and go on being trained, so that a rank may
+    come back.
+
+    `AdaLoRA` puts this around the optimizer of a compiled model by itself,
+    and `keras_randadapt.callbacks.RankBudget` sets the schedule; until it is
+    set, nothing is pruned. With gradient accumulation, every micro-step is
+    scored.
+
+    Args:
+        optimizer: The optimizer to wrap: any Keras optimizer without
+            `use_ema`, the result of `learning_rate_groups` too, or a name.
+        beta1: float in `[0, 1)`. See above.
+        beta2: float in `[0, 1)`. See above.
+        paths: Optional string, a regular expression: only adapters with a
+            match in their variables' paths are pruned.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer.
+        ValueError: If an argument is out of range or `optimizer` is a
+            `LossScaleOptimizer`. At the first step, if there is no `AdaLoRA`,
+            or if the inner optimizer keeps moving averages.
+
+    References:
+        - Zhang et al., "AdaLoRA", ICLR 2023, algorithm 1 and equations 5 to
+          10. Weights are scored before the update, as there; the reference
+          code multiplies new weights by old gradients.
+    """
+
+    changes_values = True
+
+    def __init__(
+        self,
+        optimizer,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        paths: str | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(optimizer, name=name)
+        self.beta1 = _check_beta(beta1, "beta1")
+        self.beta2 = _check_beta(beta2, "beta2")
+        if paths is not None:
+            try:
+                re.compile(paths)
+            except (TypeError, re.error) as error:
+                raise ValueError(
+                    "`paths` must be a regular expression, as a string. "
+                    f"Received: paths={paths!r}"
+                ) from error
+        self.paths = paths
+
+    def build_state(self, variables):
+        self._owners = self._find_ranks(variables)
+        # Of each variable by its place: sensitivity and uncertainty.
+        self._averages = {}
+        self.initial_budget = 0
+        for places in self._owners:
+            self.initial_budget += int(variables[places["gate"]].shape[0])
+            for place in places.values():
+                shape = variables[place].shape
+                self._averages[place] = (
+                    self.add_variable(shape, name="sensitivity"),
+                    self.add_variable(shape, name="uncertainty"),
+                )
+        # From which update on the budget is at most 0, 1, 2, ... ranks: exact
+        # integers, whatever curve the budget follows.
+        self._thresholds = self._integers("thresholds", self.initial_budget)
+        # First update that prunes, first of the final phase, interval.
+        self._phases = self._integers("phases", 3)
+        self.set_schedule(lambda update: self.initial_budget, _NEVER, _NEVER, 1)
+
+    def _integers(self, name, n):
+        return self.add_variable((n,), dtype="int32", name=name)
+
+    def _find_ranks(self, variables):
+        """dict from part to place, of each adapter, in their order."""
+        owners = {}
+        for i, variable in enumerate(variables):
+            owner, _, name = variable.path.rpartition("/")
+            if name in _PARTS and re.search(self.paths or "", variable.path):
+                owners.setdefault(owner, {})[name] = i
+        owners = [parts for parts in owners.values() if len(parts) == 3]
+        if not owners:
+            raise ValueError(
+                "`RankAllocation` found no adapter with `lora_a`, `gate` and "
+                f"`lora_b` among the {len(variables)} trained variables. "
+                "Inject an `AdaLoRA` before training."
+            )
+        return owners
+
+    def set_schedule(self, budget, start, final, interval):
+        """Says how many ranks are kept, and when ranks are pruned.
+
+        Updates count from 1. Call it before `fit`, or as it begins.
+
+        Args:
+            budget: Function of an update that gives the number of ranks, an
+                integer that never grows.
+            start: int. The first update that may prune.
+            final: int. The first update of the final phase, in which every
+                update prunes and scores stay what they are.
+            interval: int. Before that, every so many updates prune.
+        """
+        thresholds = np.full(self.initial_budget, _NEVER, np.int64)
+        if start != _NEVER:
+            least = budget(final)
+            update = start
+            for count in range(self.initial_budget - 1, least - 1, -1):
+                while budget(update) > count:
+                    update += 1
+                thresholds[count] = update
+        self._thresholds.assign(thresholds.astype("int32"))
+        self._phases.assign(np.array([start, final, interval], "int32"))
+
+    def transform_gradients(self, gradients, variables, step):
+        is_scored = step + 1 < ops.convert_to_tensor(self._phases)[1]
+        for gradient, variable in zip(gradients, variables, strict=True):
+            averages = self._averages.get(self._get_variable_index(variable))
+            if averages is None or gradient is None:
+                continue
+            sensitivity, uncertainty = map(ops.convert_to_tensor, averages)
+            # On TensorFlow, that of looked-up rows may be sparse.
+            gradient = ops.cast(ops.convert_to_tensor(gradient), "float32")
+            now = ops.abs(ops.cast(variable, "float32") * gradient)
+            smooth = self.beta1 * sensitivity + (1 - self.beta1) * now
+            distance = ops.abs(now - smooth)
+            spread = self.beta2 * uncertainty + (1 - self.beta2) * distance
+            averages[0].assign(ops.where(is_scored, smooth, sensitivity))
+            averages[1].assign(ops.where(is_scored, spread, uncertainty))
+        return gradients
+
+    def after_update(self, variables, before, step):
+        update = ops.cast(step, "int32") + 1
+        start, final, interval = ops.unstack(
+            ops.convert_to_tensor(self._phases), 3
+        )
+        prunes = ops.logical_or(
+            update >= final,
+            ops.logical_and(update >= start, ops.mod(update, interval) == 0),
+        )
+        is_update = self.is_update_step()
+        if is_update is not True:
+            prunes = ops.logical_and(prunes, is_update)
+        kept = ops.logical_or(
+            self._kept(self.budget(update)), ops.logical_not(prunes)
+        )
+        start = 0
+        by_place = {self._get_variable_index(v): v for v in variables}
+        for places in self._owners:
+            size = self._averages[places["gate"]][0].shape[0]
+            gate = by_place.get(places["gate"])
+            if gate is not None:
+                value = ops.convert_to_tensor(gate)
+                gate.assign(
+                    ops.where(
+                        kept[start : start + size], value, ops.zeros_like(value)
+                    )
+                )
+            start += size
+
+    @property
+    def sites(self):
+        """How many adapters share the budget."""
+        return len(self._owners)
+
+    def budget_now(self):
+        """How many ranks the last update was to keep: an int."""
+        return int(ops.convert_to_numpy(self.budget(self.iterations)))
+
+    def budget(self, update):
+        """How many ranks the schedule keeps at an update: int32 tensor."""
+        later = ops.convert_to_tensor(self._thresholds) > update
+        return ops.sum(ops.cast(later, "int32"))
+
+    def scores(self):
+        """The scores of all ranks, in the order of the model's adapters."""
+        scores = []
+        for places in self._owners:
+            a, gate, b = (self._score(places[part]) for part in _PARTS)
+            scores.append(gate + ops.mean(a, axis=0) + ops.mean(b, axis=1))
+        return ops.concatenate(scores)
+
+    def _score(self, place):
+        sensitivity, uncertainty = self._averages[place]
+        return ops.multiply(sensitivity, uncertainty)
+
+    def _kept(self, budget):
+        scores = self.scores()
+        # Twice sorted: each rank's position. The sorts are stable, so equal
+        # scores keep their order.
+        order = ops.argsort(-scores)
+        position = ops.argsort(order)
+        return ops.cast(position, "int32") < budget
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "paths": self.paths,
+        }
+
+
+def _check_beta(beta, argument):
+    value = base.check_non_negative(beta, argument)
+    if value >= 1:
+        raise ValueError(
+            f"`{argument}` must be below 1. Received: {argument}={beta}"
+        )
+    return value
