@@ -35,9 +35,11 @@ __all__ = [
     "snake_case",
     "sync_jax_state",
     "trainable_by_nature",
+    "track_optimizer_variable",
     "training_phase",
     "unpickle_model",
     "walk_attributes",
+    "weight_decay",
 ]
 
 
@@ -190,6 +192,18 @@ def exclude_from_weight_decay(optimizer, variables):
     excluded.update(optimizer._var_key(variable) for variable in variables)
     optimizer._exclude_from_weight_decay = excluded
     optimizer._exclude_from_weight_decay_cache = {}
+
+
+def weight_decay(optimizer, variable):
+    """The weight decay that an optimizer has for a variable, or 0."""
+    if optimizer.weight_decay is None:
+        return 0.0
+    return optimizer.weight_decay * optimizer._use_weight_decay(variable)
+
+
+def track_optimizer_variable(optimizer, variable):
+    """Makes a variable part of an optimizer's state."""
+    optimizer._track_variable(variable)
 
 
 def is_nnx_enabled():

@@ -67,6 +67,18 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             variables: list of all trained variables.
         """
 
+    def inner_variables(self, variables):
+        """The variables that the inner optimizer gets to change.
+
+        Args:
+            variables: list of variables. At the first call, all of them, and
+                before `build_state`.
+
+        Returns:
+            list as long as `variables`; by default themselves.
+        """
+        return variables
+
     def transform_gradients(self, gradients, variables, step):
         """Changes gradients.
 
@@ -111,8 +123,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
     @_compat.no_automatic_dependency_tracking
     def build(self, variables):
         variables = list(variables)
+        inner_variables = self.inner_variables(variables)
         if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
+            self.inner_optimizer.build(inner_variables)
         leaves = [
             one
             for one in walk(self.inner_optimizer)
@@ -164,7 +177,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             else None
             for v in variables
         ]
-        self.inner_optimizer.apply(grads, variables)
+        self.inner_optimizer.apply(grads, self.inner_variables(variables))
         self.after_update(variables, before, step)
         self._iterations.assign_add(1)
 

@@ -1,0 +1,283 @@
+"""GaLore: full training with the optimizer's state in a low-rank space."""
+
+import math
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt.adapters import base
+from keras_randadapt.optimizers import wrapper
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class GaLore(wrapper.OptimizerWrapper):
+    """Gradient low-rank projection: whole kernels, small optimizer state.
+
+    Not an adapter: kernels themselves are trained. The gradient `G`,
+    `(rows, columns)`, of each is projected onto its `rank` leading singular
+    vectors on the shorter side, `R = P' G` (or `G P`), the inner optimizer
+    turns `R` into an update `N` with moments of that size, and the kernel
+    changes by `scale * P N`. `P` comes from a singular value decomposition of
+    the gradient in float32, anew every `update_interval` updates; moments are
+    kept from one `P` to the next. (The largest entry of each vector is made
+    positive: signs that changed at random would void the moments.)
+
+    Adam's state for a kernel of 768 by 768 at rank 128 takes 393,216 numbers
+    (`P`, two moments and as much room for `N`) instead of 1,179,648: see
+    `state_bytes`.
+
+    Kernels with more than two axes are projected as the most nearly square
+    matrix that their axes can be split into. Variables with fewer axes, and
+    those that `paths` leaves out, are trained by the inner optimizer as they
+    are. Weight decay is decoupled, and taken from the kernel itself; clipping
+    sees the projected gradients.
+
+    Args:
+        optimizer: The optimizer to wrap: any Keras optimizer without
+            `use_ema`, not built, or a name. 3e-5 to 1e-2 are usual rates.
+        rank: int. Kernels whose shorter side is not longer are projected
+            onto all of it, which loses nothing.
+        update_interval: int. Updates from one `P` to the next.
+        scale: float. The factor `alpha` of the paper.
+        paths: Optional string, a regular expression: only variables with a
+            match in their paths are projected.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer, or a rank or interval
+            no integer.
+        ValueError: If an argument is out of range, or if `optimizer` is built
+            or a `LossScaleOptimizer`. At the first step, if there is nothing
+            to project, or if the inner optimizer keeps moving averages.
+
+    Example:
+
+    ```python
+    model.compile(
+        kra.optimizers.GaLore("adamw", rank=4, update_interval=50),
+        keras.losses.SparseCategoricalCrossentropy(),
+    )
+    model.fit(x, y, verbose=0)
+    ```
+
+    References:
+        - Zhao et al., "GaLore", ICML 2024, algorithms 1 and 2. Moments are as
+          large as `R`, and bias correction does not overwrite them.
+    """
+
+    changes_values = True
+
+    def __init__(
+        self,
+        optimizer,
+        rank: int = 128,
+        update_interval: int = 200,
+        scale: float = 0.25,
+        paths: str | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(optimizer, name=name)
+        if self.inner_optimizer.built:
+            raise ValueError(
+                "`optimizer` is built already, with state of full size: give "
+                "a fresh one, or its name."
+            )
+        self.rank = base.check_rank(rank)
+        self.update_interval = base.check_rank(
+            update_interval, "update_interval"
+        )
+        self.scale = base.check_scaling(scale, "scale")
+        if paths is not None:
+            try:
+                re.compile(paths)
+            except (TypeError, re.error) as error:
+                raise ValueError(
+                    "`paths` must be a regular expression, as a string. "
+                    f"Received: paths={paths!r}"
+                ) from error
+        self.paths = paths
+        self._projections = None
+
+    def inner_variables(self, variables):
+        if self._projections is None:
+            self._build_projections(variables)
+        found = [self._projection_of(v) for v in variables]
+        return [
+            v if projection is None else projection.update
+            for v, projection in zip(variables, found)
+        ]
+
+    def _build_projections(self, variables):
+        self._projections = {}
+        for variable in variables:
+            if len(variable.shape) < 2:
+                continue
+            if re.search(self.paths or "", variable.path):
+                projection = _Projection(variable, self.rank)
+                for one in (projection.matrix, projection.update):
+                    _compat.track_optimizer_variable(self, one)
+                self._projections[id(variable)] = projection
+        if not self._projections:
+            raise ValueError(
+                "`GaLore` found no matrix to project among the "
+                f"{len(variables)} trained variables. Unfreeze the kernels "
+                "that it is to train, or widen `paths`."
+            )
+
+    def _projection_of(self, variable):
+        return self._projections.get(id(variable))
+
+    def transform_gradients(self, gradients, variables, step):
+        # Counted in micro-steps: all of an update share a projection.
+        micro_steps = self.gradient_accumulation_steps or 1
+        interval = self.update_interval * micro_steps
+        is_refreshed = ops.equal(
+            ops.mod(ops.convert_to_tensor(self._iterations), interval), 0
+        )
+        projected = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            projection = self._projection_of(variable)
+            if projection is not None and gradient is not None:
+                gradient = ops.convert_to_tensor(gradient)
+                projection.refresh(gradient, is_refreshed)
+                gradient = projection.project(gradient)
+            projected.append(gradient)
+        # The rates of this step: the update moves schedules on.
+        self._decays = [self._decay(variable) for variable in variables]
+        return projected
+
+    def _decay(self, variable):
+        """What the update takes from a kernel by weight decay, or `None`."""
+        projection = self._projection_of(variable)
+        if projection is None:
+            return None
+        leaf = wrapper.leaf_of(self.inner_optimizer, projection.update)
+        decay = _compat.weight_decay(leaf, variable)
+        if not decay:
+            return None
+        return decay * ops.cast(leaf.learning_rate, "float32")
+
+    def after_update(self, variables, before, step):
+        is_update = self.is_update_step()
+        decays = self._decays
+        self._decays = None
+        for variable, decay in zip(variables, decays, strict=True):
+            projection = self._projection_of(variable)
+            if projection is None:
+                continue
+            change = self.scale * projection.expand()
+            if decay is not None:
+                decayed = decay * ops.cast(variable, "float32")
+                if is_update is not True:
+                    decayed = ops.where(is_update, decayed, 0.0)
+                change = change - decayed
+            variable.assign_add(ops.cast(change, variable.dtype))
+            update = projection.update
+            update.assign(ops.zeros(update.shape, update.dtype))
+
+    def state_bytes(self):
+        """The size of the optimizer's state, in bytes, once it is built."""
+        return sum(
+            math.prod(v.shape) * np.dtype(_storage(v)).itemsize
+            for v in self.variables
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "update_interval": self.update_interval,
+            "scale": self.scale,
+            "paths": self.paths,
+        }
+
+
+class _Projection:
+    """The low-rank space of one kernel.
+
+    Attributes:
+        matrix: Variable `(shorter side, rank)`, the projection, float32.
+        update: Variable of the size of a projected gradient, which the inner
+            optimizer changes from zero to its update. It has the kernel's
+            path, by which optimizers choose what to do with it.
+    """
+
+    def __init__(self, variable, rank):
+        self._shape = tuple(int(n) for n in variable.shape)
+        self._rows, self._columns = _matrix_shape(self._shape)
+        self._left = self._rows <= self._columns
+        shorter = min(self._rows, self._columns)
+        rank = min(rank, shorter)
+        small = (self._rows, rank)
+        if self._left:
+            small = (rank, self._columns)
+        folder, _, name = variable.path.rpartition("/")
+        parent, _, scope = folder.rpartition("/")
+        self.matrix = keras.Variable(
+            np.zeros((shorter, rank), "float32"),
+            trainable=False,
+            autocast=False,
+            name="projection",
+        )
+        with keras.name_scope(scope or "model", override_parent=parent):
+            self.update = keras.Variable(
+                np.zeros(small, "float32"), autocast=False, name=name
+            )
+
+    def refresh(self, gradient, is_refreshed):
+        """Takes the gradient's leading singular vectors, if it is time to."""
+        gradient = self._as_matrix(gradient)
+        rank = int(self.matrix.shape[1])
+
+        def leading():
+            u, _, v = ops.svd(gradient, full_matrices=False)
+            vectors = (u if self._left else ops.transpose(v))[:, :rank]
+            # Singular vectors have no sign of their own, and moments have:
+            # the largest entry is made positive, on every backend.
+            largest = ops.take_along_axis(
+                vectors,
+                ops.expand_dims(ops.argmax(ops.abs(vectors), axis=0), 0),
+                axis=0,
+            )
+            return vectors * ops.sign(largest)
+
+        matrix = ops.convert_to_tensor(self.matrix)
+        self.matrix.assign(ops.cond(is_refreshed, leading, lambda: matrix))
+
+    def project(self, gradient):
+        gradient = self._as_matrix(gradient)
+        matrix = ops.convert_to_tensor(self.matrix)
+        if self._left:
+            return ops.matmul(ops.transpose(matrix), gradient)
+        return ops.matmul(gradient, matrix)
+
+    def expand(self):
+        """The update of the kernel, of its own shape, float32."""
+        matrix = ops.convert_to_tensor(self.matrix)
+        update = ops.convert_to_tensor(self.update)
+        if self._left:
+            full = ops.matmul(matrix, update)
+        else:
+            full = ops.matmul(update, ops.transpose(matrix))
+        return ops.reshape(full, self._shape)
+
+    def _as_matrix(self, gradient):
+        gradient = ops.cast(gradient, "float32")
+        return ops.reshape(gradient, (self._rows, self._columns))
+
+
+def _matrix_shape(shape):
+    """The split of the axes into two groups that is nearest to a square."""
+    splits = [
+        (math.prod(shape[:i]), math.prod(shape[i:]))
+        for i in range(1, len(shape))
+    ]
+    return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
+
+
+def _storage(variable):
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return "float16" if dtype == "bfloat16" else dtype

@@ -1,0 +1,257 @@
+"""GaLore against its algorithm in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_randadapt.optimizers import GaLore
+from tests import methods
+from tests import zoo
+from tests.optimizers.test_masked_gradient import OPTIMIZERS
+from tests.optimizers.test_masked_gradient import needs_multi
+
+SHAPES = [(6, 9), (9, 6), (7, 7)]
+
+
+def _variables(*shapes):
+    variables = [
+        keras.Variable(zoo.normal(*shape, seed=i), name=f"kernel_{i}")
+        for i, shape in enumerate(shapes)
+    ]
+    gradients = [zoo.normal(*s, seed=10 + i) for i, s in enumerate(shapes)]
+    return variables, gradients
+
+
+def _apply(optimizer, gradients, variables):
+    optimizer.apply([ops.convert_to_tensor(g) for g in gradients], variables)
+    return [methods.numpy(v) for v in variables]
+
+
+def reference_adam(weight, gradients, rank, interval, scale, rate):
+    """Algorithm 2 in float64, on a weight with as many rows as columns or
+    fewer."""
+    weight = weight.astype("float64")
+    m = v = 0.0
+    for t, gradient in enumerate(gradients):
+        if t % interval == 0:
+            p = np.linalg.svd(gradient.astype("float64"))[0][:, :rank]
+            p = p * np.sign(p[np.argmax(np.abs(p), axis=0), range(rank)])
+        r = p.T @ gradient
+        m = 0.9 * m + 0.1 * r
+        v = 0.999 * v + 0.001 * r**2
+        m_hat, v_hat = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
+        weight = weight - rate * scale * p @ (m_hat / (np.sqrt(v_hat) + 1e-7))
+    return weight
+
+
+class TestGaLore:
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_adam(self, transposed):
+        """Five updates, a new projection every second one."""
+        (variable,), _ = _variables((6, 9))
+        before = methods.numpy(variable)
+        gradients = [zoo.normal(6, 9, seed=20 + t) for t in range(5)]
+        expected = reference_adam(before, gradients, 2, 2, 0.5, 0.1)
+        if transposed:
+            # The other side is projected; the update is the transpose.
+            variable = keras.Variable(before.T, name="kernel")
+            gradients = [g.T.copy() for g in gradients]
+            expected = expected.T
+        optimizer = GaLore(
+            keras.optimizers.Adam(0.1), 2, update_interval=2, scale=0.5
+        )
+        for gradient in gradients:
+            (after,) = _apply(optimizer, [gradient], [variable])
+        methods.close(after, expected, 2e-4)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_first_step_of_adam(self, shape):
+        """scale * rate * P sign(R): a step of rank 2, in P's columns."""
+        (variable,), (gradient,) = _variables(shape)
+        before = methods.numpy(variable)
+        optimizer = GaLore(keras.optimizers.Adam(0.1), 2, scale=0.5)
+        (after,) = _apply(optimizer, [gradient], [variable])
+        u, _, v = np.linalg.svd(gradient, full_matrices=False)
+        if shape[0] <= shape[1]:
+            p = u[:, :2]
+            expected = p @ np.sign(p.T @ gradient)
+        else:
+            p = v[:2].T
+            expected = np.sign(gradient @ p) @ p.T
+        methods.close(before - after, 0.05 * expected, 1e-4)
+        assert np.linalg.matrix_rank(before - after, tol=1e-5) <= 2
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_full_rank_sgd_is_sgd(self, shape):
+        (variable,), (gradient,) = _variables(shape)
+        before = methods.numpy(variable)
+        optimizer = GaLore(keras.optimizers.SGD(0.1), 99, scale=1.0)
+        (after,) = _apply(optimizer, [gradient], [variable])
+        methods.close(after, before - 0.1 * gradient)
+
+    def test_projection_is_orthonormal_and_kept_for_the_interval(self):
+        variables, _ = _variables((6, 9))
+        optimizer = GaLore("adam", 3, update_interval=3)
+        seen = []
+        for step in range(7):
+            _apply(optimizer, [zoo.normal(6, 9, seed=step)], variables)
+            (projection,) = optimizer._projections.values()
+            p = methods.numpy(projection.matrix)
+            methods.close(p.T @ p, np.eye(3))
+            seen.append(p)
+        changed = [np.any(a != b) for a, b in zip(seen, seen[1:])]
+        assert changed == [False, False, True, False, False, True]
+
+    def test_other_variables_are_trained_as_ever(self):
+        variables, gradients = _variables((6, 9), (5,), (4, 4))
+        plain, _ = _variables((6, 9), (5,), (4, 4))
+        optimizer = GaLore(keras.optimizers.Adam(0.1), 2, paths="kernel_0$")
+        inner = keras.optimizers.Adam(0.1)
+        for _ in range(3):
+            after = _apply(optimizer, gradients, variables)
+            expected = _apply(inner, gradients, plain)
+        assert np.any(after[0] != expected[0])
+        for one, two in zip(after[1:], expected[1:]):
+            np.testing.assert_array_equal(one, two)
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_every_optimizer(self, name):
+        """The kernel's change is the inner one's of the projected gradient."""
+        (variable,), (gradient,) = _variables((6, 9))
+        before = methods.numpy(variable)
+        optimizer = GaLore(OPTIMIZERS[name](weight_decay=0.0), 2, scale=0.5)
+        (after,) = _apply(optimizer, [gradient], [variable])
+        p = np.linalg.svd(gradient)[0][:, :2]
+        small = keras.Variable(np.zeros((2, 9), "float32"), name="kernel_0")
+        inner = OPTIMIZERS[name](weight_decay=0.0)
+        (update,) = _apply(inner, [p.T @ gradient], [small])
+        # Signs of singular vectors are arbitrary, updates odd in them.
+        methods.close(after, before + 0.5 * p @ update)
+
+    def test_kernels_of_several_axes(self):
+        """(8, 2, 3) is 8 by 6, and (2, 3, 8) 6 by 8."""
+        for shape, matrix in (((8, 2, 3), (8, 6)), ((2, 3, 8), (6, 8))):
+            (variable,), (gradient,) = _variables(shape)
+            before = methods.numpy(variable)
+            optimizer = GaLore(keras.optimizers.SGD(0.1), 2, scale=1.0)
+            (after,) = _apply(optimizer, [gradient], [variable])
+            u, s, v = np.linalg.svd(gradient.reshape(matrix))
+            best = (u[:, :2] * s[:2]) @ v[:2]
+            methods.close((before - after).reshape(matrix), 0.1 * best, 1e-4)
+
+    def test_weight_decay_is_of_the_kernel(self):
+        variables, gradients = _variables((6, 9), (5,))
+        zeros = [np.zeros_like(g) for g in gradients]
+        before = [methods.numpy(v) for v in variables]
+        optimizer = GaLore(keras.optimizers.AdamW(0.1, weight_decay=0.5), 2)
+        after = _apply(optimizer, zeros, variables)
+        for one, two in zip(before, after):
+            methods.close(two, 0.95 * one)
+
+    def test_gradient_accumulation(self):
+        (variable,), _ = _variables((6, 9))
+        before = methods.numpy(variable)
+        gradients = [zoo.normal(6, 9, seed=t) for t in range(2)]
+        optimizer = GaLore(
+            keras.optimizers.SGD(
+                0.1, gradient_accumulation_steps=2, weight_decay=0.5
+            ),
+            2,
+            update_interval=1,
+            scale=1.0,
+        )
+        (between,) = _apply(optimizer, gradients[:1], [variable])
+        np.testing.assert_array_equal(between, before)
+        (after,) = _apply(optimizer, gradients[1:], [variable])
+        p = np.linalg.svd(gradients[0])[0][:, :2]
+        mean = (gradients[0] + gradients[1]) / 2
+        methods.close(after, 0.95 * before - 0.1 * p @ p.T @ mean, 1e-4)
+
+    @needs_multi
+    def test_optimizers_are_chosen_by_path(self):
+        variables, gradients = _variables((6, 9), (6, 9))
+        before = [methods.numpy(v) for v in variables]
+        multi = keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(
+                keras.optimizers.SGD(0.1),
+                {".*kernel_1": keras.optimizers.SGD(0.01)},
+            )
+        )
+        optimizer = GaLore(multi, 99, scale=1.0)
+        after = _apply(optimizer, gradients, variables)
+        for rate, b, a, g in zip((0.1, 0.01), before, after, gradients):
+            methods.close(a, b - rate * g)
+
+    def test_state_of_768_by_768_at_rank_128(self):
+        (variable,), _ = _variables((768, 768))
+        optimizer = GaLore("adam", 128)
+        optimizer.build([variable])
+        numbers = 4 * 128 * 768
+        assert numbers == 393_216
+        # And counters and rates of the two optimizers.
+        assert 0 <= optimizer.state_bytes() - 4 * numbers <= 32
+        full = keras.optimizers.Adam()
+        full.build([variable])
+        size = sum(np.prod(v.shape) for v in full.variables)
+        assert size >= 1_179_648
+
+    def test_plain_fit(self):
+        """On every backend's compiled step, and resumed from a file."""
+        model, x, y = self._model()
+        before = [methods.numpy(v) for v in model.trainable_variables]
+        losses = model.fit(x, y, epochs=20, verbose=0).history["loss"]
+        assert losses[-1] < 0.7 * losses[0]
+        for variable, value in zip(model.trainable_variables, before):
+            assert np.any(methods.numpy(variable) != value)
+
+    def test_resumes_from_a_checkpoint(self, tmp_path):
+        model, x, y = self._model()
+        model.fit(x, y, epochs=3, verbose=0)
+        model.save(tmp_path / "model.keras")
+        model.fit(x, y, epochs=3, verbose=0)
+        again = keras.models.load_model(tmp_path / "model.keras")
+        again.fit(x, y, epochs=3, verbose=0)
+        for one, two in zip(model.variables, again.variables):
+            np.testing.assert_allclose(
+                methods.numpy(one), methods.numpy(two), rtol=1e-4, atol=1e-5
+            )
+
+    def _model(self):
+        x = zoo.normal(16, 7)
+        inputs = keras.Input((7,))
+        hidden = keras.layers.Dense(6, activation="tanh", name="one")(inputs)
+        outputs = keras.layers.Dense(5, name="two")(hidden)
+        model = zoo.set_weights(keras.Model(inputs, outputs))
+        model.compile(
+            GaLore(
+                keras.optimizers.Adam(0.05), 3, update_interval=2, scale=1.0
+            ),
+            "mse",
+        )
+        return model, x, zoo.normal(16, 5, seed=1)
+
+    def test_bad_arguments(self):
+        for arguments, message in (
+            ({"rank": 0}, "`rank` must be at least 1"),
+            ({"update_interval": 0}, "`update_interval` must be at least 1"),
+            ({"scale": np.nan}, "`scale` must be a finite number"),
+            ({"paths": "("}, "must be a regular expression"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                GaLore("adam", **arguments)
+        variables, _ = _variables((5,))
+        with pytest.raises(ValueError, match="found no matrix to project"):
+            GaLore("adam").build(variables)
+        built = keras.optimizers.Adam()
+        built.build(variables)
+        with pytest.raises(ValueError, match="is built already"):
+            GaLore(built)
+        variables, _ = _variables((6, 9))
+        with pytest.raises(ValueError, match="use_ema"):
+            GaLore(keras.optimizers.SGD(use_ema=True)).build(variables)
+
+    def test_config_round_trip(self):
+        optimizer = GaLore(keras.optimizers.SGD(0.1), 3, 7, 0.5, "x$")
+        again = GaLore.from_config(optimizer.get_config())
+        assert again.get_config() == optimizer.get_config()
