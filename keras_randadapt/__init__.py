@@ -13,6 +13,8 @@ from keras_randadapt import ops
 from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt import regularizers
+from keras_randadapt.adapters import NOLA
+from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA
 from keras_randadapt.adapters import Adapter
 from keras_randadapt.adapters import DoRA

@@ -528,7 +528,7 @@ def build_adapters(template, name, layers, addresses):
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
     with adapter_base.shared_bases():
-        for address in addresses:
+        for number, address in enumerate(addresses):
             layer = layers[address]
             # Two layers of one path would give two variables of one path,
             # which torch's parameter lists confuse.
@@ -537,6 +537,7 @@ def build_adapters(template, name, layers, addresses):
                 path = address
             view = site_layers.view_of(layer)
             clone = template.for_site(address, name)
+            clone.site_number = number
             with keras.name_scope("adapter", override_parent=path):
                 clone.build(tuple(view))
             built[address] = clone

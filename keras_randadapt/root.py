@@ -406,7 +406,11 @@ def _counting_call(base):
 
     @functools.wraps(base.call)
     def call(self, *args, **kwargs):
-        if _compat.training_phase(self):
+        # On JAX, `fit` calls `call` itself, in no call context.
+        training = kwargs.get("training")
+        if training is None:
+            training = _compat.training_phase(self)
+        if training:
             for counter in self._randadapt.step_counters():
                 counter.assign_add(1)
         return base.call(self, *args, **kwargs)

@@ -48,6 +48,8 @@ METHODS = {
     "lorafa_hadamard": lambda seed=0: kra.LoRAFA(
         2, basis="hadamard", seed=seed
     ),
+    "nola": lambda seed=0: kra.NOLA(2, num_bases=5, seed=seed),
+    "said": lambda seed=0: kra.SAID(7, seed=seed),
     "sora": lambda seed=0: kra.SoRA(2, alpha=3, seed=seed),
     "vera": lambda seed=0: kra.VeRA(7, scaling=5.0, seed=seed),
     "vera_sparse": lambda seed=0: kra.VeRA(
@@ -92,6 +94,8 @@ _ONE_IS_ENOUGH = {
     "dylora": _CORE,
     "lorafa": _CORE,
     "lorafa_hadamard": {"dense", "embedding"},
+    "nola": _CORE,
+    "said": _CORE,
     "sora": _CORE,
     "vera_sparse": {"dense", "embedding"},
     "vera_hadamard": {"einsum_gemma", "embedding"},

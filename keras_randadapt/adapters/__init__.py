@@ -6,8 +6,10 @@ from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
+from keras_randadapt.adapters.nola import NOLA
 from keras_randadapt.adapters.randlora import RandLoRA
 from keras_randadapt.adapters.rlora import RLoRA
 from keras_randadapt.adapters.rmlora import RMLoRA
+from keras_randadapt.adapters.said import SAID
 from keras_randadapt.adapters.sora import SoRA
 from keras_randadapt.adapters.vera import VeRA

@@ -30,6 +30,17 @@ def shared_bases():
         _shared.reset(token)
 
 
+class SharedVariable:
+    """A reference to another adapter's variable, which Keras does not track.
+
+    Attributes:
+        variable: The `keras.Variable`.
+    """
+
+    def __init__(self, variable):
+        self.variable = variable
+
+
 class Adapter(keras.layers.Layer):
     """The trainable update of one kernel view.
 
@@ -79,6 +90,8 @@ class Adapter(keras.layers.Layer):
         self.dropout_seed_generator = None
         self.step_counter = None
         self._address = ""
+        #: Place of the site among those of the injection, in model order.
+        self.site_number = 0
         self._frozen_names = ()
         self._derived_names = ()
 
@@ -312,28 +325,68 @@ class Adapter(keras.layers.Layer):
         """
         if not hasattr(basis, "bind"):
             return basis
-        name = f"{name}_values"
         shared = _shared.get()
         variable = None if shared is None else shared.get(basis.key)
         if variable is None:
-
-            def initializer(shape, dtype=None):
-                return ops.convert_to_tensor(basis.values(), dtype=dtype)
-
-            variable = self.add_weight(
-                name=name,
-                shape=basis.shape,
-                dtype=basis.dtype,
-                initializer=initializer,
-                trainable=False,
-                autocast=False,
+            variable = self._frozen_variable(
+                name, basis.values, basis.shape, basis.dtype
             )
             if shared is not None:
                 shared[basis.key] = variable
-        setattr(self, name, variable)
-        self._frozen_names += (name,)
+        self._keep_frozen(name, variable)
         basis.bind(variable)
         return basis
+
+    def add_frozen_values(self, name, values):
+        """Keeps frozen random values of this site in a variable.
+
+        Args:
+            name: string. The variable is the attribute `<name>_values`.
+            values: NumPy array, which a seed gives. No file has it.
+        """
+        variable = self._frozen_variable(
+            name, lambda: values, values.shape, str(values.dtype)
+        )
+        self._keep_frozen(name, variable)
+
+    def _frozen_variable(self, name, values, shape, dtype):
+        def initializer(shape, dtype=None):
+            return ops.convert_to_tensor(values(), dtype=dtype)
+
+        return self.add_weight(
+            name=f"{name}_values",
+            shape=shape,
+            dtype=dtype,
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def _keep_frozen(self, name, variable):
+        setattr(self, f"{name}_values", variable)
+        self._frozen_names += (f"{name}_values",)
+
+    def add_shared_trainable(self, name, shape, initializer):
+        """A trainable weight that all adapters of one injection share.
+
+        It belongs to the first of them, so files hold it once.
+
+        Args:
+            name: string.
+            shape: tuple of ints.
+            initializer: See `add_trainable`.
+
+        Returns:
+            A `SharedVariable`.
+        """
+        shared = _shared.get()
+        key = f"trainable {name}"
+        variable = None if shared is None else shared.get(key)
+        if variable is None:
+            variable = self.add_trainable(name, shape, initializer)
+            if shared is not None:
+                shared[key] = variable
+        return SharedVariable(variable)
 
     def add_derived(self, name, shape):
         """A float32 variable for what `start_from` derives from the kernel.

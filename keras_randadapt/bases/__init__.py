@@ -9,3 +9,4 @@ from keras_randadapt.bases.random_matrix import SparseTernary
 from keras_randadapt.bases.random_matrix import Uniform
 from keras_randadapt.bases.random_matrix import fence_operands
 from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard
+from keras_randadapt.bases.regenerated import RegeneratedUniform

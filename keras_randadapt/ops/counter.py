@@ -77,6 +77,38 @@ def random_words(seed: int, stream: int | Sequence[int], counter, n: int):
     return words if isinstance(stream, Sequence) else words[0]
 
 
+def random_rows(seed: int, counters, n: int):
+    """Draws uniform 32-bit words, one row for each of many counters.
+
+    Args:
+        seed: int in `[0, 2**64)`.
+        counters: int32 tensor `(rows,)`, which may be traced. A row depends
+            on its own counter alone.
+        n: int. The number of words in a row.
+
+    Returns:
+        int32 tensor `(rows, n)`. The row of a counter is what `random_words`
+        draws for it in stream 0.
+
+    Raises:
+        TypeError: If `seed` is no integer.
+        ValueError: If `seed` or `n` is out of range.
+    """
+    seed = random.check_seed(seed)
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1. Received: n={n!r}")
+    key = _threefry_ints((seed & _MASK, seed >> 32), (0, 0))
+    key = tuple(ops.convert_to_tensor(_signed(w), "int32") for w in key)
+    rows = ops.expand_dims(ops.cast(counters, "int32"), -1)
+    places = ops.expand_dims(ops.arange(-(-n // 2), dtype="int32"), 0)
+    shape = ops.shape(rows + places)
+    words = _threefry(
+        key, (ops.broadcast_to(rows, shape), ops.broadcast_to(places, shape))
+    )
+    words = ops.reshape(ops.stack(words, axis=-1), (shape[0], -1))
+    return words[:, :n]
+
+
 def random_subset(words, k: int):
     """Turns random words into a uniformly drawn subset of fixed size.
 

@@ -1,0 +1,146 @@
+"""NOLA: low-rank factors that are combinations of random ones."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_randadapt import bases
+from keras_randadapt.adapters import base
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class NOLA(base.Adapter):
+    """LoRA whose factors are combinations of frozen random matrices.
+
+    `delta = scaling * A B`, with `A = A_0 + sum_i alpha_i A_i`,
+    `(input_dim, rank)`, and `B = sum_j beta_j B_j`, `(rank, output_dim)`.
+    Trained are `alpha` and `beta`: `2 * num_bases` weights a site, whatever
+    its dimensions and the rank. Both start at zero, so the delta does.
+
+    The `A_i` and `B_j` are drawn from the seed whenever they are needed, some
+    at a time, so they take no memory to speak of and a good deal of time:
+    `num_bases * rank * (input_dim + output_dim)` random numbers a site, once
+    in the forward pass and once in the backward pass, whatever the batch.
+
+    Train it at a learning rate of 1e-3 to 1e-2 (AdamW).
+
+    Args:
+        rank: int. The rank of the delta.
+        num_bases: int. The number of random matrices for each factor.
+        alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
+            `rank` by default.
+        scaling: Optional float, instead of `alpha`.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` or `num_bases` is no integer.
+        ValueError: If an argument is out of range, or if both `alpha` and
+            `scaling` are given. At injection, if `rank` exceeds the smaller
+            dimension of a kernel view.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier,
+        kra.NOLA(4, num_bases=64),
+        targets=["query", "value"],
+        keep_trainable="logits",
+    )
+    ```
+
+    References:
+        - Koohpayegani et al., "NOLA", ICLR 2024, equation 3. With `A_0`, as
+          in its code: with both factors zero at first, nothing would have a
+          gradient. Entries of `A_i` and `B_j` are uniform on `(-1, 1)` over
+          `sqrt(num_bases)`, and those of `A_0` are LoRA's.
+    """
+
+    recommended_learning_rate = 5e-3
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        num_bases: int = 512,
+        alpha: float | None = None,
+        scaling: float | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        self.num_bases = base.check_rank(num_bases, "num_bases")
+        self.scaling = base.check_alpha(alpha, scaling, self.rank)
+
+    def check(self, kernel_view):
+        base.check_rank_fits(self.rank, kernel_view)
+
+    def build(self, kernel_view):
+        self.check(kernel_view)
+        self.input_dim, self.output_dim = kernel_view
+        first = bases.Uniform(
+            self.input_dim, self.rank, self.seed, f"NOLA/{self.site_role}/A0"
+        )
+        self.first_a = self.add_frozen("first_a", first)
+        self.bases_a = self._bases("A", self.input_dim)
+        self.bases_b = self._bases("B", self.output_dim)
+        self.nola_alpha = self.add_trainable(
+            "nola_alpha", (self.num_bases,), "zeros"
+        )
+        self.nola_beta = self.add_trainable(
+            "nola_beta", (self.num_bases,), "zeros"
+        )
+        self.prepare_dropout()
+
+    def _bases(self, side, dim):
+        return bases.RegeneratedUniform(
+            self.num_bases,
+            dim * self.rank,
+            self.seed,
+            f"NOLA/{self.site_role}/{side}",
+        )
+
+    def delta(self, x, training=None):
+        a, b = (ops.cast(one, x.dtype) for one in self.factors())
+        return ops.matmul(ops.matmul(x, a), b)
+
+    def delta_transpose(self, x, training=None):
+        a, b = (ops.cast(one, x.dtype) for one in self.factors())
+        return ops.matmul(ops.matmul(x, ops.transpose(b)), ops.transpose(a))
+
+    def lookup(self, ids, dtype, training=None):
+        a, b = self.factors()
+        a = ops.cast(ops.take(a, ids, axis=0), dtype)
+        return ops.matmul(a, ops.cast(b, dtype))
+
+    def delta_kernel(self):
+        return ops.matmul(*self.factors())
+
+    def factors(self):
+        scale = 1 / math.sqrt(self.num_bases)
+        alpha = ops.cast(self.nola_alpha, "float32") * scale
+        beta = ops.cast(self.nola_beta, "float32") * (scale * self.scaling)
+        # U(-1, 1) over sqrt(input_dim): LoRA's kaiming_uniform.
+        a = self.first_a.matrix() / math.sqrt(self.input_dim)
+        a = a + ops.reshape(self.bases_a.combine(alpha), a.shape)
+        b = self.bases_b.combine(beta)
+        return a, ops.reshape(b, (self.rank, self.output_dim))
+
+    def basis_digest(self):
+        return (
+            self.first_a.digest()
+            + self.bases_a.digest()
+            + self.bases_b.digest()
+        )
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "num_bases": self.num_bases,
+            "scaling": self.scaling,
+            **super().get_config(),
+        }

@@ -1,0 +1,124 @@
+"""A long list of random vectors that is drawn anew whenever it is used."""
+
+import hashlib
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_randadapt import random
+from keras_randadapt.ops import counter
+from keras_randadapt.ops import with_gradient
+
+# Entries that are drawn at a time, which bounds the memory.
+CHUNK = 1 << 20
+
+
+class RegeneratedUniform:
+    """`count` frozen random vectors of one size, of which nothing is kept.
+
+    Entries are independent and uniform on the 256 values `(2 b - 255) / 256`,
+    for a byte `b`: `U(-1, 1)` for all that a sum of many of them shows. They
+    come from `keras_randadapt.ops.counter`, inside the compiled step, some
+    vectors at a time, forward and again backward: the same bits on every
+    backend, whatever the number drawn at a time.
+
+    Args:
+        count: int. The number of vectors.
+        size: int. The size of each.
+        seed: int in `[0, 2**64)`.
+        role: string. What the vectors are for; other roles, other vectors.
+        chunk: int. Entries drawn at a time, at most, and one vector at least.
+    """
+
+    #: Of the entries.
+    variance = (256**2 - 1) / 256**2 / 3
+
+    def __init__(
+        self, count: int, size: int, seed: int, role: str, chunk: int = CHUNK
+    ):
+        self.count = int(count)
+        self.size = int(size)
+        self.seed = random.check_seed(seed)
+        self.role = role
+        self._words = -(-self.size // 4)
+        self._at_a_time = max(1, min(self.count, chunk // (4 * self._words)))
+        text = f"RegeneratedUniform\n{seed}\n{role}\n{count}\n{size}"
+        key = hashlib.sha256(text.encode()).digest()[:8]
+        self._key = int.from_bytes(key, "little")
+
+    def combine(self, coefficients):
+        """The sum of the vectors, each times its coefficient.
+
+        Args:
+            coefficients: float32 tensor `(count,)`.
+
+        Returns:
+            float32 tensor `(size,)`.
+        """
+        return with_gradient(
+            self._combine,
+            lambda kept, upstream: (self._correlate(upstream),),
+            coefficients,
+            drop=1,
+        )
+
+    def correlate(self, vector):
+        """The scalar product of a vector with each: the adjoint of `combine`.
+
+        Args:
+            vector: float32 tensor `(size,)`.
+
+        Returns:
+            float32 tensor `(count,)`.
+        """
+        return with_gradient(
+            self._correlate,
+            lambda kept, upstream: (self._combine(upstream),),
+            vector,
+            drop=1,
+        )
+
+    def dense(self):
+        """The vectors as rows of a float32 NumPy array, for tests."""
+        rows = self._rows(0, self.count)
+        return np.array(ops.convert_to_numpy(rows))
+
+    def digest(self):
+        """A short hash of what the vectors are drawn from."""
+        return random.digest(np.array([self._key], "uint64"))
+
+    def _combine(self, coefficients):
+        n = self._at_a_time
+        chunks = math.ceil(self.count / n)
+        padded = ops.pad(coefficients, (0, chunks * n - self.count))
+        padded = ops.reshape(padded, (chunks, n))
+
+        def add(i, total):
+            row = ops.take(padded, i, axis=0)
+            return total + ops.matmul(row, self._rows(i * n, n))
+
+        zeros = ops.zeros((self.size,), "float32")
+        return ops.fori_loop(0, chunks, add, zeros)
+
+    def _correlate(self, vector):
+        n = self._at_a_time
+        chunks = math.ceil(self.count / n)
+
+        def correlate(i):
+            return ops.matmul(self._rows(i * n, n), vector)
+
+        found = ops.map(correlate, ops.arange(chunks, dtype="int32"))
+        return ops.reshape(found, (-1,))[: self.count]
+
+    def _rows(self, start, n):
+        """Vectors from `start` on, which may be traced: `(n, size)`."""
+        places = ops.arange(n, dtype="int32") + start
+        words = counter.random_rows(self._key, places, self._words)
+        # A byte at a time, from the lowest.
+        shifts = ops.arange(0, 32, 8, dtype="int32")
+        data = ops.bitwise_and(
+            ops.right_shift(ops.expand_dims(words, -1), shifts), 255
+        )
+        values = ops.cast(2 * data - 255, "float32") / 256.0
+        return ops.reshape(values, (n, 4 * self._words))[:, : self.size]
