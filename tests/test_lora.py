@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from tests import methods
 from tests import zoo
 
 
@@ -72,6 +73,13 @@ class TestLoRA:
         b = _numpy(adapter.lora_b)
         assert (np.abs(b).max() == 0) == (initializer == "zeros")
 
+    def test_rslora(self):
+        """Divided by the root of the rank."""
+        assert kra.LoRA(16, alpha=8, rslora=True).scaling == 2.0
+        assert kra.LoRA(16, alpha=8).scaling == 0.5
+        with pytest.raises(ValueError, match="so give `alpha`"):
+            kra.LoRA(16, rslora=True)
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -124,3 +132,111 @@ class TestLoRA:
 
 
 GOLDEN_A = [-0.33777719736099243, -0.17645853757858276, 0.07897330075502396]
+
+
+def _dense_model(view=(12, 20), template=None):
+    inputs = keras.Input((view[0],))
+    site = keras.layers.Dense(view[1], use_bias=False, name="site")
+    model = zoo.set_weights(keras.Model(inputs, site(inputs)))
+    kernel = _numpy(site.kernel).astype("float64")
+    kra.inject(model, template, "site")
+    return model, site.adapter.get("default"), kernel
+
+
+class TestInitializations:
+    def test_gaussian(self):
+        adapter = kra.LoRA(8, initialization="gaussian")
+        adapter.build((300, 20))
+        assert abs(_numpy(adapter.lora_a).std() * 8 - 1) < 0.1
+        assert not _numpy(adapter.lora_b).any()
+
+    def test_orthogonal(self):
+        """Both are nonzero, of all of the rank, and their product is not."""
+        adapter = kra.LoRA(8, initialization="orthogonal", alpha=16)
+        adapter.build((30, 20))
+        a, b = _numpy(adapter.lora_a), _numpy(adapter.lora_b)
+        for factor in (a, b):
+            assert np.linalg.matrix_rank(factor) == 4
+        assert np.abs(a @ b).max() < 1e-6 * np.abs(a).max() * np.abs(b).max()
+        again = kra.LoRA(8, initialization="orthogonal", alpha=16)
+        again.build((30, 20))
+        np.testing.assert_array_equal(a, _numpy(again.lora_a))
+
+    @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
+    def test_pissa(self, view):
+        """A B is the best approximation of the kernel: what is left of it
+        has the other singular values."""
+        template = kra.LoRA(3, initialization="pissa", alpha=6)
+        model, adapter, kernel = _dense_model(view, template)
+        values = np.linalg.svd(kernel, compute_uv=False)
+        a, b = (_numpy(v).astype("float64") for v in adapter.weights[:2])
+        left = np.linalg.svd(kernel - 2.0 * a @ b, compute_uv=False)
+        np.testing.assert_allclose(left[: len(values) - 3], values[3:], 1e-5)
+        np.testing.assert_allclose(
+            np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5
+        )
+        self._check_delta(model, adapter, kernel, 2.0)
+
+    @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
+    def test_olora(self, view):
+        """A's columns are orthonormal, and A B a leading part of Q R."""
+        template = kra.LoRA(3, initialization="olora")
+        model, adapter, kernel = _dense_model(view, template)
+        a, b = (_numpy(v).astype("float64") for v in adapter.weights[:2])
+        np.testing.assert_allclose(a.T @ a, np.eye(3), atol=1e-6)
+        np.testing.assert_allclose(a.T @ kernel, b, atol=1e-5)
+        self._check_delta(model, adapter, kernel, 1.0)
+
+    def _check_delta(self, model, adapter, kernel, scaling):
+        first = [_numpy(v).astype("float64") for v in adapter.weights[:2]]
+        assert not _numpy(adapter.delta_kernel()).any()
+        x = zoo.normal(5, kernel.shape[0])
+        np.testing.assert_array_equal(
+            _numpy(adapter.delta(keras.ops.convert_to_tensor(x))), 0
+        )
+        values = methods.randomize(adapter)
+        dense = scaling * (
+            values["lora_a"] @ values["lora_b"] - first[0] @ first[1]
+        )
+        methods.check_products(adapter, dense, 2e-5)
+        methods.close(model(x), x @ (kernel + dense), 2e-5)
+
+    @pytest.mark.parametrize("initialization", ["pissa", "olora"])
+    def test_files(self, initialization, tmp_path):
+        """Adapter files hold what is trained; the rest is made anew."""
+        template = kra.LoRA(3, initialization=initialization)
+        model, adapter, _ = _dense_model(template=template)
+        zoo.randomize(model)
+        x = zoo.normal(5, 12)
+        out = zoo.outputs(model, x)
+        assert len(adapter.stored_weights()) == 2
+        kra.save_adapter(model, tmp_path / "file")
+        model.save(tmp_path / "model.keras")
+        kra.eject(model)
+        kra.load_adapter(model, tmp_path / "file")
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(zoo.outputs(loaded, x), out, rtol=1e-6)
+
+    def test_what_other_methods_take(self):
+        rmlora = kra.RMLoRA(4, initialization="pissa")
+        assert rmlora.get_config()["initialization"] == "pissa"
+        for method in (kra.DyLoRA, kra.SoRA, kra.AdaLoRA):
+            with pytest.raises(ValueError, match="`initialization` must be"):
+                method(4, initialization="pissa")
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"initialization": "svd"}, "`initialization` must be one of"),
+            (
+                {"rank": 3, "initialization": "orthogonal"},
+                "needs an even rank",
+            ),
+            ({"initialization": "pissa", "scaling": 0}, "must not be 0"),
+        ],
+        ids=str,
+    )
+    def test_bad_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            kra.LoRA(**arguments)

@@ -14,6 +14,7 @@ from tests import zoo
 #: Templates with ranks that fit the smallest kernels of the zoo.
 METHODS = {
     "lora": lambda seed=0: kra.LoRA(2, alpha=3, seed=seed),
+    "lora_pissa": lambda seed=0: kra.LoRA(2, initialization="pissa", seed=seed),
     "rmlora": lambda seed=0: kra.RMLoRA(2, alpha=3, seed=seed),
     "rlora": lambda seed=0: kra.RLoRA(5, scaling=2.0, seed=seed),
     "rlora_stacked": lambda seed=0: kra.RLoRA(23, seed=seed),
@@ -94,6 +95,7 @@ _ONE_IS_ENOUGH = {
     "dylora": _CORE,
     "lorafa": _CORE,
     "lorafa_hadamard": {"dense", "embedding"},
+    "lora_pissa": {"dense", "dense_int8", "einsum_query", "embedding"},
     "nola": _CORE,
     "said": _CORE,
     "sora": _CORE,

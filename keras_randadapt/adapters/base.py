@@ -3,6 +3,7 @@ not say again."""
 
 import contextlib
 import contextvars
+import math
 
 import keras
 import numpy as np
@@ -663,8 +664,13 @@ def check_rank_fits(rank, kernel_view):
         )
 
 
-def check_alpha(alpha, scaling, rank):
+def check_alpha(alpha, scaling, rank, rslora=False):
     """The scaling that `alpha` or `scaling` asks for, 1 by default."""
+    if rslora and alpha is None:
+        raise ValueError(
+            "`rslora` divides `alpha` by the root of the rank, so give "
+            f"`alpha`. Received: alpha={alpha}, scaling={scaling}"
+        )
     if alpha is not None and scaling is not None:
         raise ValueError(
             "`alpha` and `scaling` say the same thing "
@@ -672,7 +678,8 @@ def check_alpha(alpha, scaling, rank):
             f"Received: alpha={alpha}, scaling={scaling}"
         )
     if alpha is not None:
-        scaling = check_scaling(alpha, "alpha") / rank
+        divisor = math.sqrt(rank) if rslora else rank
+        scaling = check_scaling(alpha, "alpha") / divisor
     return check_scaling(1.0 if scaling is None else scaling)
 
 

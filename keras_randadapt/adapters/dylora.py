@@ -65,6 +65,7 @@ class DyLoRA(lora.LoRA):
     """
 
     recommended_learning_rate = 5e-4
+    starts_from_kernel = False
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class DyLoRA(lora.LoRA):
         return self.min_rank + counter.random_below(words, choices)[0]
 
     def training_delta_kernel(self):
-        return ops.matmul(*self._pair("float32", training=True))
+        return self._sum(ops.matmul, "float32", training=True)
 
     def truncated(self, rank):
         if not self.min_rank <= rank <= self.rank:

@@ -18,6 +18,8 @@ class GatedLoRA(lora.LoRA):
         **kwargs: See `LoRA`.
     """
 
+    starts_from_kernel = False
+
     def __init__(self, rank, *, gate_initializer, **kwargs):
         super().__init__(rank, **kwargs)
         self.gate_initializer = base.check_initializer(

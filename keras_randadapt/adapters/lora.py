@@ -1,9 +1,13 @@
 """LoRA: low-rank adaptation."""
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_randadapt import random
 from keras_randadapt.adapters import base
+
+_FROM_KERNEL = ("pissa", "olora")
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -21,6 +25,19 @@ class LoRA(base.Adapter):
         alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
             `rank` by default, as in Keras's own `enable_lora`.
         scaling: Optional float, instead of `alpha`.
+        rslora: bool. Whether `scaling` is `alpha / sqrt(rank)`, which keeps
+            large ranks learning.
+        initialization: How `A` and `B` start. `"default"`: by the two
+            initializers below. `"gaussian"`: `A` normal with standard
+            deviation `1 / rank`. `"orthogonal"`: both nonzero, with `A B = 0`
+            up to rounding; needs an even rank. `"pissa"`: `A B` is the
+            kernel's best approximation of that rank, by its singular value
+            decomposition. `"olora"`: by the leading columns and rows of its
+            QR decomposition. With the last two the delta is `scaling * (A B -
+            A_0 B_0)`, which is zero at first and leaves the base kernel as it
+            is; `A_0` and `B_0` are computed from the kernel whenever the
+            adapter is attached, so a file belongs to the kernels that it was
+            trained on.
         a_initializer: The first values of `A`: `"kaiming_uniform"` (the
             default, `U(-1/sqrt(input_dim), 1/sqrt(input_dim))`), `"normal"`,
             `{"name": "normal", "stddev": 0.02}`, or a Keras initializer.
@@ -39,9 +56,9 @@ class LoRA(base.Adapter):
     Raises:
         TypeError: If `rank` is no integer.
         ValueError: If an argument is out of range, or if both `alpha` and
-            `scaling` are given. At injection, if `rank` exceeds the smaller
-            dimension of a kernel view: such a LoRA has more weights than the
-            kernel it adapts.
+            `scaling` are given, or `rslora` without `alpha`. At injection,
+            if `rank` exceeds the smaller dimension of a kernel view: such a
+            LoRA has more weights than the kernel it adapts.
 
     Example:
 
@@ -51,9 +68,16 @@ class LoRA(base.Adapter):
 
     References:
         - [Hu et al., 2021](https://arxiv.org/abs/2106.09685), equation 3.
+        - Kalajdzievski, "A rank stabilization scaling factor", 2023, for
+          `rslora`.
+        - Meng et al., "PiSSA", NeurIPS 2024, equations 2 to 4.
+        - Büyükakyüz, "OLoRA", 2024, algorithm 1.
     """
 
     recommended_learning_rate = 5e-4
+
+    #: Whether `A` and `B` may start from the kernel.
+    starts_from_kernel = True
 
     def __init__(
         self,
@@ -61,6 +85,8 @@ class LoRA(base.Adapter):
         *,
         alpha: float | None = None,
         scaling: float | None = None,
+        rslora: bool = False,
+        initialization: str = "default",
         a_initializer="kaiming_uniform",
         b_initializer="zeros",
         regularizer=None,
@@ -73,7 +99,8 @@ class LoRA(base.Adapter):
             address: base.check_rank(one, f"site_ranks[{address!r}]")
             for address, one in (site_ranks or {}).items()
         }
-        self.scaling = base.check_alpha(alpha, scaling, self.rank)
+        self.scaling = base.check_alpha(alpha, scaling, self.rank, rslora)
+        self.initialization = self._check_initialization(initialization)
         self.a_initializer = base.check_initializer(
             a_initializer, "a_initializer"
         )
@@ -81,6 +108,23 @@ class LoRA(base.Adapter):
             b_initializer, "b_initializer"
         )
         self.regularizer = base.check_regularizer(regularizer)
+
+    def _check_initialization(self, initialization):
+        choices = ("default", "gaussian", "orthogonal", *_FROM_KERNEL)
+        if not self.starts_from_kernel:
+            choices = ("default",)
+        base.check_choice(initialization, choices, "initialization")
+        if initialization == "orthogonal" and self.rank % 2:
+            raise ValueError(
+                '`initialization="orthogonal"` needs an even rank. '
+                f"Received: rank={self.rank}"
+            )
+        if initialization in _FROM_KERNEL and self.scaling == 0:
+            raise ValueError(
+                f"`initialization={initialization!r}` divides by the scaling, "
+                "which must not be 0."
+            )
+        return initialization
 
     def for_site(self, address, name):
         clone = super().for_site(address, name)
@@ -111,32 +155,101 @@ class LoRA(base.Adapter):
             self.b_initializer,
             self.regularizer,
         )
+        if self.initialization == "orthogonal":
+            self._start_orthogonal()
+        if self.initialization in _FROM_KERNEL:
+            self.start_a = self.add_derived(
+                "start_a", (self.input_dim, self.rank)
+            )
+            self.start_b = self.add_derived(
+                "start_b", (self.rank, self.output_dim)
+            )
         self.prepare_dropout()
 
     def _initializer_of_a(self):
+        if self.initialization == "gaussian":
+            return {"name": "normal", "stddev": 1 / self.rank}
         return self.a_initializer
 
+    def _start_orthogonal(self):
+        """`A = R_1 Q_1 / 10` and `B = Q_2' R_2 / 10`, with `Q_1 Q_2' = 0`."""
+
+        def normals(role, *shape):
+            role = f"initial/orthogonal/{self._address}/{role}"
+            return random.normals(self.seed, role, shape).astype("float64")
+
+        q, _ = np.linalg.qr(normals("Q", self.rank, self.rank))
+        half = self.rank // 2
+        a = normals("A", self.input_dim, half) @ q[0::2]
+        b = q[1::2].T @ normals("B", half, self.output_dim)
+        self.lora_a.assign(a / 10)
+        self.lora_b.assign(b / 10)
+
+    def start_from(self, kernel):
+        if self.initialization not in _FROM_KERNEL:
+            return
+        kernel = kernel.astype("float64") / self.scaling
+        rank = self.rank
+        if self.initialization == "pissa":
+            u, s, v = np.linalg.svd(kernel, full_matrices=False)
+            root = np.sqrt(s[:rank])
+            a, b = u[:, :rank] * root, root[:, None] * v[:rank]
+        else:
+            q, r = np.linalg.qr(kernel)
+            a, b = q[:, :rank], r[:rank]
+        for variable in (self.lora_a, self.start_a):
+            variable.assign(a.astype("float32"))
+        for variable in (self.lora_b, self.start_b):
+            variable.assign(b.astype("float32"))
+
     def delta(self, x, training=None):
-        a, b = self._pair(x.dtype, training)
-        return ops.matmul(ops.matmul(x, a), b)
+        return self._sum(
+            lambda a, b: ops.matmul(ops.matmul(x, a), b), x.dtype, training
+        )
 
     def delta_transpose(self, x, training=None):
-        a, b = self._pair(x.dtype, training)
-        return ops.matmul(ops.matmul(x, ops.transpose(b)), ops.transpose(a))
+        def product(a, b):
+            y = ops.matmul(x, ops.transpose(b))
+            return ops.matmul(y, ops.transpose(a))
+
+        return self._sum(product, x.dtype, training)
 
     def lookup(self, ids, dtype, training=None):
-        a, b = self._scaled(training)
-        a = ops.cast(ops.take(a, ids, axis=0), dtype)
-        return ops.matmul(a, ops.cast(b, dtype))
+        def product(a, b):
+            return ops.matmul(ops.cast(ops.take(a, ids, axis=0), dtype), b)
+
+        return self._sum(product, dtype, training)
 
     def delta_kernel(self):
-        return ops.matmul(*self.factors())
+        return self._sum(ops.matmul, "float32")
 
     def factors(self):
-        return self._pair("float32")
+        pairs = self._pairs("float32")
+        if len(pairs) == 1:
+            return pairs[0]
+        (a, b), (start_a, start_b) = pairs
+        return (
+            ops.concatenate([a, start_a], axis=1),
+            ops.concatenate([b, -start_b], axis=0),
+        )
 
-    def _pair(self, dtype, training=None):
-        return tuple(ops.cast(one, dtype) for one in self._scaled(training))
+    def _sum(self, product, dtype, training=None):
+        """What a product gives for the pair, less what it gave at first."""
+        # Apart, and not as one pair of twice the rank: at first both are
+        # equal to the last bit.
+        first, *others = self._pairs(dtype, training)
+        y = product(*first)
+        for pair in others:
+            y = y - product(*pair)
+        return y
+
+    def _pairs(self, dtype, training=None):
+        a, b = self._scaled(training)
+        pairs = [(ops.cast(a, dtype), ops.cast(b, dtype))]
+        if self.initialization in _FROM_KERNEL:
+            b = ops.cast(self.start_b, "float32") * self.scaling
+            pairs.append((ops.cast(self.start_a, dtype), ops.cast(b, dtype)))
+        return pairs
 
     def _scaled(self, training):
         """`A`, as it is, and `B` with the scale, float32."""
@@ -152,6 +265,8 @@ class LoRA(base.Adapter):
             "b_initializer": base.serialize_initializer(self.b_initializer),
             **super().get_config(),
         }
+        if self.initialization != "default":
+            config["initialization"] = self.initialization
         if self.site_ranks:
             config["site_ranks"] = dict(self.site_ranks)
         if self.regularizer is not None:

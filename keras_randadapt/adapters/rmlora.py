@@ -142,8 +142,8 @@ class RMLoRA(lora.LoRA):
         )
 
     def _initializer_of_a(self):
-        if self.a_initializer is not None:
-            return self.a_initializer
+        if self.a_initializer is not None or self.initialization != "default":
+            return super()._initializer_of_a()
         return {"name": "normal", "stddev": 1 / math.sqrt(self.input_dim)}
 
     def get_config(self):
