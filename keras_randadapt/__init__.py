@@ -17,8 +17,10 @@ from keras_randadapt.adapters import NOLA
 from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA
 from keras_randadapt.adapters import Adapter
+from keras_randadapt.adapters import BitFit
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import DyLoRA
+from keras_randadapt.adapters import Hydra
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.adapters import LoRAFA
 from keras_randadapt.adapters import RandLoRA

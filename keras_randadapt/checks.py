@@ -139,6 +139,8 @@ def check_attachable(model, layers, addresses, kept):
         site_layers.check_site(address, layers[address])
         _check_parent(address, layers)
         kernel = site_layers.kernel_variable(layers[address])
+        if kernel is None:
+            continue
         sharing = owners.get(id(kernel), [])
         if len(sharing) > 1:
             others = [

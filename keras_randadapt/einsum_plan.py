@@ -57,6 +57,7 @@ class EinsumPlan:
         self._flatten_y = [y.index(label) for label in batch + columns]
         self._unflatten_y = _inverse(self._flatten_y)
         self._batch_axes = [x.index(label) for label in batch]
+        self._output_rank = len(y)
 
     def to_view(self, kernel):
         """Kernel of the layer's shape to the matrix `view_shape`."""
@@ -109,6 +110,18 @@ class EinsumPlan:
             return y
         batch = ops.shape(y)[: len(self._batch_axes)]
         return ops.reshape(y, (*batch, self.view_shape.output_dim))
+
+    def flatten_bias(self, bias):
+        """A bias with a number for each column, as a vector in their order."""
+        ones = [1] * (self._output_rank - len(bias.shape))
+        y = _transpose(ops.reshape(bias, (*ones, *bias.shape)), self._flatten_y)
+        return ops.reshape(y, (self.view_shape.output_dim,))
+
+    def unflatten_bias(self, columns, bias_shape):
+        """Undoes `flatten_bias`."""
+        ones = [1] * len(self._batch_axes)
+        y = ops.reshape(columns, (*ones, *self._column_sizes))
+        return ops.reshape(_transpose(y, self._unflatten_y), bias_shape)
 
     def unflatten_output(self, y, inputs):
         """Undoes `flatten_output`; `inputs` gives the batch axes."""

@@ -9,6 +9,7 @@ whoever holds a reference to one goes on working.
 import contextlib
 import re
 import types
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def inject(
             for in the path; `"all-linear"`, every Dense and EinsumDense layer
             but expert routers and those in `keep_trainable`; a function of a
             layer that returns a bool; or `None`, the query and value
-            projections.
+            projections (for `BitFit`, whatever has a bias).
         exclude: Which of these to leave out: names, pattern or function. A
             name may also be of a layer that contains targets.
         keep_trainable: Layers that are trained along with the adapter and
@@ -100,7 +101,16 @@ def inject(
     checks.check_new_name(model, name)
     layers = root.layers_of(model)
     kept = targets_lib.select_kept(layers, keep_trainable)
-    chosen = targets_lib.select_sites(layers, targets, exclude, kept)
+    chosen = targets_lib.select_sites(
+        layers,
+        targets,
+        exclude,
+        kept,
+        {*adapter.site_kinds, *site_layers.KERNEL_KINDS},
+        adapter.default_targets,
+    )
+    if not adapter.adapts_kernel:
+        chosen = _with_bias(layers, chosen)
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
@@ -241,7 +251,7 @@ def merge(model: keras.Model) -> keras.Model:
     _check_finite_merge(state)
     for layer in state.site_layers:
         if layer.adapter.active():
-            _write_kernel(layer, _merged_kernel(layer))
+            _write_merged(layer)
     # What the active adapters' heads learned is what stays.
     for name in state.active:
         for address in state.records[name].kept:
@@ -281,7 +291,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         for layer in state.site_layers:
             if layer.adapter.active():
                 before[layer] = _kernel_values(layer)
-                _write_kernel(layer, _merged_kernel(layer))
+                _write_merged(layer)
         _show(model, ())
         yield model
     finally:
@@ -538,6 +548,8 @@ def build_adapters(template, name, layers, addresses):
             view = site_layers.view_of(layer)
             clone = template.for_site(address, name)
             clone.site_number = number
+            bias = site_layers.bias_variable(layer)
+            clone.bias_shape = None if bias is None else tuple(bias.shape)
             with keras.name_scope("adapter", override_parent=path):
                 clone.build(tuple(view))
             built[address] = clone
@@ -545,12 +557,30 @@ def build_adapters(template, name, layers, addresses):
 
 
 def _check_kind(template, layer):
-    if isinstance(layer, keras.layers.Embedding) and not template.takes_lookups:
+    if site_layers.kind_of(layer) not in template.site_kinds:
         raise ValueError(
-            f"`{type(template).__name__}` adapts products, and a "
-            f"{type(layer).__name__} looks rows up. Leave it out with "
-            "`exclude`."
+            f"`{type(template).__name__}` does not adapt a "
+            f"{type(layer).__name__}. Leave it out with `exclude`."
         )
+
+
+def _with_bias(layers, chosen):
+    """Those of the chosen layers that have a bias; a warning for others."""
+    without = [
+        a for a in chosen if site_layers.bias_variable(layers[a]) is None
+    ]
+    if len(without) == len(chosen):
+        raise ValueError(
+            f"None of the {len(chosen)} layers that `targets` matched has a "
+            "bias to train."
+        )
+    if without:
+        warnings.warn(
+            f"{len(without)} of the {len(chosen)} layers that `targets` "
+            f"matched have no bias and are left out: {without[:5]}",
+            stacklevel=3,
+        )
+    return [a for a in chosen if a not in without]
 
 
 # Kernels.
@@ -564,18 +594,46 @@ def _merged_kernel(layer):
     )
 
 
-def _check_finite_merge(state):
-    for address in state.site_addresses:
-        layer = state.layers[address]
-        if not layer.adapter.active():
-            continue
+def _adapts_kernel(layer):
+    return any(adapter.adapts_kernel for adapter in layer.adapter.active())
+
+
+def _adapts_bias(layer):
+    return site_layers.bias_variable(layer) is not None and any(
+        adapter.adapts_bias for adapter in layer.adapter.active()
+    )
+
+
+def _write_merged(layer):
+    # Both from the base values, before either is written.
+    kernel = _merged_kernel(layer) if _adapts_kernel(layer) else None
+    bias = layer.merged_bias() if _adapts_bias(layer) else None
+    if kernel is not None:
+        _write_kernel(layer, kernel)
+    if bias is not None:
+        site_layers.bias_variable(layer).assign(bias)
+
+
+def _merged_values(layer):
+    """What a merge would write, as it would be stored."""
+    if _adapts_kernel(layer):
         kernel = _merged_kernel(layer)
         if layer.quantization_mode is None:
             dtype = site_layers.kernel_variable(layer).dtype
-            kernel = keras.ops.convert_to_numpy(
-                keras.ops.cast(kernel, dtype)
-            ).astype("float32")
-        if not np.all(np.isfinite(kernel)):
+            kernel = keras.ops.cast(kernel, dtype)
+        yield kernel
+    if _adapts_bias(layer):
+        yield layer.merged_bias()
+
+
+def _check_finite_merge(state):
+    for address in state.site_addresses:
+        layer = state.layers[address]
+        values = [
+            keras.ops.convert_to_numpy(value).astype("float32")
+            for value in _merged_values(layer)
+        ]
+        if not all(np.all(np.isfinite(value)) for value in values):
             names = [adapter.name for adapter in layer.adapter.active()]
             raise ValueError(
                 f"Merging the adapters {names} into '{address}' would give a "

@@ -7,6 +7,7 @@ too; which layers become sites is decided in `targets` and done in `injection`.
 """
 
 import functools
+import math
 import threading
 
 import keras
@@ -128,6 +129,9 @@ class Site:
 
     _site_base = None
 
+    #: See `Adapter.site_kinds`.
+    kind = "product"
+
     @classmethod
     def from_config(cls, config):
         # A config describes the layer without adapters.
@@ -160,6 +164,28 @@ class Site:
         base = ops.cast(self.to_view(kernel), "float32")
         return fold(self.adapter.active(), base)
 
+    def bias_to_view(self, bias):
+        """A bias as a vector, of the kernel view's columns if it can be."""
+        return ops.reshape(bias, (-1,))
+
+    def bias_from_view(self, vector):
+        return ops.reshape(vector, bias_variable(self).shape)
+
+    def merged_bias(self):
+        """The bias with every active adapter folded in, of its own shape.
+
+        The variable itself where none adapts it, `None` where there is none.
+        """
+        bias = bias_variable(self)
+        adapters = [a for a in self.adapter.active() if a.adapts_bias]
+        if bias is None or not adapters:
+            return bias
+        base = ops.cast(self.bias_to_view(bias), "float32")
+        vector = base
+        for adapter in adapters:
+            vector = adapter.merged_bias(vector, base)
+        return ops.cast(self.bias_from_view(vector), self.compute_dtype)
+
     def _merged_or_base(self, kernel):
         """What the public `kernel` or `embeddings` property shows."""
         if not self.adapter.active():
@@ -186,7 +212,7 @@ class _ProductSite(Site):
         inputs = _as_float(inputs, self.compute_dtype)
         y = self._adapted_product(inputs, self._is_training(training))
         if self.bias is not None:
-            y = ops.add(y, self.bias)
+            y = ops.add(y, self.merged_bias())
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -245,6 +271,23 @@ class EinsumDenseSite(_ProductSite):
         """A matrix `(n, input_dim)` times the base kernel view."""
         return einsum_plan_of(self).multiply(rows, self._base_product)
 
+    def bias_to_view(self, bias):
+        if self._has_bias_of_columns():
+            return einsum_plan_of(self).flatten_bias(bias)
+        return super().bias_to_view(bias)
+
+    def bias_from_view(self, vector):
+        if self._has_bias_of_columns():
+            shape = self.bias.shape
+            return einsum_plan_of(self).unflatten_bias(vector, shape)
+        return super().bias_from_view(vector)
+
+    def _has_bias_of_columns(self):
+        plan = einsum_plan_of(self)
+        return plan.is_matrix_product and (
+            math.prod(self.bias.shape) == plan.view_shape.output_dim
+        )
+
     def _float_product(self, x, kernel):
         return ops.einsum(self.equation, x, kernel)
 
@@ -301,7 +344,7 @@ class ConvSite(Site):
             shape = [1] * (self.rank + 2)
             channels = -1 if self.data_format == "channels_last" else 1
             shape[channels] = self.filters
-            y = ops.add(y, ops.reshape(self.bias, shape))
+            y = ops.add(y, ops.reshape(self.merged_bias(), shape))
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -324,8 +367,33 @@ class ConvSite(Site):
         )
 
 
+class NormSite(Site):
+    """A normalization, whose offset `beta` is its bias; it has no kernel."""
+
+    kind = "norm"
+
+    @property
+    def kernel_view(self):
+        return KernelView(1, math.prod(self.beta.shape))
+
+    def call(self, inputs, *args, **kwargs):
+        y = self._site_base.call(self, inputs, *args, **kwargs)
+        if not any(adapter.adapts_bias for adapter in self.adapter.active()):
+            return y
+        axes = (
+            self.axis if isinstance(self.axis, (list, tuple)) else [self.axis]
+        )
+        shape = [1] * len(inputs.shape)
+        for axis, size in zip(axes, self.beta.shape, strict=True):
+            shape[axis] = size
+        change = self.merged_bias() - ops.cast(self.beta, self.compute_dtype)
+        return y + ops.cast(ops.reshape(change, shape), y.dtype)
+
+
 class EmbeddingSite(Site):
     """An `Embedding`: the kernel view is `(vocabulary, features)`."""
+
+    kind = "lookup"
 
     @property
     def embeddings(self):
@@ -504,7 +572,13 @@ _SITE_CLASSES = {
     keras.layers.Conv3D: ConvSite,
     keras.layers.Embedding: EmbeddingSite,
     keras.layers.ReversibleEmbedding: ReversibleEmbeddingSite,
+    keras.layers.LayerNormalization: NormSite,
+    keras.layers.BatchNormalization: NormSite,
+    keras.layers.GroupNormalization: NormSite,
 }
+
+#: What most methods take; see `Adapter.site_kinds`.
+KERNEL_KINDS = ("product", "lookup")
 
 
 #: What a site computes by itself instead of asking the layer.
@@ -517,8 +591,8 @@ _COMPUTATION = (
 )
 
 
-def supported_class(layer):
-    """The supported class that `layer` behaves as, or `None`.
+def supported_class(layer, kinds=KERNEL_KINDS):
+    """The supported class of these kinds that `layer` behaves as, or `None`.
 
     A user's subclass counts if it leaves the computation alone; one that
     overrides it computes something that this library does not know.
@@ -528,8 +602,15 @@ def supported_class(layer):
         own = own._site_base
     for cls in own.__mro__:
         if cls in _SITE_CLASSES:
-            return None if overridden(own, cls) else cls
+            if overridden(own, cls) or _SITE_CLASSES[cls].kind not in kinds:
+                return None
+            return cls
     return None
+
+
+def kind_of(layer):
+    """The kind of a layer of a supported class, site or not."""
+    return _mixin(type(layer)).kind
 
 
 def overridden(own, cls=None):
@@ -544,15 +625,23 @@ def overridden(own, cls=None):
 
 
 def looks_supported(layer):
-    """Whether `layer` is a supported class, `call` overridden or not."""
-    return isinstance(layer, tuple(_SITE_CLASSES))
+    """Whether `layer` is a class with a kernel, `call` overridden or not."""
+    return isinstance(layer, tuple(_SITE_CLASSES)) and (
+        kind_of(layer) in KERNEL_KINDS
+    )
 
 
 def kernel_variable(layer):
-    """The variable that a merge writes."""
+    """The kernel that a merge writes; `None` for normalizations."""
     if isinstance(layer, keras.layers.Embedding):
         return layer._embeddings
-    return layer._kernel
+    return getattr(layer, "_kernel", None)
+
+
+def bias_variable(layer):
+    """The bias that a merge writes, or `None`."""
+    name = "beta" if kind_of(layer) == "norm" else "bias"
+    return getattr(layer, name, None)
 
 
 def view_of(layer):

@@ -96,7 +96,14 @@ def _visit_container(container, path, found, visited, containers):
         _visit(value, f"{path}/{name}", found, visited, containers)
 
 
-def select_sites(layers, targets, exclude, kept):
+def select_sites(
+    layers,
+    targets,
+    exclude,
+    kept,
+    kinds=site_layers.KERNEL_KINDS,
+    default=None,
+):
     """The addresses that `targets` means and `exclude` does not.
 
     Args:
@@ -105,6 +112,9 @@ def select_sites(layers, targets, exclude, kept):
         exclude: See `inject`.
         kept: Addresses that stay trainable; `"all-linear"` and `None` leave
             them out.
+        kinds: What may be a site; see `Adapter.site_kinds`.
+        default: Optional function of a layer: what `None` means, if not query
+            and value projections.
 
     Returns:
         list of addresses, in the order of `layers`.
@@ -116,9 +126,20 @@ def select_sites(layers, targets, exclude, kept):
     candidates = {
         address: layer
         for address, layer in layers.items()
-        if layer.built and site_layers.supported_class(layer) is not None
+        if layer.built and site_layers.supported_class(layer, kinds) is not None
     }
-    if targets is None:
+    if targets is None and default is not None:
+        chosen = [
+            address
+            for address, layer in candidates.items()
+            if default(layer) and not _is_below(address, kept)
+        ]
+        if not chosen:
+            raise ValueError(
+                "None of this model's layers has a bias to train, or what "
+                "else this method adapts. " + _available(candidates)
+            )
+    elif targets is None:
         chosen = _query_value(candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
         chosen = _all_linear(candidates, kept)
@@ -132,8 +153,10 @@ def select_sites(layers, targets, exclude, kept):
             )
     else:
         chosen = match(layers, targets, "targets")
-        _refuse_unsupported(layers, chosen, targets)
-        chosen = [a for a in chosen if site_layers.supported_class(layers[a])]
+        _refuse_unsupported(layers, chosen, targets, kinds)
+        chosen = [
+            a for a in chosen if site_layers.supported_class(layers[a], kinds)
+        ]
     if exclude is None:
         return chosen
     if callable(exclude) and not isinstance(exclude, re.Pattern):
@@ -262,9 +285,11 @@ def _is_below(address, parents):
     )
 
 
-def _refuse_unsupported(layers, chosen, targets):
+def _refuse_unsupported(layers, chosen, targets, kinds):
     """An error if a target matched only layers that can't be adapted."""
-    supported = [a for a in chosen if site_layers.supported_class(layers[a])]
+    supported = [
+        a for a in chosen if site_layers.supported_class(layers[a], kinds)
+    ]
     overridden = [
         a
         for a in chosen

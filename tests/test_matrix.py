@@ -36,6 +36,10 @@ METHODS = {
     ),
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
     "adalora": lambda seed=0: kra.AdaLoRA(2, alpha=3, seed=seed),
+    "bitfit": lambda seed=0: kra.BitFit(),
+    "hydra": lambda seed=0: kra.Hydra(
+        2, sequential_rank=3, scaling=1.5, seed=seed
+    ),
     "dora": lambda seed=0: kra.DoRA(kra.LoRA(2, alpha=3, seed=seed)),
     "dora_full_gradient": lambda seed=0: kra.DoRA(
         kra.LoRA(2, seed=seed), detach_norm=False
@@ -96,6 +100,8 @@ _ONE_IS_ENOUGH = {
     "lorafa": _CORE,
     "lorafa_hadamard": {"dense", "embedding"},
     "lora_pissa": {"dense", "dense_int8", "einsum_query", "embedding"},
+    "bitfit": _CORE | {"gpt2", "sequential"},
+    "hydra": _CORE | {"einsum_output"},
     "nola": _CORE,
     "said": _CORE,
     "sora": _CORE,
@@ -104,9 +110,22 @@ _ONE_IS_ENOUGH = {
 }
 
 
+#: Models whose site has no bias.
+_WITHOUT_BIAS = {
+    "dense_no_bias",
+    "einsum_gemma",
+    "einsum_xlnet",
+    "conv2d_dilated",
+    "llama",
+}
+
+
 def _is_refused(method, model):
     """Whether a method declares that it does not take this model's sites."""
-    return "embedding" in model and not METHODS[method]().takes_lookups
+    template = METHODS[method]()
+    if not template.adapts_kernel and model in _WITHOUT_BIAS:
+        return True
+    return "embedding" in model and "lookup" not in template.site_kinds
 
 
 def _cases():
@@ -343,6 +362,10 @@ class TestMatrix:
         adapters = case.model._randadapt.adapters("default")
         for address, layer in kra.sites(case.model).items():
             adapter = adapters[address]
+            if adapter.adapts_bias:
+                self._check_bias(layer, adapter)
+            if layer.kind == "norm":
+                continue
             if not adapter.additive:
                 if not case.quantized:
                     kernel = layer.to_view(layer._kernel)
@@ -355,6 +378,19 @@ class TestMatrix:
                 continue
             kernel = layer.to_view(kra.site_layers.kernel_variable(layer))
             self._check(layer, kernel + delta)
+
+    def _check_bias(self, layer, adapter):
+        bias = kra.site_layers.bias_variable(layer)
+        if bias is None:
+            return
+        base = layer.bias_to_view(bias)
+        merged = layer.bias_from_view(adapter.merged_bias(base, base))
+        assert np.abs(keras.ops.convert_to_numpy(merged - bias)).max() > 1e-4
+        close(
+            keras.ops.convert_to_numpy(layer.merged_bias()),
+            keras.ops.convert_to_numpy(merged),
+            1e-6,
+        )
 
     def _check(self, layer, view):
         close(
@@ -372,7 +408,7 @@ def test_what_a_method_does_not_take(method, model):
     """Declared in its class, refused by `inject`, and no trace is left."""
     model, x, targets = zoo.ALL[model]()
     before = zoo.outputs(model, x)
-    with pytest.raises(ValueError, match="looks rows up"):
+    with pytest.raises(ValueError, match="does not adapt a|has a bias to"):
         kra.inject(model, METHODS[method](), targets)
     assert kra.sites(model) == {}
     np.testing.assert_array_equal(zoo.outputs(model, x), before)

@@ -2,8 +2,10 @@
 
 from keras_randadapt.adapters.adalora import AdaLoRA
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.adapters.bitfit import BitFit
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
+from keras_randadapt.adapters.hydra import Hydra
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
 from keras_randadapt.adapters.nola import NOLA

@@ -69,8 +69,16 @@ class Adapter(keras.layers.Layer):
     #: If not, `merged` gets the base kernel as well and `delta` is undefined.
     additive = True
 
-    #: Whether embeddings can be sites.
-    takes_lookups = True
+    #: What may be a site: `"product"`, Dense, EinsumDense and convolutions;
+    #: `"lookup"`, embeddings; `"norm"`, normalizations with an offset.
+    site_kinds = ("product", "lookup")
+
+    #: Whether the method changes kernels, or biases, or both.
+    adapts_kernel = True
+    adapts_bias = False
+
+    #: Optional function of a layer: which layers `targets=None` means.
+    default_targets = None
 
     def __init__(
         self,
@@ -90,6 +98,8 @@ class Adapter(keras.layers.Layer):
         self.dropout = float(dropout)
         self.dropout_seed_generator = None
         self.step_counter = None
+        #: Shape of the site's bias, or `None`; known when `build` is called.
+        self.bias_shape = None
         self._address = ""
         #: Place of the site among those of the injection, in model order.
         self.site_number = 0
@@ -188,6 +198,20 @@ class Adapter(keras.layers.Layer):
             base: The base kernel view, if the method is not `additive`.
         """
         return kernel + self.delta_kernel()
+
+    def merged_bias(self, bias, base):
+        """The adapted bias, if the method adapts biases.
+
+        Args:
+            bias: float32 vector, the bias that other adapters have left. Of
+                `output_dim` numbers, in the kernel view's order, wherever
+                each output has its own.
+            base: float32 vector, the base bias.
+
+        Returns:
+            A vector like them.
+        """
+        return bias
 
     def start_from(self, kernel):
         """Sets what depends on the base kernel, when the adapter is attached.

@@ -61,7 +61,7 @@ class DoRA(base.Adapter):
     """
 
     additive = False
-    takes_lookups = False
+    site_kinds = ("product",)
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class DoRA(base.Adapter):
                 "`adapter` must be an adapter such as `LoRA(8)`. Received: "
                 f"adapter={adapter!r} (of type {type(adapter).__name__})"
             )
-        if adapter.built or not adapter.additive:
+        if adapter.built or not adapter.additive or adapter.adapts_bias:
             raise ValueError(
                 "`adapter` must be an unbuilt adapter that adds to the kernel "
                 f"what does not depend on it. Received: adapter={adapter!r}"

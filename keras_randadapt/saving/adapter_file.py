@@ -121,7 +121,7 @@ def load_adapter(
     kept = [rename(key) for key in metadata["kept"]]
     order = {address: i for i, address in enumerate(layers)}
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
-    _check_views(filepath, metadata, addresses, layers)
+    _check_views(filepath, metadata, addresses, layers, template.site_kinds)
     addresses.sort(key=order.get)
     checks.check_attachable(model, layers, addresses, kept)
     present = root.is_adapted(model) and name in model._randadapt.records
@@ -282,7 +282,7 @@ def _check_base(filepath, metadata, model, preset):
         )
 
 
-def _check_views(filepath, metadata, addresses, layers):
+def _check_views(filepath, metadata, addresses, layers, kinds):
     # `addresses` are in the file's order, as the views are.
     views = [shape for shape, n in metadata["kernel_views"] for _ in range(n)]
     if len(views) != len(addresses):
@@ -290,7 +290,7 @@ def _check_views(filepath, metadata, addresses, layers):
     wrong = []
     for address, theirs in zip(addresses, views):
         layer = layers[address]
-        if not layer.built or site_layers.supported_class(layer) is None:
+        if not layer.built or site_layers.supported_class(layer, kinds) is None:
             raise ValueError(
                 f"'{filepath}' adapts '{address}', which in this model is a "
                 f"{type(layers[address]).__name__} and can't be adapted."

@@ -1,0 +1,77 @@
+"""BitFit: the biases that a model has, and nothing else."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+
+
+def _has_bias(layer):
+    return (
+        getattr(layer, "bias", None) is not None
+        or getattr(layer, "beta", None) is not None
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class BitFit(base.Adapter):
+    """Trains biases: those of layers and the offsets of normalizations.
+
+    A site's bias `b` becomes `b + d`, with a trained `d` that starts at zero;
+    kernels stay what they are. As many weights a site as its bias has.
+
+    With `targets=None` every layer with a bias is a site: Dense, EinsumDense
+    and convolutions, LayerNormalization, BatchNormalization and
+    GroupNormalization. Layers without one that `targets` names are left out,
+    with a warning. Models of the Llama kind have no biases.
+
+    Train it at a learning rate of 1e-4 to 1e-2 (AdamW).
+
+    Args:
+        dtype: The dtype of `d`. See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        ValueError: At injection, if no layer that `targets` means has a bias.
+
+    Example:
+
+    ```python
+    kra.inject(classifier, kra.BitFit(), keep_trainable="logits")
+    ```
+
+    References:
+        - Ben Zaken, Goldberg and Ravfogel, "BitFit", ACL 2022, section 3.
+    """
+
+    recommended_learning_rate = 1e-3
+    site_kinds = ("product", "norm")
+    adapts_kernel = False
+    adapts_bias = True
+    default_targets = staticmethod(_has_bias)
+
+    def __init__(self, *, dtype: str = "float32", name: str | None = None):
+        super().__init__(dtype=dtype, name=name)
+
+    def build(self, kernel_view):
+        self.input_dim, self.output_dim = kernel_view
+        self.bias_delta = self.add_trainable(
+            "bias_delta", (math.prod(self.bias_shape),), "zeros"
+        )
+
+    def adapt(self, x, linear, training=None):
+        return linear(x)
+
+    def delta_kernel(self):
+        return ops.zeros((self.input_dim, self.output_dim))
+
+    def merged(self, kernel):
+        return kernel
+
+    def merged_bias(self, bias, base):
+        return bias + ops.cast(self.bias_delta, "float32")
+
+    def get_config(self):
+        return {} if self.dtype == "float32" else {"dtype": self.dtype}

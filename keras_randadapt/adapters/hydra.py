@@ -1,0 +1,142 @@
+"""Hydra: a branch beside the layer and one behind it."""
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class Hydra(base.Adapter):
+    """Multi-head low-rank adaptation: LoRA in parallel and in sequence.
+
+    `y = W x + b + scaling * (B A x + D C (W x + b))`: `A` and `B` are LoRA's,
+    beside the layer, and `C`, `(output_dim, sequential_rank)`, and `D`,
+    `(sequential_rank, output_dim)`, come behind it. Trained are `rank *
+    (input_dim + output_dim) + 2 * sequential_rank * output_dim` weights a
+    site. `B` and `D` start at zero, so the update does.
+
+    A merge changes the kernel, by `scaling * (A B + W C D)` in the orientation
+    of the kernel view, and the bias, by `scaling * b C D`. The update depends
+    on the base kernel, and is added to those of other active adapters.
+
+    The paper adapts the second dense layer of each feed-forward network. Train
+    it at a learning rate of 4e-4 to 8e-4 (AdamW).
+
+    Args:
+        rank: int. The rank of the parallel branch.
+        sequential_rank: Optional int. The rank of the sequential branch, by
+            default `rank`.
+        scaling: float. A constant factor of both.
+        seed: int. See `Adapter`.
+        dropout: float. The fraction of a branch's inputs that it does not see
+            in training. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If a rank is no integer.
+        ValueError: If an argument is out of range. At injection, if a site is
+            an embedding, or if a rank exceeds its dimensions, or if a bias
+            has another size than the layer has outputs.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier,
+        kra.Hydra(4, sequential_rank=8),
+        targets=["query", "value"],
+        keep_trainable="logits",
+    )
+    ```
+
+    References:
+        - Kim et al., "Hydra", Neural Networks 178, 2024, equation 8.
+    """
+
+    recommended_learning_rate = 5e-4
+    additive = False
+    site_kinds = ("product",)
+    adapts_bias = True
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        sequential_rank: int | None = None,
+        scaling: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = base.check_rank(rank)
+        if sequential_rank is None:
+            sequential_rank = self.rank
+        self.sequential_rank = base.check_rank(
+            sequential_rank, "sequential_rank"
+        )
+        self.scaling = base.check_scaling(scaling)
+
+    def check(self, kernel_view):
+        base.check_rank_fits(self.rank, kernel_view)
+        if self.sequential_rank > kernel_view[1]:
+            raise ValueError(
+                f"`sequential_rank` must be at most {kernel_view[1]}, the "
+                "number of outputs. Received: "
+                f"sequential_rank={self.sequential_rank}"
+            )
+
+    def build(self, kernel_view):
+        self.check(kernel_view)
+        self.input_dim, self.output_dim = kernel_view
+        self.lora_a = self.add_trainable(
+            "lora_a", (self.input_dim, self.rank), "kaiming_uniform"
+        )
+        self.lora_b = self.add_trainable(
+            "lora_b", (self.rank, self.output_dim), "zeros"
+        )
+        self.hydra_c = self.add_trainable(
+            "hydra_c",
+            (self.output_dim, self.sequential_rank),
+            "kaiming_uniform",
+        )
+        self.hydra_d = self.add_trainable(
+            "hydra_d", (self.sequential_rank, self.output_dim), "zeros"
+        )
+        self.prepare_dropout()
+
+    def adapt(self, x, linear, training=None):
+        y = linear(x)
+        base_y = y if linear.base is linear else linear.base(x)
+        parallel = self._thin(self.drop(x, training), self.lora_a, self.lora_b)
+        sequential = self._thin(
+            self.drop(base_y, training), self.hydra_c, self.hydra_d
+        )
+        return y + parallel + sequential
+
+    def merged(self, kernel, base, training=False):
+        del training  # The same either way.
+        parallel = ops.matmul(
+            ops.cast(self.lora_a, "float32"), self._scaled(self.lora_b)
+        )
+        return kernel + parallel + self._thin(base, self.hydra_c, self.hydra_d)
+
+    def merged_bias(self, bias, base):
+        row = ops.expand_dims(base, 0)
+        return bias + self._thin(row, self.hydra_c, self.hydra_d)[0]
+
+    def _thin(self, x, first, second):
+        first = ops.cast(first, x.dtype)
+        second = ops.cast(self._scaled(second), x.dtype)
+        return ops.matmul(ops.matmul(x, first), second)
+
+    def _scaled(self, variable):
+        return ops.cast(variable, "float32") * self.scaling
+
+    def get_config(self):
+        return {
+            "rank": self.rank,
+            "sequential_rank": self.sequential_rank,
+            "scaling": self.scaling,
+            **super().get_config(),
+        }
