@@ -224,3 +224,32 @@ def test_no_automatic_dependency_tracking():
     assert len(optimizer.variables) == count
     optimizer.keep(list(variables))
     assert len(optimizer.variables) == count + 1
+
+
+def _optimizer(variables, **arguments):
+    optimizer = keras.optimizers.SGD(0.1, **arguments)
+    optimizer.build(variables)
+    return optimizer
+
+
+def test_weight_decay_and_exclusion_from_it():
+    one, two = (keras.Variable(np.ones(2), name=n) for n in ("one", "two"))
+    optimizer = _optimizer([one, two], weight_decay=0.5)
+    assert _compat.weight_decay(optimizer, one) == 0.5
+    _compat.exclude_from_weight_decay(optimizer, [one])
+    _compat.exclude_from_weight_decay(optimizer, [])
+    assert _compat.weight_decay(optimizer, one) == 0.0
+    assert _compat.weight_decay(optimizer, two) == 0.5
+    zeros = keras.ops.zeros(2)
+    optimizer.apply([zeros, zeros], [one, two])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(one), 1.0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(two), 0.95)
+    assert _compat.weight_decay(_optimizer([one]), one) == 0.0
+
+
+def test_track_optimizer_variable():
+    variable = keras.Variable(np.ones(2))
+    optimizer = _optimizer([variable])
+    mine = keras.Variable(np.zeros(3), name="mine")
+    _compat.track_optimizer_variable(optimizer, mine)
+    assert any(v is mine for v in optimizer.variables)

@@ -22,6 +22,9 @@ from collections.abc import Callable
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
+#: Where the tables go.
+PAGE = pathlib.Path(__file__).parents[1] / "README.md"
+
 #: Seeds of the search: never among those that are reported.
 SEARCH_SEEDS = (1000,)
 
@@ -233,12 +236,33 @@ def paired_difference(ours, theirs, form=".1f"):
     return f"{format(mean, '+' + form)} ({low} to {high})"
 
 
-def main(description, output, settings, methods, columns, against):
-    """The command line of an experiment.
+def publish(page, key, text):
+    """Puts a table into a Markdown page, between the marks of its key.
 
     Args:
+        page: path of the page.
+        key: string. Where the page has no such marks, they come at its end.
+        text: string.
+    """
+    page = pathlib.Path(page)
+    begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
+    content = page.read_text(encoding="utf-8")
+    if begin not in content:
+        content = f"{content.rstrip()}\n\n{begin}\n{end}\n"
+    before, _, rest = content.partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+
+
+def main(name, description, settings, methods, columns, against):
+    """The command line of an experiment.
+
+    The runs of the full one go into `results/`, beside the program, and its
+    tables into `benchmarks/README.md`; those of the quick one into `outputs/`.
+
+    Args:
+        name: string. The name of the CSV file.
         description: string. The experiment's docstring.
-        output: path of the CSV file.
         settings: Function of a bool, whether to be quick, that yields
             `Setting`s.
         methods: Function of a loaded task that gives a list of `Method`.
@@ -247,33 +271,35 @@ def main(description, output, settings, methods, columns, against):
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="takes minutes")
-    parser.add_argument("--output", type=pathlib.Path, default=output)
     parser.add_argument("--only", default="", help="a part of a table's name")
     arguments = parser.parse_args()
-    path = arguments.output
+    folder = pathlib.Path(__file__).parent / "results"
     if arguments.quick:
-        path = path.with_stem(path.stem + "_quick")
-    results = Results(path)
+        folder = pathlib.Path("outputs", "quality")
+    results = Results(folder / f"{name}.csv")
     chosen = {}
     for setting in settings(arguments.quick):
-        name, task = setting.name, setting.task
-        if arguments.only not in name:
+        title, task = setting.name, setting.task
+        if arguments.only not in title:
             continue
         source = setting.choices_of
         if source and source not in chosen:
-            parser.error(f"{name!r} takes its choices from {source!r}")
+            parser.error(f"{title!r} takes its choices from {source!r}")
         task.load()
         outcome = run_all(
             results,
-            name,
+            title,
             methods(task),
             range(setting.seeds),
             SEARCH_SEEDS,
             chosen[source] if source else None,
         )
-        chosen[name] = {
+        chosen[title] = {
             method: config for method, (config, _) in outcome.items()
         }
-        print(f"\n{name}, {task.epochs} epochs, {setting.seeds} seeds\n")
         shown = {**columns, **task.score_columns}
-        print(table(outcome, shown, against, "test"), flush=True)
+        heading = f"{title}; {task.epochs} epochs, {setting.seeds} seeds:"
+        text = f"{heading}\n\n{table(outcome, shown, against, 'test')}"
+        print(f"\n{text}", flush=True)
+        if not arguments.quick:
+            publish(PAGE, f"{name}: {title}", text)

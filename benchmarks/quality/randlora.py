@@ -8,14 +8,11 @@ RandLoRA whose updates have rank r, d/2 and d, with about the same number of
 trained weights (9,216 to 9,600 a 384 x 384 projection).
 """
 
-import pathlib
-
 import experiment
 import tasks
 
 import keras_randadapt as kra
 
-OUTPUT = pathlib.Path("outputs/quality/randlora.csv")
 RATES = (1e-3, 3e-3, 1e-2)
 COLUMNS = {
     "parameters": ("trained, head apart", ",.0f", 1),
@@ -72,5 +69,5 @@ def settings(quick):
 
 if __name__ == "__main__":
     experiment.main(
-        __doc__, OUTPUT, settings, methods, COLUMNS, "LoRA, rank 12"
+        "randlora", __doc__, settings, methods, COLUMNS, "LoRA, rank 12"
     )

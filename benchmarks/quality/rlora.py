@@ -10,14 +10,11 @@ projections are adapted. What a method learns best with is searched once for
 each dataset, with 200 examples.
 """
 
-import pathlib
-
 import experiment
 import tasks
 
 import keras_randadapt as kra
 
-OUTPUT = pathlib.Path("outputs/quality/rlora.csv")
 RANK = 384
 COLUMNS = {
     "parameters": ("trained, head apart", ",.0f", 1),
@@ -103,4 +100,6 @@ def settings(quick):
 
 
 if __name__ == "__main__":
-    experiment.main(__doc__, OUTPUT, settings, methods, COLUMNS, "LoRA, rank 8")
+    experiment.main(
+        "rlora", __doc__, settings, methods, COLUMNS, "LoRA, rank 8"
+    )

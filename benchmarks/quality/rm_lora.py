@@ -8,14 +8,11 @@ ranks: LoRA, LoRA with masked gradients (GM-LoRA), with the orthogonality
 penalty (R-LoRA), and with both (RM-LoRA).
 """
 
-import pathlib
-
 import experiment
 import tasks
 
 import keras_randadapt as kra
 
-OUTPUT = pathlib.Path("outputs/quality/rm_lora.csv")
 RATES = (1e-3, 3e-3, 1e-2)
 #: Singular values below this share of the largest do not count.
 TOLERANCE = 0.01
@@ -88,4 +85,4 @@ def settings(quick):
 
 
 if __name__ == "__main__":
-    experiment.main(__doc__, OUTPUT, settings, methods, COLUMNS, "LoRA")
+    experiment.main("rm_lora", __doc__, settings, methods, COLUMNS, "LoRA")

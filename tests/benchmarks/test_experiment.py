@@ -97,3 +97,16 @@ def test_table():
     )
     assert lines[2] == "| zero shot | - | 50.0 | - | -20.0 (-44.8 to +4.8) |"
     assert lines[3] == "| a | rate 0.01 | 70.0 ± 10.0 | 0.1 | - |"
+
+
+def test_publish(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("# Title\n\ntext\n")
+    experiment.publish(page, "a", "first")
+    experiment.publish(page, "b", "second")
+    experiment.publish(page, "a", "again\n\nin two")
+    assert page.read_text() == (
+        "# Title\n\ntext\n\n"
+        "<!-- a -->\n\nagain\n\nin two\n\n<!-- end of a -->\n\n"
+        "<!-- b -->\n\nsecond\n\n<!-- end of b -->\n"
+    )
