@@ -58,7 +58,8 @@ class AdaLoRA(gated.GatedLoRA):
     kra.inject(
         classifier, kra.AdaLoRA(12), ["query", "value"], keep_trainable="logits"
     )
-    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adamw", loss)
     classifier.fit(
         x, y, callbacks=[kra.callbacks.RankBudget(8, interval=1)], verbose=0
     )

@@ -54,7 +54,8 @@ class DyLoRA(lora.LoRA):
     kra.inject(
         classifier, kra.DyLoRA(8), ["query", "value"], keep_trainable="logits"
     )
-    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adamw", loss)
     classifier.fit(x, y, verbose=0)
     kra.truncate(classifier, rank=4)
     ```

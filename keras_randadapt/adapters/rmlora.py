@@ -69,7 +69,8 @@ class RMLoRA(lora.LoRA):
     kra.inject(
         classifier, kra.RMLoRA(8), ["query", "value"], keep_trainable="logits"
     )
-    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adamw", loss)
     classifier.fit(x, y, verbose=0)
     ```
 

@@ -57,7 +57,8 @@ class SoRA(gated.GatedLoRA):
     kra.inject(
         classifier, kra.SoRA(8), ["query", "value"], keep_trainable="logits"
     )
-    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adamw", loss)
     classifier.fit(x, y, verbose=0)
     kra.compact(classifier)
     ```

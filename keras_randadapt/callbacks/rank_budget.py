@@ -45,7 +45,8 @@ class RankBudget(keras.callbacks.Callback):
 
     ```python
     kra.inject(classifier, kra.AdaLoRA(6), keep_trainable="logits")
-    classifier.compile("adamw", keras.losses.SparseCategoricalCrossentropy())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adamw", loss)
     budget = kra.callbacks.RankBudget(4, interval=2)
     classifier.fit(x, y, epochs=5, callbacks=[budget], verbose=0)
     ```

@@ -58,7 +58,7 @@ class GaLore(wrapper.OptimizerWrapper):
     ```python
     model.compile(
         kra.optimizers.GaLore("adamw", rank=4, update_interval=50),
-        keras.losses.SparseCategoricalCrossentropy(),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(x, y, verbose=0)
     ```

@@ -63,7 +63,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
     ```python
     model.compile(
         kra.optimizers.MaskedGradient("adamw", update_rank=1, seed=0),
-        keras.losses.SparseCategoricalCrossentropy(),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(x, y, verbose=0)
     ```

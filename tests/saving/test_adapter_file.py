@@ -94,7 +94,7 @@ class TestContent:
     def test_which_of_several(self, saved, tmp_path):
         model, _, _ = saved
         kra.inject(model, kra.LoRA(2), name="b")
-        with pytest.raises(ValueError, match="say which to save"):
+        with pytest.raises(ValueError, match="say which with"):
             kra.save_adapter(model, tmp_path / "x")
         kra.save_adapter(model, tmp_path / "x", name="b")
         with pytest.raises(ValueError, match="no adapter called 'c'"):
