@@ -64,22 +64,27 @@ METHODS = {
         7, basis="hadamard", scaling=5.0, seed=seed
     ),
 }
-#: Methods that meet every model in `make test`. The others meet those of
-#: `_CORE` there and all models in `make test-full`.
-_EVERYWHERE = {"lora", "rlora"}
-_CORE = {
+#: The method that meets every model in `make test`. Those of the library's
+#: heart meet the models of `_CORE` there, all others those of `_BRIEF`, and
+#: all of them the rest in `make test-full`.
+_EVERYWHERE = {"lora"}
+_HEART = {"rlora", "randlora", "rmlora"}
+_BRIEF = {
     "dense",
-    "einsum_query",
-    "einsum_shared",
     "dense_int8",
     "embedding",
-    "reversible_embedding",
     "conv2d_grouped",
-    "functional",
     "bert_classifier",
 }
-#: Models on which a second configuration of a method adds nothing.
-_ONE_IS_ENOUGH = {
+_CORE = _BRIEF | {
+    "einsum_query",
+    "einsum_shared",
+    "reversible_embedding",
+    "functional",
+}
+#: Other models add nothing: these methods share all but their formula with
+#: LoRA, RLoRA and RandLoRA, or are a second configuration of one.
+_ONLY = {
     "rlora_stacked": {"dense", "einsum_gemma", "embedding", "bert"},
     "randlora_gaussian": {"dense", "embedding"},
     "randlora_sparse": {"dense_int8", "einsum_gemma", "embedding", "bert"},
@@ -87,7 +92,6 @@ _ONE_IS_ENOUGH = {
     "randlora_hadamard": {"dense", "einsum_output", "embedding"},
     "randlora_averaged": {"dense"},
     "randlora_half": {"einsum_output"},
-    # They share all but their formula with LoRA, RLoRA and RandLoRA.
     "vera": _CORE,
     "adalora": _CORE,
     "dora": _CORE,
@@ -133,13 +137,15 @@ def _cases():
         for model in zoo.ALL:
             if _is_refused(method, model):
                 continue
-            if model not in _ONE_IS_ENOUGH.get(method, zoo.ALL):
+            if model not in _ONLY.get(method, zoo.ALL):
                 continue
-            quick = method in _ONE_IS_ENOUGH or method in _EVERYWHERE
+            quick = model in (_CORE if method in _HEART else _BRIEF)
             yield pytest.param(
                 (method, model),
                 id=f"{method}-{model}",
-                marks=[] if quick or model in _CORE else pytest.mark.slow,
+                marks=[]
+                if quick or method in _EVERYWHERE
+                else pytest.mark.slow,
             )
 
 
@@ -402,7 +408,18 @@ class TestMatrix:
 
 @pytest.mark.parametrize(
     "method, model",
-    [(m, z) for m in METHODS for z in zoo.ALL if _is_refused(m, z)],
+    [
+        pytest.param(
+            m,
+            z,
+            marks=[]
+            if z in ("embedding", "dense_no_bias")
+            else pytest.mark.slow,
+        )
+        for m in METHODS
+        for z in zoo.ALL
+        if _is_refused(m, z)
+    ],
 )
 def test_what_a_method_does_not_take(method, model):
     """Declared in its class, refused by `inject`, and no trace is left."""
