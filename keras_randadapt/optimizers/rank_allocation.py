@@ -140,7 +140,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
         self._phases.assign(np.array([start, final, interval], "int32"))
 
     def transform_gradients(self, gradients, variables, step):
-        is_scored = step + 1 < ops.convert_to_tensor(self._phases)[1]
+        update = ops.cast(step, "int32") + 1
+        is_scored = update < ops.convert_to_tensor(self._phases)[1]
         for gradient, variable in zip(gradients, variables, strict=True):
             averages = self._averages.get(self._get_variable_index(variable))
             if averages is None or gradient is None:
