@@ -65,7 +65,8 @@ def compiled(function):
     import torch
 
     # Inductor takes minutes to compile this; the graph is the same.
-    return torch.compile(function, backend="aot_eager")
+    # And static, because on Keras 3.13 the seeds would become symbols.
+    return torch.compile(function, backend="aot_eager", dynamic=False)
 
 
 def _numpy(x):
