@@ -1,10 +1,10 @@
-"""Runs pytest once a backend, as many at a time as there are cores.
+"""Runs pytest once a backend, one more at a time than there are cores.
 
     python tests/run_backends.py [--backends jax,torch] [pytest options]
 
 Keras picks its backend once a process. The tests' models are small, so a
-process keeps about one core busy, whatever its backend. Every line of output
-is marked with its backend; the outcome of each is printed at the end, and the
+process keeps about one core busy, whatever its backend; with one more of them
+than cores, none is idle when the shortest ends. Every line of output is marked with its backend; the outcome of each is printed at the end, and the
 exit code is 0 if all passed.
 """
 
@@ -41,7 +41,7 @@ def main():
         description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--backends", default=BACKENDS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() + 1)
     arguments, options = parser.parse_known_args()
     backends = arguments.backends.replace(",", " ").split()
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:

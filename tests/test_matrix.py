@@ -69,14 +69,10 @@ METHODS = {
 #: all of them the rest in `make test-full`.
 _EVERYWHERE = {"lora"}
 _HEART = {"rlora", "randlora", "rmlora"}
-_BRIEF = {
-    "dense",
-    "dense_int8",
-    "embedding",
-    "conv2d_grouped",
-    "bert_classifier",
-}
+_BRIEF = {"dense", "embedding", "bert_classifier"}
 _CORE = _BRIEF | {
+    "dense_int8",
+    "conv2d_grouped",
     "einsum_query",
     "einsum_shared",
     "reversible_embedding",

@@ -172,19 +172,17 @@ class RankAllocation(wrapper.OptimizerWrapper):
         kept = ops.logical_or(
             self._kept(self.budget(update)), ops.logical_not(prunes)
         )
-        start = 0
         by_place = {self._get_variable_index(v): v for v in variables}
+        first = 0
         for places in self._owners:
-            size = self._averages[places["gate"]][0].shape[0]
+            last = first + self._averages[places["gate"]][0].shape[0]
             gate = by_place.get(places["gate"])
             if gate is not None:
                 value = ops.convert_to_tensor(gate)
                 gate.assign(
-                    ops.where(
-                        kept[start : start + size], value, ops.zeros_like(value)
-                    )
+                    ops.where(kept[first:last], value, ops.zeros_like(value))
                 )
-            start += size
+            first = last
 
     @property
     def sites(self):
