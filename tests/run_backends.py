@@ -4,8 +4,9 @@
 
 Keras picks its backend once a process. The tests' models are small, so a
 process keeps about one core busy, whatever its backend; with one more of them
-than cores, none is idle when the shortest ends. Every line of output is marked with its backend; the outcome of each is printed at the end, and the
-exit code is 0 if all passed.
+than cores, none is idle when the shortest ends. Every line of output is marked
+with its backend; the outcome of each is printed at the end, and the exit code
+is 0 if all passed.
 """
 
 import argparse
