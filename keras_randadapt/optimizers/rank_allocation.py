@@ -91,13 +91,20 @@ class RankAllocation(wrapper.OptimizerWrapper):
                 )
         # From which update on the budget is at most 0, 1, 2, ... ranks: exact
         # integers, whatever curve the budget follows.
-        self._thresholds = self._integers("thresholds", self.initial_budget)
-        # First update that prunes, first of the final phase, interval.
-        self._phases = self._integers("phases", 3)
-        self.set_schedule(lambda update: self.initial_budget, _NEVER, _NEVER, 1)
+        # By initializers: what is assigned while TensorFlow traces a step is
+        # assigned in every step.
+        self._thresholds = self._integers(
+            "thresholds", self.initial_budget, _NEVER
+        )
+        # First update that prunes, and first of the final phase.
+        self._phases = self._integers("phases", 2, _NEVER)
+        self._interval = self._integers("interval", 1, 1)
 
-    def _integers(self, name, n):
-        return self.add_variable((n,), dtype="int32", name=name)
+    def _integers(self, name, n, value):
+        initializer = keras.initializers.Constant(value)
+        return self.add_variable(
+            (n,), initializer=initializer, dtype="int32", name=name
+        )
 
     def _find_ranks(self, variables):
         """dict from part to place, of each adapter, in their order."""
@@ -137,7 +144,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
                     update += 1
                 thresholds[count] = update
         self._thresholds.assign(thresholds.astype("int32"))
-        self._phases.assign(np.array([start, final, interval], "int32"))
+        self._phases.assign(np.array([start, final], "int32"))
+        self._interval.assign(np.array([interval], "int32"))
 
     def transform_gradients(self, gradients, variables, step):
         update = ops.cast(step, "int32") + 1
@@ -159,9 +167,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     def after_update(self, variables, before, step):
         update = ops.cast(step, "int32") + 1
-        start, final, interval = ops.unstack(
-            ops.convert_to_tensor(self._phases), 3
-        )
+        start, final = ops.unstack(ops.convert_to_tensor(self._phases), 2)
+        interval = ops.convert_to_tensor(self._interval)[0]
         prunes = ops.logical_or(
             update >= final,
             ops.logical_and(update >= start, ops.mod(update, interval) == 0),
