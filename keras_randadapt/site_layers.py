@@ -174,7 +174,8 @@ class Site:
     def merged_bias(self):
         """The bias with every active adapter folded in, of its own shape.
 
-        The variable itself where none adapts it, `None` where there is none.
+        float32, which the caller rounds to what it computes in; the variable
+        itself where none adapts it, `None` where there is none.
         """
         bias = bias_variable(self)
         adapters = [a for a in self.adapter.active() if a.adapts_bias]
@@ -184,7 +185,7 @@ class Site:
         vector = base
         for adapter in adapters:
             vector = adapter.merged_bias(vector, base)
-        return ops.cast(self.bias_from_view(vector), self.compute_dtype)
+        return self.bias_from_view(vector)
 
     def _merged_or_base(self, kernel):
         """What the public `kernel` or `embeddings` property shows."""
@@ -212,7 +213,8 @@ class _ProductSite(Site):
         inputs = _as_float(inputs, self.compute_dtype)
         y = self._adapted_product(inputs, self._is_training(training))
         if self.bias is not None:
-            y = ops.add(y, self.merged_bias())
+            bias = ops.cast(self.merged_bias(), self.compute_dtype)
+            y = ops.add(y, bias)
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -344,7 +346,8 @@ class ConvSite(Site):
             shape = [1] * (self.rank + 2)
             channels = -1 if self.data_format == "channels_last" else 1
             shape[channels] = self.filters
-            y = ops.add(y, ops.reshape(self.merged_bias(), shape))
+            bias = ops.cast(self.merged_bias(), self.compute_dtype)
+            y = ops.add(y, ops.reshape(bias, shape))
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -386,7 +389,7 @@ class NormSite(Site):
         shape = [1] * len(inputs.shape)
         for axis, size in zip(axes, self.beta.shape, strict=True):
             shape[axis] = size
-        change = self.merged_bias() - ops.cast(self.beta, self.compute_dtype)
+        change = self.merged_bias() - ops.cast(self.beta, "float32")
         return y + ops.cast(ops.reshape(change, shape), y.dtype)
 
 

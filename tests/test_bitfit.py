@@ -57,6 +57,26 @@ class TestBitFit:
         for one, two in zip(*values):
             methods.close(one, two, 1e-5)
 
+    def test_a_merge_in_mixed_precision_rounds_nothing(self):
+        """Biases are float32 variables, whatever is computed in."""
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            model, x = _model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        kra.inject(model, kra.BitFit(), ["one", "norm"])
+        expected = []
+        for name in ("one", "norm"):
+            site = model.get_layer(name)
+            d = 1e-4 * zoo.normal(6, seed=3)
+            site.adapter.get("default").bias_delta.assign(d)
+            bias = kra.site_layers.bias_variable(site)
+            expected.append(methods.numpy(bias) + d)
+        kra.merge(model)
+        for name, value in zip(("one", "norm"), expected):
+            bias = kra.site_layers.bias_variable(model.get_layer(name))
+            np.testing.assert_allclose(methods.numpy(bias), value, rtol=1e-6)
+
     def test_layers_without_a_bias(self):
         model, _ = _model()
         with pytest.warns(UserWarning, match="1 of the 2 layers .* no bias"):

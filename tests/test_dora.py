@@ -123,7 +123,6 @@ class TestDoRA:
 
     def test_scale_of_the_direction_does_not_matter(self):
         kernel = zoo.normal(*VIEW).astype("float64")
-        delta = zoo.normal(*VIEW, seed=1)
         adapter = kra.DoRA(kra.LoRA(3))
         adapter.build(VIEW)
         methods.randomize(adapter)
@@ -137,7 +136,6 @@ class TestDoRA:
             if scale == 1.0:
                 expected = methods.numpy(merged)
         methods.close(merged, expected)
-        assert delta.shape == merged.shape
 
     @pytest.mark.parametrize("detach_norm", [True, False])
     @pytest.mark.parametrize("inner", INNER)

@@ -50,10 +50,8 @@ class TestHydra:
         methods.close(model(x), expected)
 
     def test_gradients(self):
-        _, adapter, kernel, bias = _model()
+        model, adapter, kernel, bias = _model()
         values = methods.randomize(adapter)
-        model, adapter, _, _ = _model()
-        methods.randomize(adapter)
         x, upstream = zoo.normal(6, 7), zoo.normal(6, 9, seed=4)
         found = gradients.gradients(
             lambda x: model(x, training=True),
@@ -136,6 +134,17 @@ class TestHydra:
             template = kra.Hydra(ranks[0], sequential_rank=ranks[1])
             with pytest.raises(ValueError, match=message):
                 kra.inject(model, template, targets)
+
+    def test_a_bias_of_another_size(self):
+        """Shared by the heads: the sequential branch would not share it."""
+        inputs = keras.Input((3, 6))
+        site = keras.layers.EinsumDense(
+            "abc,cde->abde", (None, 2, 4), bias_axes="e", name="site"
+        )
+        model = zoo.set_weights(keras.Model(inputs, site(inputs)))
+        with pytest.raises(ValueError, match="bias of 4 numbers.*8 outputs"):
+            kra.inject(model, kra.Hydra(2), "site")
+        assert kra.sites(model) == {}
 
     def test_config_round_trip(self):
         config = kra.Hydra(7, sequential_rank=2, dropout=0.1).get_config()

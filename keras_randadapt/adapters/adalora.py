@@ -103,13 +103,8 @@ class AdaLoRA(gated.GatedLoRA):
         self.orthogonality = penalty.strength
 
     def wrap_optimizer(self, optimizer, name):
-        for one in wrapper.walk(optimizer):
-            if (
-                isinstance(one, rank_allocation.RankAllocation)
-                and not one.automatic
-            ):
-                # The user has chosen how to score.
-                return optimizer
+        if wrapper.chosen_by_user(optimizer, rank_allocation.RankAllocation):
+            return optimizer
         return rank_allocation.RankAllocation(
             optimizer, paths=f"(^|/)adapter/{re.escape(name)}/"
         )

@@ -1,5 +1,7 @@
 """Hydra: a branch beside the layer and one behind it."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -89,6 +91,13 @@ class Hydra(base.Adapter):
     def build(self, kernel_view):
         self.check(kernel_view)
         self.input_dim, self.output_dim = kernel_view
+        size = None if self.bias_shape is None else math.prod(self.bias_shape)
+        if size not in (None, self.output_dim):
+            raise ValueError(
+                f"`Hydra` changes each output's bias by its own amount, and "
+                f"'{self._address}' has a bias of {size} numbers for "
+                f"{self.output_dim} outputs. Leave it out with `exclude`."
+            )
         self.lora_a = self.add_trainable(
             "lora_a", (self.input_dim, self.rank), "kaiming_uniform"
         )

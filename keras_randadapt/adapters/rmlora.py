@@ -123,15 +123,10 @@ class RMLoRA(lora.LoRA):
         self.mask_updates = bool(mask_updates)
 
     def wrap_optimizer(self, optimizer, name):
-        if self.update_rank == self.rank:
+        if self.update_rank == self.rank or wrapper.chosen_by_user(
+            optimizer, masked_gradient.MaskedGradient
+        ):
             return optimizer
-        for one in wrapper.walk(optimizer):
-            if (
-                isinstance(one, masked_gradient.MaskedGradient)
-                and not one.automatic
-            ):
-                # The user has chosen how to mask.
-                return optimizer
         # Two adapters of one seed draw different masks.
         digest = hashlib.sha256(f"masks\n{self.seed}\n{name}".encode()).digest()
         return masked_gradient.MaskedGradient(

@@ -23,9 +23,10 @@ class SAID(base.Adapter):
     `G`, scaled so that `|P_s(v)|` is `|v|` on average. `dim` weights, and one
     a site. `theta` starts at zero, so the deltas do.
 
-    Each step transforms two vectors as large as the kernel, and keeps the
-    draws, nine bytes an entry of the kernel: a method to measure how many
-    dimensions a task needs, rather than to save anything but file size.
+    Each step transforms two vectors as large as the kernel, up to the next
+    power of two, and the draws stay in memory, nine bytes an entry of these:
+    a method to measure how many dimensions a task needs, rather than to save
+    anything but file size.
 
     Train it at a learning rate of 1e-2 to 1e-1 (AdamW).
 

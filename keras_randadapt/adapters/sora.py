@@ -84,12 +84,10 @@ class SoRA(gated.GatedLoRA):
         self.sparsity = base.check_non_negative(sparsity, "sparsity")
 
     def wrap_optimizer(self, optimizer, name):
-        if not self.sparsity:
+        if not self.sparsity or wrapper.chosen_by_user(
+            optimizer, proximal_l1.ProximalL1
+        ):
             return optimizer
-        for one in wrapper.walk(optimizer):
-            if isinstance(one, proximal_l1.ProximalL1) and not one.automatic:
-                # The user has chosen how to close gates.
-                return optimizer
         return proximal_l1.ProximalL1(
             optimizer,
             self.sparsity,

@@ -90,15 +90,7 @@ class GaLore(wrapper.OptimizerWrapper):
             update_interval, "update_interval"
         )
         self.scale = base.check_scaling(scale, "scale")
-        if paths is not None:
-            try:
-                re.compile(paths)
-            except (TypeError, re.error) as error:
-                raise ValueError(
-                    "`paths` must be a regular expression, as a string. "
-                    f"Received: paths={paths!r}"
-                ) from error
-        self.paths = paths
+        self.paths = None if paths is None else wrapper.check_paths(paths)
         self._projections = None
 
     def inner_variables(self, variables):

@@ -88,15 +88,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         self.seed = random.check_seed(seed)
         self.mask_updates = bool(mask_updates)
         self.changes_values = self.mask_updates
-        if paths is not None:
-            try:
-                re.compile(paths)
-            except (TypeError, re.error) as error:
-                raise ValueError(
-                    "`paths` must be a regular expression, as a string. "
-                    f"Received: paths={paths!r}"
-                ) from error
-        self.paths = paths
+        self.paths = None if paths is None else wrapper.check_paths(paths)
 
     def build_state(self, variables):
         pairs = self._find_pairs(variables)

@@ -63,14 +63,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
     ):
         super().__init__(optimizer, name=name)
         self.strength = base.check_non_negative(strength, "strength")
-        try:
-            re.compile(paths)
-        except (TypeError, re.error) as error:
-            raise ValueError(
-                "`paths` must be a regular expression, as a string. "
-                f"Received: paths={paths!r}"
-            ) from error
-        self.paths = paths
+        self.paths = wrapper.check_paths(paths)
 
     def build_state(self, variables):
         found = {

@@ -66,15 +66,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         super().__init__(optimizer, name=name)
         self.beta1 = _check_beta(beta1, "beta1")
         self.beta2 = _check_beta(beta2, "beta2")
-        if paths is not None:
-            try:
-                re.compile(paths)
-            except (TypeError, re.error) as error:
-                raise ValueError(
-                    "`paths` must be a regular expression, as a string. "
-                    f"Received: paths={paths!r}"
-                ) from error
-        self.paths = paths
+        self.paths = None if paths is None else wrapper.check_paths(paths)
 
     def build_state(self, variables):
         self._owners = self._find_ranks(variables)
@@ -90,9 +82,9 @@ class RankAllocation(wrapper.OptimizerWrapper):
                     self.add_variable(shape, name="uncertainty"),
                 )
         # From which update on the budget is at most 0, 1, 2, ... ranks: exact
-        # integers, whatever curve the budget follows.
-        # By initializers: what is assigned while TensorFlow traces a step is
-        # assigned in every step.
+        # integers, whatever curve the budget follows. They start by their
+        # initializers: TensorFlow may build the state while it traces a step,
+        # where an assignment would be part of the step.
         self._thresholds = self._integers(
             "thresholds", self.initial_budget, _NEVER
         )
@@ -136,13 +128,11 @@ class RankAllocation(wrapper.OptimizerWrapper):
             interval: int. Before that, every so many updates prune.
         """
         thresholds = np.full(self.initial_budget, _NEVER, np.int64)
-        if start != _NEVER:
-            least = budget(final)
-            update = start
-            for count in range(self.initial_budget - 1, least - 1, -1):
-                while budget(update) > count:
-                    update += 1
-                thresholds[count] = update
+        update = start
+        for count in range(self.initial_budget - 1, budget(final) - 1, -1):
+            while budget(update) > count:
+                update += 1
+            thresholds[count] = update
         self._thresholds.assign(thresholds.astype("int32"))
         self._phases.assign(np.array([start, final], "int32"))
         self._interval.assign(np.array([interval], "int32"))

@@ -1,5 +1,6 @@
 """What every optimizer that wraps another has in common."""
 
+import re
 import warnings
 
 import keras
@@ -279,6 +280,25 @@ def walk(optimizer):
     yield optimizer
     for inner in _inner_optimizers(optimizer):
         yield from walk(inner)
+
+
+def chosen_by_user(optimizer, cls):
+    """Whether a wrapper of this class is there that no adapter asked for."""
+    return any(
+        isinstance(one, cls) and not one.automatic for one in walk(optimizer)
+    )
+
+
+def check_paths(paths):
+    """Validates a regular expression."""
+    try:
+        re.compile(paths)
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            "`paths` must be a regular expression, as a string. "
+            f"Received: paths={paths!r}"
+        ) from error
+    return paths
 
 
 def leaf_of(optimizer, variable):
