@@ -33,10 +33,10 @@ from keras_randadapt.compaction import truncate
 from keras_randadapt.injection import disabled
 from keras_randadapt.injection import eject
 from keras_randadapt.injection import inject
-from keras_randadapt.injection import merge
-from keras_randadapt.injection import merged
 from keras_randadapt.injection import set_active
 from keras_randadapt.injection import sites
+from keras_randadapt.merging import merge
+from keras_randadapt.merging import merged
 from keras_randadapt.saving import load_adapter
 from keras_randadapt.saving import save_adapter
 from keras_randadapt.version import __version__

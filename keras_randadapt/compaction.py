@@ -2,12 +2,12 @@
 
 import keras
 
+from keras_randadapt import arguments
 from keras_randadapt import checks
 from keras_randadapt import injection
 from keras_randadapt import report as report_lib
 from keras_randadapt import root
 from keras_randadapt.adapters import LoRA
-from keras_randadapt.adapters import base
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -68,7 +68,7 @@ def truncate(
     kra.truncate(classifier, rank=4)
     ```
     """
-    rank = base.check_rank(rank)
+    rank = arguments.check_rank(rank)
     return _replace(model, name, lambda adapter: adapter.truncated(rank))
 
 

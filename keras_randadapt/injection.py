@@ -175,7 +175,7 @@ def replace(model, name, template, built):
     record.addresses = list(built)
     for address in gone:
         _leave_unused_site(state, address)
-    _show(model, state.active)
+    show(model, state.active)
     root.apply_trainable(model)
     _refresh(model, trainable_before)
 
@@ -226,82 +226,6 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     return model
 
 
-def merge(model: keras.Model) -> keras.Model:
-    """Folds the active adapters into the kernels, then ejects all adapters.
-
-    Deltas are added in float32 and rounded once to the kernel's dtype.
-    Kernels quantized to int8 or int4 are dequantized, merged and quantized
-    anew with fresh scales, which rounds the delta to the new grid. Kept
-    layers keep what they learned. The model's `trainable` flags are those
-    from before the injection.
-
-    Args:
-        model: An adapted model.
-
-    Returns:
-        The model, plain Keras again.
-
-    Raises:
-        ValueError: If the model has no adapter, or if a merged kernel would
-            hold NaN or infinity; nothing is changed then.
-    """
-    state = root.state_of(model)
-    root.check_no_block(model)
-    root.check_not_fitting(model)
-    _check_finite_merge(state)
-    for layer in state.site_layers:
-        if layer.adapter.active():
-            _write_merged(layer)
-    # What the active adapters' heads learned is what stays.
-    for name in state.active:
-        for address in state.records[name].kept:
-            state.base_values[address] = root.kept_layer_values(
-                state.layers[address]
-            )
-    return eject(model)
-
-
-@contextlib.contextmanager
-def merged(model: keras.Model) -> Iterator[keras.Model]:
-    """For a block, the active adapters are folded into the kernels.
-
-    Callbacks may use it in the middle of `fit`.
-
-    Example:
-
-    ```python
-    with kra.merged(model):
-        model.save_weights("merged.weights.h5")
-    ```
-
-    Args:
-        model: An adapted model.
-
-    Raises:
-        ValueError: As `merge` does.
-    """
-    state = root.state_of(model)
-    root.check_no_block(model)
-    functions = _functions_of_fit(model)
-    _check_finite_merge(state)
-    active = state.active
-    before = {}
-    state.block = "merged"
-    try:
-        for layer in state.site_layers:
-            if layer.adapter.active():
-                before[layer] = _kernel_values(layer)
-                _write_merged(layer)
-        _show(model, ())
-        yield model
-    finally:
-        state.block = None
-        for layer, values in before.items():
-            _restore_kernel(layer, values)
-        _show(model, active)
-        _restore_functions(functions)
-
-
 @contextlib.contextmanager
 def disabled(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the model computes what the base model does.
@@ -325,7 +249,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     outer = state.block
     if outer == "merged":
         root.check_no_block(model)
-    functions = _functions_of_fit(model)
+    functions = functions_of_fit(model)
     active = state.active
     state.block = "disabled"
     trainable_before = list(map(id, model.trainable_variables))
@@ -337,7 +261,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
         state.block = outer
         _activate(model, active, freeze=False)
         _refresh(model, trainable_before)
-        _restore_functions(functions)
+        restore_functions(functions)
 
 
 def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
@@ -464,7 +388,7 @@ def _leave_unused_site(state, address):
     layer.__class__ = layer._site_base
 
 
-def _show(model, names):
+def show(model, names):
     """Makes the sites compute with these adapters, and nothing else."""
     for layer in model._randadapt.site_layers:
         layer.adapter.active_names = tuple(names)
@@ -492,12 +416,12 @@ def _activate(model, names, freeze=True):
                 root.assign_kept_layer_values(state.layers[address], values)
             record.kept_values = None
     state.active = tuple(names)
-    _show(model, names)
+    show(model, names)
     if freeze:
         root.apply_trainable(model)
 
 
-def _functions_of_fit(model):
+def functions_of_fit(model):
     """The step functions of a `fit` that a callback's block interrupts.
 
     `fit` goes on with them after the block, and on JAX a callback finds the
@@ -509,7 +433,7 @@ def _functions_of_fit(model):
     return {part: _compat.compiled_functions(part) for part in _models(model)}
 
 
-def _restore_functions(functions):
+def restore_functions(functions):
     for part, by_attribute in functions.items():
         for attribute, function in by_attribute.items():
             setattr(part, attribute, function)
@@ -581,87 +505,6 @@ def _with_bias(layers, chosen):
             stacklevel=3,
         )
     return [a for a in chosen if a not in without]
-
-
-# Kernels.
-
-
-def _merged_kernel(layer):
-    """The merged kernel of a site, float32, in the layer's own shape."""
-    kernel = quantized_kernels.float_kernel(layer)
-    return keras.ops.convert_to_numpy(
-        layer.from_view(layer._merged_kernel_view(kernel))
-    )
-
-
-def _adapts_kernel(layer):
-    return any(adapter.adapts_kernel for adapter in layer.adapter.active())
-
-
-def _adapts_bias(layer):
-    return site_layers.bias_variable(layer) is not None and any(
-        adapter.adapts_bias for adapter in layer.adapter.active()
-    )
-
-
-def _write_merged(layer):
-    # Both from the base values, before either is written.
-    kernel = _merged_kernel(layer) if _adapts_kernel(layer) else None
-    bias = layer.merged_bias() if _adapts_bias(layer) else None
-    if kernel is not None:
-        _write_kernel(layer, kernel)
-    if bias is not None:
-        site_layers.bias_variable(layer).assign(bias)
-
-
-def _merged_values(layer):
-    """What a merge would write, as it would be stored."""
-    if _adapts_kernel(layer):
-        kernel = _merged_kernel(layer)
-        if layer.quantization_mode is None:
-            dtype = site_layers.kernel_variable(layer).dtype
-            kernel = keras.ops.cast(kernel, dtype)
-        yield kernel
-    if _adapts_bias(layer):
-        yield layer.merged_bias()
-
-
-def _check_finite_merge(state):
-    for address in state.site_addresses:
-        layer = state.layers[address]
-        values = [
-            keras.ops.convert_to_numpy(value).astype("float32")
-            for value in _merged_values(layer)
-        ]
-        if not all(np.all(np.isfinite(value)) for value in values):
-            names = [adapter.name for adapter in layer.adapter.active()]
-            raise ValueError(
-                f"Merging the adapters {names} into '{address}' would give a "
-                "kernel with NaN or infinity; nothing was merged. Either "
-                "training diverged (lower the learning rate), or the values "
-                "exceed the kernel's dtype."
-            )
-
-
-def _write_kernel(layer, kernel):
-    if layer.quantization_mode is None:
-        site_layers.kernel_variable(layer).assign(kernel)
-    else:
-        quantized_kernels.requantize(layer, kernel)
-
-
-def _kernel_values(layer):
-    """Copies of all of a site's own variables."""
-    return [
-        np.array(keras.ops.convert_to_numpy(variable))
-        for variable in _compat.owned_variables(layer)
-    ]
-
-
-def _restore_kernel(layer, values):
-    variables = _compat.owned_variables(layer)
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
 
 
 def _without_task_head(model, layers, chosen):

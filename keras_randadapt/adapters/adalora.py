@@ -4,7 +4,7 @@ import re
 
 import keras
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.adapters import gated
 from keras_randadapt.optimizers import rank_allocation
 from keras_randadapt.optimizers import wrapper
@@ -90,7 +90,7 @@ class AdaLoRA(gated.GatedLoRA):
                 f"Received: regularizer={kwargs['regularizer']!r}"
             )
         penalty = Orthogonality(
-            base.check_non_negative(orthogonality, "orthogonality")
+            arguments.check_non_negative(orthogonality, "orthogonality")
         )
         kwargs.setdefault("gate_initializer", "zeros")
         super().__init__(

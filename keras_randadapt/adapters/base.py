@@ -3,13 +3,12 @@ not say again."""
 
 import contextlib
 import contextvars
-import math
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt import arguments
 from keras_randadapt import random
 
 # The frozen variables that the adapters built in a `shared_bases` block have
@@ -313,11 +312,11 @@ class Adapter(keras.layers.Layer):
             regularizer: Optional Keras regularizer: a penalty on the weight,
                 part of the model's losses while the adapter is trained.
         """
-        own = _own_initializer(initializer)
+        own = arguments.own_initializer(initializer)
         if own is not None:
-            kind, arguments = own
-            values = initial_values(
-                kind, self.seed, f"{self._address}/{name}", shape, **arguments
+            kind, options = own
+            values = arguments.initial_values(
+                kind, self.seed, f"{self._address}/{name}", shape, **options
             )
 
             def initializer(shape, dtype=None):
@@ -566,176 +565,3 @@ def deserialize(config):
             "may also be older than the file."
         )
     return cls.from_config(config["config"])
-
-
-def initial_values(kind, seed, role, shape, **arguments):
-    """Initial values of a trainable, from the counter-based generator.
-
-    Args:
-        kind: `"zeros"`, `"ones"`, `"normal"` (`stddev`, 1 by default) or
-            `"kaiming_uniform"` (`U(-1/sqrt(n), 1/sqrt(n))` for `n` rows, the
-            LoRA papers' `kaiming_uniform(a=sqrt(5))`).
-        seed: int in `[0, 2**64)`.
-        role: string. What the values are for.
-        shape: tuple of ints.
-        **arguments: See `kind`.
-
-    Returns:
-        float32 NumPy array.
-    """
-    role = f"initial/{role}"
-    if kind == "zeros":
-        return np.zeros(shape, "float32")
-    if kind == "ones":
-        return np.ones(shape, "float32")
-    if kind == "normal":
-        stddev = np.float32(arguments.get("stddev", 1.0))
-        return random.normals(seed, role, shape) * stddev
-    bound = np.float32(1.0 / np.sqrt(shape[0]))
-    return (2 * random.uniforms(seed, role, shape) - 1) * bound
-
-
-_OWN_INITIALIZERS = {
-    "zeros": set(),
-    "ones": set(),
-    "normal": {"stddev"},
-    "kaiming_uniform": set(),
-}
-
-
-def check_initializer(initializer, argument):
-    """Validates an initializer argument and returns a serializable form."""
-    own = _own_initializer(initializer)
-    if own is not None:
-        kind, arguments = own
-        if not arguments:
-            return kind
-        # Plain floats: NumPy's can't be written to a config.
-        return {"name": kind, **{k: float(v) for k, v in arguments.items()}}
-    try:
-        return keras.initializers.get(initializer)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"`{argument}` must be one of {sorted(_OWN_INITIALIZERS)}, a dict "
-            "such as {'name': 'normal', 'stddev': 0.1}, or a Keras "
-            f"initializer. Received: {argument}={initializer!r}"
-        ) from error
-
-
-def serialize_initializer(initializer):
-    """The form of an initializer that goes into `get_config`."""
-    if isinstance(initializer, keras.initializers.Initializer):
-        return keras.initializers.serialize(initializer)
-    return initializer
-
-
-def check_regularizer(regularizer, argument="regularizer"):
-    """Validates a regularizer argument."""
-    try:
-        regularizer = keras.regularizers.get(regularizer)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"`{argument}` must be a Keras regularizer, such as "
-            "keras_randadapt.regularizers.Orthogonality(0.1), the name of "
-            f"one, or None. Received: {argument}={regularizer!r}"
-        ) from error
-    if regularizer is not None and not isinstance(
-        regularizer, keras.regularizers.Regularizer
-    ):
-        raise TypeError(
-            f"`{argument}` must be a Keras regularizer: a function has no "
-            f"config to save. Received: {argument}={regularizer!r}"
-        )
-    return regularizer
-
-
-def _own_initializer(initializer):
-    """`(kind, arguments)` of an initializer of ours, `None` of another's."""
-    if isinstance(initializer, str) and initializer in _OWN_INITIALIZERS:
-        return initializer, {}
-    if isinstance(initializer, dict) and "name" in initializer:
-        arguments = dict(initializer)
-        kind = arguments.pop("name")
-        allowed = _OWN_INITIALIZERS.get(kind, set())
-        if kind in _OWN_INITIALIZERS and set(arguments) <= allowed:
-            return kind, arguments
-    return None
-
-
-def check_rank(rank, argument="rank"):
-    """Validates a rank."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-        raise TypeError(
-            f"`{argument}` must be an integer. Received: {argument}={rank!r} "
-            f"(of type {type(rank).__name__})"
-        )
-    if rank < 1:
-        raise ValueError(
-            f"`{argument}` must be at least 1. Received: {argument}={rank}"
-        )
-    return int(rank)
-
-
-def check_rank_fits(rank, kernel_view):
-    """Raises `ValueError` if a rank exceeds a kernel view's dimensions."""
-    if rank > min(kernel_view):
-        raise ValueError(
-            f"`rank` must be at most {min(kernel_view)}, the smaller "
-            f"dimension of the kernel view {tuple(kernel_view)}: a larger "
-            "rank trains more weights than the kernel has and gains "
-            f"nothing. Received: rank={rank}. Lower the rank, or "
-            "leave the site out with `exclude`."
-        )
-
-
-def check_alpha(alpha, scaling, rank, rslora=False):
-    """The scaling that `alpha` or `scaling` asks for, 1 by default."""
-    if rslora and alpha is None:
-        raise ValueError(
-            "`rslora` divides `alpha` by the root of the rank, so give "
-            f"`alpha`. Received: alpha={alpha}, scaling={scaling}"
-        )
-    if alpha is not None and scaling is not None:
-        raise ValueError(
-            "`alpha` and `scaling` say the same thing "
-            "(scaling = alpha / rank): give one of them. "
-            f"Received: alpha={alpha}, scaling={scaling}"
-        )
-    if alpha is not None:
-        divisor = math.sqrt(rank) if rslora else rank
-        scaling = check_scaling(alpha, "alpha") / divisor
-    return check_scaling(1.0 if scaling is None else scaling)
-
-
-def check_scaling(scaling, argument="scaling"):
-    """Validates a finite scale."""
-    try:
-        value = float(scaling)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not np.isfinite(value):
-        raise ValueError(
-            f"`{argument}` must be a finite number. "
-            f"Received: {argument}={scaling!r}"
-        )
-    return value
-
-
-def check_choice(value, choices, argument):
-    """Validates a choice between names."""
-    if value not in choices:
-        raise ValueError(
-            f"`{argument}` must be one of {choices}. "
-            f"Received: {argument}={value!r}"
-        )
-    return value
-
-
-def check_non_negative(value, argument):
-    """Validates a finite number that is at least 0."""
-    number = check_scaling(value, argument)
-    if number < 0:
-        raise ValueError(
-            f"`{argument}` must be at least 0. Received: {argument}={value!r}"
-        )
-    return number

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.adapters import lora
 from keras_randadapt.ops import counter
 
@@ -77,7 +77,7 @@ class DyLoRA(lora.LoRA):
         **kwargs,
     ):
         super().__init__(rank, **kwargs)
-        self.min_rank = base.check_rank(min_rank, "min_rank")
+        self.min_rank = arguments.check_rank(min_rank, "min_rank")
         if self.min_rank > self.rank:
             raise ValueError(
                 f"`min_rank` must be at most {self.rank}, the rank. "

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.adapters import lora
 
 
@@ -22,7 +22,7 @@ class GatedLoRA(lora.LoRA):
 
     def __init__(self, rank, *, gate_initializer, **kwargs):
         super().__init__(rank, **kwargs)
-        self.gate_initializer = base.check_initializer(
+        self.gate_initializer = arguments.check_initializer(
             gate_initializer, "gate_initializer"
         )
 
@@ -46,7 +46,7 @@ class GatedLoRA(lora.LoRA):
     def get_config(self):
         return {
             **super().get_config(),
-            "gate_initializer": base.serialize_initializer(
+            "gate_initializer": arguments.serialize_initializer(
                 self.gate_initializer
             ),
         }

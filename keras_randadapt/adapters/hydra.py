@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt.adapters import base
 
 
@@ -71,16 +72,16 @@ class Hydra(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
+        self.rank = arguments.check_rank(rank)
         if sequential_rank is None:
             sequential_rank = self.rank
-        self.sequential_rank = base.check_rank(
+        self.sequential_rank = arguments.check_rank(
             sequential_rank, "sequential_rank"
         )
-        self.scaling = base.check_scaling(scaling)
+        self.scaling = arguments.check_scaling(scaling)
 
     def check(self, kernel_view):
-        base.check_rank_fits(self.rank, kernel_view)
+        arguments.check_rank_fits(self.rank, kernel_view)
         if self.sequential_rank > kernel_view[1]:
             raise ValueError(
                 f"`sequential_rank` must be at most {kernel_view[1]}, the "

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters import base
 
@@ -94,26 +95,26 @@ class LoRA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
+        self.rank = arguments.check_rank(rank)
         self.site_ranks = {
-            address: base.check_rank(one, f"site_ranks[{address!r}]")
+            address: arguments.check_rank(one, f"site_ranks[{address!r}]")
             for address, one in (site_ranks or {}).items()
         }
-        self.scaling = base.check_alpha(alpha, scaling, self.rank, rslora)
+        self.scaling = arguments.check_alpha(alpha, scaling, self.rank, rslora)
         self.initialization = self._check_initialization(initialization)
-        self.a_initializer = base.check_initializer(
+        self.a_initializer = arguments.check_initializer(
             a_initializer, "a_initializer"
         )
-        self.b_initializer = base.check_initializer(
+        self.b_initializer = arguments.check_initializer(
             b_initializer, "b_initializer"
         )
-        self.regularizer = base.check_regularizer(regularizer)
+        self.regularizer = arguments.check_regularizer(regularizer)
 
     def _check_initialization(self, initialization):
         choices = ("default", "gaussian", "orthogonal", *_FROM_KERNEL)
         if not self.starts_from_kernel:
             choices = ("default",)
-        base.check_choice(initialization, choices, "initialization")
+        arguments.check_choice(initialization, choices, "initialization")
         if initialization == "orthogonal" and self.rank % 2:
             raise ValueError(
                 '`initialization="orthogonal"` needs an even rank. '
@@ -138,7 +139,7 @@ class LoRA(base.Adapter):
         return clone
 
     def check(self, kernel_view):
-        base.check_rank_fits(self.rank, kernel_view)
+        arguments.check_rank_fits(self.rank, kernel_view)
 
     def build(self, kernel_view):
         self.check(kernel_view)
@@ -261,8 +262,12 @@ class LoRA(base.Adapter):
         config = {
             "rank": self.rank,
             "scaling": self.scaling,
-            "a_initializer": base.serialize_initializer(self.a_initializer),
-            "b_initializer": base.serialize_initializer(self.b_initializer),
+            "a_initializer": arguments.serialize_initializer(
+                self.a_initializer
+            ),
+            "b_initializer": arguments.serialize_initializer(
+                self.b_initializer
+            ),
             **super().get_config(),
         }
         if self.initialization != "default":

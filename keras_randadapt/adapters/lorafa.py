@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 
@@ -79,8 +80,8 @@ class LoRAFA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
-        self.scaling = base.check_alpha(alpha, scaling, self.rank)
+        self.rank = arguments.check_rank(rank)
+        self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
         self.basis = bases.check_kind(basis)
         self.precondition = bool(precondition)
         if self.precondition and self.scaling == 0:
@@ -90,7 +91,7 @@ class LoRAFA(base.Adapter):
             )
 
     def check(self, kernel_view):
-        base.check_rank_fits(self.rank, kernel_view)
+        arguments.check_rank_fits(self.rank, kernel_view)
 
     def build(self, kernel_view):
         self.check(kernel_view)

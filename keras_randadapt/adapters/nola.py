@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 
@@ -72,12 +73,12 @@ class NOLA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
-        self.num_bases = base.check_rank(num_bases, "num_bases")
-        self.scaling = base.check_alpha(alpha, scaling, self.rank)
+        self.rank = arguments.check_rank(rank)
+        self.num_bases = arguments.check_rank(num_bases, "num_bases")
+        self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
 
     def check(self, kernel_view):
-        base.check_rank_fits(self.rank, kernel_view)
+        arguments.check_rank_fits(self.rank, kernel_view)
 
     def build(self, kernel_view):
         self.check(kernel_view)

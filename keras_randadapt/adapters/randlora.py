@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.ops import fence
@@ -98,14 +99,14 @@ class RandLoRA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
+        self.rank = arguments.check_rank(rank)
         self.basis = bases.check_kind(basis)
-        self.variant = base.check_choice(variant, VARIANTS, "variant")
-        self.alpha = base.check_scaling(
+        self.variant = arguments.check_choice(variant, VARIANTS, "variant")
+        self.alpha = arguments.check_scaling(
             2 * self.rank if alpha is None else alpha, "alpha"
         )
-        self.rescale = base.check_choice(rescale, RESCALE, "rescale")
-        self.compute = base.check_choice(compute, COMPUTE, "compute")
+        self.rescale = arguments.check_choice(rescale, RESCALE, "rescale")
+        self.compute = arguments.check_choice(compute, COMPUTE, "compute")
 
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view

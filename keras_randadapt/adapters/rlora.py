@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.bases import randomized_hadamard
@@ -85,20 +86,22 @@ class RLoRA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
-        self.scaling = base.check_scaling(scaling)
-        base.check_choice(stages, (1, 2, 3), "stages")
-        base.check_choice(rows, randomized_hadamard.ROWS, "rows")
-        base.check_choice(hadamard, randomized_hadamard.HADAMARD, "hadamard")
+        self.rank = arguments.check_rank(rank)
+        self.scaling = arguments.check_scaling(scaling)
+        arguments.check_choice(stages, (1, 2, 3), "stages")
+        arguments.check_choice(rows, randomized_hadamard.ROWS, "rows")
+        arguments.check_choice(
+            hadamard, randomized_hadamard.HADAMARD, "hadamard"
+        )
         self.stages = int(stages)
         self.rows = rows
         self.hadamard = hadamard
         if alpha_initializer is None:
             alpha_initializer = dict(_ALPHA_INITIALIZER)
-        self.alpha_initializer = base.check_initializer(
+        self.alpha_initializer = arguments.check_initializer(
             alpha_initializer, "alpha_initializer"
         )
-        self.beta_initializer = base.check_initializer(
+        self.beta_initializer = arguments.check_initializer(
             beta_initializer, "beta_initializer"
         )
 
@@ -157,10 +160,10 @@ class RLoRA(base.Adapter):
             "stages": self.stages,
             "rows": self.rows,
             "hadamard": self.hadamard,
-            "alpha_initializer": base.serialize_initializer(
+            "alpha_initializer": arguments.serialize_initializer(
                 self.alpha_initializer
             ),
-            "beta_initializer": base.serialize_initializer(
+            "beta_initializer": arguments.serialize_initializer(
                 self.beta_initializer
             ),
             **super().get_config(),

@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.adapters import lora
 from keras_randadapt.optimizers import masked_gradient
 from keras_randadapt.optimizers import wrapper
@@ -99,7 +99,7 @@ class RMLoRA(lora.LoRA):
                 f"Received: regularizer={kwargs['regularizer']!r}"
             )
         penalty = Orthogonality(
-            base.check_non_negative(orthogonality, "orthogonality")
+            arguments.check_non_negative(orthogonality, "orthogonality")
         )
         super().__init__(
             rank,
@@ -113,7 +113,7 @@ class RMLoRA(lora.LoRA):
         self.orthogonality = penalty.strength
         if update_rank is None:
             update_rank = max(1, self.rank // 2)
-        self.update_rank = base.check_rank(update_rank, "update_rank")
+        self.update_rank = arguments.check_rank(update_rank, "update_rank")
         if self.update_rank > self.rank:
             raise ValueError(
                 f"`update_rank` must be at most {self.rank}, the rank; equal "

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import ops as kra_ops
 from keras_randadapt import random
 from keras_randadapt.adapters import base
@@ -61,7 +62,7 @@ class SAID(base.Adapter):
 
     def __init__(self, dim: int = 1000, **kwargs):
         super().__init__(**kwargs)
-        self.dim = base.check_rank(dim, "dim")
+        self.dim = arguments.check_rank(dim, "dim")
 
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view

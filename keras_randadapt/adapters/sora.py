@@ -4,7 +4,7 @@ import re
 
 import keras
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.adapters import gated
 from keras_randadapt.optimizers import proximal_l1
 from keras_randadapt.optimizers import wrapper
@@ -81,7 +81,7 @@ class SoRA(gated.GatedLoRA):
         **kwargs,
     ):
         super().__init__(rank, gate_initializer=gate_initializer, **kwargs)
-        self.sparsity = base.check_non_negative(sparsity, "sparsity")
+        self.sparsity = arguments.check_non_negative(sparsity, "sparsity")
 
     def wrap_optimizer(self, optimizer, name):
         if not self.sparsity or wrapper.chosen_by_user(

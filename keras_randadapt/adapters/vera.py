@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 
@@ -75,10 +76,10 @@ class VeRA(base.Adapter):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = base.check_rank(rank)
+        self.rank = arguments.check_rank(rank)
         self.basis = bases.check_kind(basis)
-        self.d_initial = base.check_scaling(d_initial, "d_initial")
-        self.scaling = base.check_scaling(scaling)
+        self.d_initial = arguments.check_scaling(d_initial, "d_initial")
+        self.scaling = arguments.check_scaling(scaling)
 
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view

@@ -9,9 +9,9 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import analysis
+from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt import root
-from keras_randadapt.adapters import base
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
 from keras_randadapt.regularizers import pac_bayes
@@ -145,12 +145,12 @@ class PACBayes(keras.callbacks.Callback):
             # Not a method: Keras waits for every step's logs where a callback
             # has one.
             self.on_train_batch_end = self._count_steps
-        self.mode = base.check_choice(mode, pac_bayes.MODES, "mode")
-        self.reference = base.check_choice(
+        self.mode = arguments.check_choice(mode, pac_bayes.MODES, "mode")
+        self.reference = arguments.check_choice(
             reference, ("initial", "zero"), "reference"
         )
-        self.blocks = base.check_choice(blocks, pac_bayes.BLOCKS, "blocks")
-        self.reduction = base.check_choice(
+        self.blocks = arguments.check_choice(blocks, pac_bayes.BLOCKS, "blocks")
+        self.reduction = arguments.check_choice(
             reduction, pac_bayes.REDUCTIONS, "reduction"
         )
         self.seed = random.check_seed(seed)

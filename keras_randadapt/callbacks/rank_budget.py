@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.optimizers import rank_allocation
 from keras_randadapt.optimizers import wrapper
 
@@ -65,12 +65,14 @@ class RankBudget(keras.callbacks.Callback):
         total_updates: int | None = None,
     ):
         super().__init__()
-        self.target_rank = base.check_non_negative(target_rank, "target_rank")
+        self.target_rank = arguments.check_non_negative(
+            target_rank, "target_rank"
+        )
         self.warmup = _check_length(warmup, "warmup")
         self.final = _check_length(final, "final")
-        self.interval = base.check_rank(interval, "interval")
+        self.interval = arguments.check_rank(interval, "interval")
         if total_updates is not None:
-            total_updates = base.check_rank(total_updates, "total_updates")
+            total_updates = arguments.check_rank(total_updates, "total_updates")
         self.total_updates = total_updates
         self._allocation = None
 
@@ -155,7 +157,7 @@ def _find_allocation(optimizer):
 
 
 def _check_length(value, argument):
-    number = base.check_non_negative(value, argument)
+    number = arguments.check_non_negative(value, argument)
     if isinstance(value, float) and value >= 1:
         raise ValueError(
             f"`{argument}` must be a share below 1, or an integer number of "

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.analysis import deltas
 from keras_randadapt.analysis import rank
 
@@ -76,7 +76,7 @@ class RankMonitor(keras.callbacks.Callback):
                 f"results of validation. Received: prefix={prefix!r}"
             )
         self.name = name
-        self.frequency = base.check_rank(frequency, "frequency")
+        self.frequency = arguments.check_rank(frequency, "frequency")
         self.per_site = bool(per_site)
         self.prefix = prefix
         self.tolerance = rank.check_tolerance(tolerance)

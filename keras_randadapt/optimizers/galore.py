@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt import _compat
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.optimizers import wrapper
 
 
@@ -85,11 +85,11 @@ class GaLore(wrapper.OptimizerWrapper):
                 "`optimizer` is built already, with state of full size: give "
                 "a fresh one, or its name."
             )
-        self.rank = base.check_rank(rank)
-        self.update_interval = base.check_rank(
+        self.rank = arguments.check_rank(rank)
+        self.update_interval = arguments.check_rank(
             update_interval, "update_interval"
         )
-        self.scale = base.check_scaling(scale, "scale")
+        self.scale = arguments.check_scaling(scale, "scale")
         self.paths = None if paths is None else wrapper.check_paths(paths)
         self._projections = None
 

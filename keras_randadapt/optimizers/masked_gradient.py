@@ -5,8 +5,8 @@ import re
 import keras
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import random
-from keras_randadapt.adapters import base
 from keras_randadapt.ops import counter
 from keras_randadapt.optimizers import wrapper
 
@@ -84,7 +84,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        self.update_rank = base.check_rank(update_rank, "update_rank")
+        self.update_rank = arguments.check_rank(update_rank, "update_rank")
         self.seed = random.check_seed(seed)
         self.mask_updates = bool(mask_updates)
         self.changes_values = self.mask_updates

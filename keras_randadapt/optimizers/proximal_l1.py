@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_randadapt import _compat
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.optimizers import wrapper
 
 
@@ -62,7 +62,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
         name: str | None = None,
     ):
         super().__init__(optimizer, name=name)
-        self.strength = base.check_non_negative(strength, "strength")
+        self.strength = arguments.check_non_negative(strength, "strength")
         self.paths = wrapper.check_paths(paths)
 
     def build_state(self, variables):

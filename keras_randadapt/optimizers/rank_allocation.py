@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 from keras_randadapt.optimizers import wrapper
 
 _NEVER = 2**31 - 1
@@ -225,7 +225,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
 
 def _check_beta(beta, argument):
-    value = base.check_non_negative(beta, argument)
+    value = arguments.check_non_negative(beta, argument)
     if value >= 1:
         raise ValueError(
             f"`{argument}` must be below 1. Received: {argument}={beta}"

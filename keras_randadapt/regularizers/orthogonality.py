@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_randadapt.adapters import base
+from keras_randadapt import arguments
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -41,7 +41,7 @@ class Orthogonality(keras.regularizers.Regularizer):
     """
 
     def __init__(self, strength: float = 0.1):
-        self.strength = base.check_non_negative(strength, "strength")
+        self.strength = arguments.check_non_negative(strength, "strength")
 
     def __call__(self, x):
         if len(x.shape) != 2:

@@ -1,0 +1,167 @@
+"""Folding adapters into the kernels and biases that they adapt."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt import injection
+from keras_randadapt import quantized_kernels
+from keras_randadapt import root
+from keras_randadapt import site_layers
+
+
+def merge(model: keras.Model) -> keras.Model:
+    """Folds the active adapters into the kernels, then ejects all adapters.
+
+    Deltas are added in float32 and rounded once to the kernel's dtype.
+    Kernels quantized to int8 or int4 are dequantized, merged and quantized
+    anew with fresh scales, which rounds the delta to the new grid. Kept
+    layers keep what they learned. The model's `trainable` flags are those
+    from before the injection.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        The model, plain Keras again.
+
+    Raises:
+        ValueError: If the model has no adapter, or if a merged kernel would
+            hold NaN or infinity; nothing is changed then.
+    """
+    state = root.state_of(model)
+    root.check_no_block(model)
+    root.check_not_fitting(model)
+    _check_finite_merge(state)
+    for layer in state.site_layers:
+        if layer.adapter.active():
+            _write_merged(layer)
+    # What the active adapters' heads learned is what stays.
+    for name in state.active:
+        for address in state.records[name].kept:
+            state.base_values[address] = root.kept_layer_values(
+                state.layers[address]
+            )
+    return injection.eject(model)
+
+
+@contextlib.contextmanager
+def merged(model: keras.Model) -> Iterator[keras.Model]:
+    """For a block, the active adapters are folded into the kernels.
+
+    Callbacks may use it in the middle of `fit`.
+
+    Example:
+
+    ```python
+    with kra.merged(model):
+        model.save_weights("merged.weights.h5")
+    ```
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        ValueError: As `merge` does.
+    """
+    state = root.state_of(model)
+    root.check_no_block(model)
+    functions = injection.functions_of_fit(model)
+    _check_finite_merge(state)
+    active = state.active
+    before = {}
+    state.block = "merged"
+    try:
+        for layer in state.site_layers:
+            if layer.adapter.active():
+                before[layer] = _kernel_values(layer)
+                _write_merged(layer)
+        injection.show(model, ())
+        yield model
+    finally:
+        state.block = None
+        for layer, values in before.items():
+            _restore_kernel(layer, values)
+        injection.show(model, active)
+        injection.restore_functions(functions)
+
+
+def _merged_kernel(layer):
+    """The merged kernel of a site, float32, in the layer's own shape."""
+    kernel = quantized_kernels.float_kernel(layer)
+    return keras.ops.convert_to_numpy(
+        layer.from_view(layer._merged_kernel_view(kernel))
+    )
+
+
+def _adapts_kernel(layer):
+    return any(adapter.adapts_kernel for adapter in layer.adapter.active())
+
+
+def _adapts_bias(layer):
+    return site_layers.bias_variable(layer) is not None and any(
+        adapter.adapts_bias for adapter in layer.adapter.active()
+    )
+
+
+def _write_merged(layer):
+    # Both from the base values, before either is written.
+    kernel = _merged_kernel(layer) if _adapts_kernel(layer) else None
+    bias = layer.merged_bias() if _adapts_bias(layer) else None
+    if kernel is not None:
+        _write_kernel(layer, kernel)
+    if bias is not None:
+        site_layers.bias_variable(layer).assign(bias)
+
+
+def _merged_values(layer):
+    """What a merge would write, as it would be stored."""
+    if _adapts_kernel(layer):
+        kernel = _merged_kernel(layer)
+        if layer.quantization_mode is None:
+            dtype = site_layers.kernel_variable(layer).dtype
+            kernel = keras.ops.cast(kernel, dtype)
+        yield kernel
+    if _adapts_bias(layer):
+        yield layer.merged_bias()
+
+
+def _check_finite_merge(state):
+    for address in state.site_addresses:
+        layer = state.layers[address]
+        values = [
+            keras.ops.convert_to_numpy(value).astype("float32")
+            for value in _merged_values(layer)
+        ]
+        if not all(np.all(np.isfinite(value)) for value in values):
+            names = [adapter.name for adapter in layer.adapter.active()]
+            raise ValueError(
+                f"Merging the adapters {names} into '{address}' would give a "
+                "kernel with NaN or infinity; nothing was merged. Either "
+                "training diverged (lower the learning rate), or the values "
+                "exceed the kernel's dtype."
+            )
+
+
+def _write_kernel(layer, kernel):
+    if layer.quantization_mode is None:
+        site_layers.kernel_variable(layer).assign(kernel)
+    else:
+        quantized_kernels.requantize(layer, kernel)
+
+
+def _kernel_values(layer):
+    """Copies of all of a site's own variables."""
+    return [
+        np.array(keras.ops.convert_to_numpy(variable))
+        for variable in _compat.owned_variables(layer)
+    ]
+
+
+def _restore_kernel(layer, values):
+    variables = _compat.owned_variables(layer)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
