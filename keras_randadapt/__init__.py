@@ -18,6 +18,7 @@ from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA
 from keras_randadapt.adapters import Adapter
 from keras_randadapt.adapters import BitFit
+from keras_randadapt.adapters import Bottleneck
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import DyLoRA
 from keras_randadapt.adapters import Hydra

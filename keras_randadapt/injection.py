@@ -109,7 +109,7 @@ def inject(
         {*adapter.site_kinds, *site_layers.KERNEL_KINDS},
         adapter.default_targets,
     )
-    if not adapter.adapts_kernel:
+    if adapter.adapts_bias and not adapter.adapts_kernel:
         chosen = _with_bias(layers, chosen)
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
@@ -139,7 +139,11 @@ def attach(model, template, name, addresses, kept, layers, built):
         _become_site(layers[address])
         _start(built[address], layers[address])
         layers[address].adapter.add(name, built[address])
-    record = root.AdapterRecord(template, addresses, kept)
+    sources = template.sources(layers, addresses)
+    for address, source in sources.items():
+        _become_site(layers[source])
+        layers[address].adapter.listen_to(layers[source].adapter, name)
+    record = root.AdapterRecord(template, addresses, kept, sources)
     for address in kept:
         if address not in state.base_values:
             state.base_values[address] = root.kept_layer_values(layers[address])
@@ -217,7 +221,8 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     _activate(model, tuple(n for n in state.active if n not in names))
     for one in names:
         record = state.records.pop(one)
-        for address in record.addresses:
+        used = dict.fromkeys([*record.addresses, *record.sources.values()])
+        for address in used:
             state.layers[address].adapter.remove(one)
             _leave_unused_site(state, address)
     if not state.records:
@@ -381,8 +386,9 @@ def _start(adapter, layer):
 
 def _leave_unused_site(state, address):
     """Gives a layer its own class back if no adapter is left on it."""
-    if any(address in record.addresses for record in state.records.values()):
-        return
+    for record in state.records.values():
+        if address in record.addresses or address in record.sources.values():
+            return
     layer = state.layers[address]
     _compat.detach_sublayer(layer, "adapter")
     layer.__class__ = layer._site_base
@@ -390,7 +396,7 @@ def _leave_unused_site(state, address):
 
 def show(model, names):
     """Makes the sites compute with these adapters, and nothing else."""
-    for layer in model._randadapt.site_layers:
+    for layer in model._randadapt.changed_layers:
         layer.adapter.active_names = tuple(names)
     for part in _models(model):
         _compat.reset_compiled_functions(part)
@@ -455,9 +461,12 @@ def build_adapters(template, name, layers, addresses):
     """Built adapters by address, attached to nothing yet."""
     paths = [layers[address].path for address in addresses]
     built = {}
+    sources = template.sources(layers, addresses)
     for address in addresses:
         try:
             _check_kind(template, layers[address])
+            if address in sources:
+                _check_source(sources[address], layers)
             template.check(tuple(site_layers.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
@@ -474,6 +483,8 @@ def build_adapters(template, name, layers, addresses):
             clone.site_number = number
             bias = site_layers.bias_variable(layer)
             clone.bias_shape = None if bias is None else tuple(bias.shape)
+            source = layers[sources.get(address, address)]
+            clone.source_dim = site_layers.view_of(source).input_dim
             with keras.name_scope("adapter", override_parent=path):
                 clone.build(tuple(view))
             built[address] = clone
@@ -486,6 +497,23 @@ def _check_kind(template, layer):
             f"`{type(template).__name__}` does not adapt a "
             f"{type(layer).__name__}. Leave it out with `exclude`."
         )
+    if template.adapts_output and not site_layers.is_matrix_product(layer):
+        raise ValueError(
+            f"`{type(template).__name__}` adapts outputs of matrix products, "
+            f"and the equation '{layer.equation}' is none. Leave the layer "
+            "out with `exclude`."
+        )
+
+
+def _check_source(address, layers):
+    layer = layers[address]
+    if site_layers.supported_class(layer, ("product",)) is None:
+        raise ValueError(
+            f"Its input comes from '{address}', a {type(layer).__name__}, "
+            "which must be Dense or EinsumDense. Leave the site out with "
+            "`exclude`."
+        )
+    site_layers.check_site(address, layer)
 
 
 def _with_bias(layers, chosen):

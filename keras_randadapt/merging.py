@@ -29,12 +29,14 @@ def merge(model: keras.Model) -> keras.Model:
         The model, plain Keras again.
 
     Raises:
-        ValueError: If the model has no adapter, or if a merged kernel would
-            hold NaN or infinity; nothing is changed then.
+        ValueError: If the model has no adapter, or if an active one can't be
+            merged, or if a merged kernel would hold NaN or infinity; nothing
+            is changed then.
     """
     state = root.state_of(model)
     root.check_no_block(model)
     root.check_not_fitting(model)
+    _check_mergeable(state)
     _check_finite_merge(state)
     for layer in state.site_layers:
         if layer.adapter.active():
@@ -70,6 +72,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     state = root.state_of(model)
     root.check_no_block(model)
     functions = injection.functions_of_fit(model)
+    _check_mergeable(state)
     _check_finite_merge(state)
     active = state.active
     before = {}
@@ -127,6 +130,18 @@ def _merged_values(layer):
         yield kernel
     if _adapts_bias(layer):
         yield layer.merged_bias()
+
+
+def _check_mergeable(state):
+    for name in state.active:
+        template = state.records[name].template
+        if not template.mergeable:
+            raise ValueError(
+                f"The adapter '{name}' is a `{type(template).__name__}`, which "
+                "computes something between the layers that no kernel can "
+                "hold: it can't be merged. Save it with `save_adapter`, or "
+                "export the adapted model as it is."
+            )
 
 
 def _check_finite_merge(state):

@@ -28,13 +28,16 @@ class AdapterRecord:
         template: The unbuilt `Adapter` it was made from.
         addresses: Structural addresses of its sites, in model order.
         kept: Structural addresses of its trainable layers, heads mostly.
+        sources: dict from a site's address to that of the layer whose input
+            its adapter gets; see `Adapter.sources`.
         kept_values: While the adapter is inactive, the values that its kept
             layers will have once it is active again: address to list of
             arrays. `None` while they are live in the model.
     """
 
-    def __init__(self, template, addresses, kept):
+    def __init__(self, template, addresses, kept, sources):
         self.template = template
+        self.sources = dict(sources)
         self.addresses = list(addresses)
         self.kept = list(kept)
         self.kept_values = None
@@ -83,6 +86,19 @@ class RootState:
     @property
     def site_layers(self):
         return [self.layers[address] for address in self.site_addresses]
+
+    @property
+    def changed_layers(self):
+        """The sites, and layers that hand their input to one."""
+        sources = dict.fromkeys(
+            address
+            for record in self.records.values()
+            for address in record.sources.values()
+        )
+        return [
+            self.layers[address]
+            for address in dict.fromkeys([*self.site_addresses, *sources])
+        ]
 
     def step_counters(self):
         """The active adapters' step counters, each once."""
@@ -448,7 +464,7 @@ def plain_classes(model):
     adapted = type(model)
     state = model._randadapt
     flags = [(layer, layer.trainable) for layer, _ in state.layer_flags]
-    with site_layers.as_base_class(*state.site_layers):
+    with site_layers.as_base_class(*state.changed_layers):
         model.__class__ = adapted._root_base
         for layer, flag in state.layer_flags:
             _compat.set_layer_trainable_flag(layer, flag)

@@ -26,23 +26,92 @@ QUANTIZATION_MODES = (None, "int8", "int4")
 _QUANTIZED_CALL_LOCK = threading.RLock()
 
 
+class Relay:
+    """Hands a layer's input to an adapter of a layer that is called later."""
+
+    def __init__(self):
+        self._x = None
+
+    def put(self, x):
+        self._x = x
+
+    def take(self):
+        # Taken once: a tensor of one trace must not turn up in another.
+        x, self._x = self._x, None
+        return x
+
+
 class AdapterStack(keras.layers.Layer):
     """The adapters of one site, by name, and which of them are active.
 
     A sublayer of the site named `adapter`, so that variables are called
     `<site>/adapter/<adapter name>/<variable>`. It knows nothing of the site.
+
+    Attributes:
+        active_names: tuple of the names of the model's active adapters.
+        relays_in: `(name, Relay)` pairs: where adapters of this site take
+            what another layer was called with.
+        relays_out: `(name, Relay)` pairs: where this site's input goes.
     """
 
     def __init__(self, name="adapter"):
         super().__init__(name=name, dtype="float32")
         self.built = True
         self.active_names = ()
+        self.relays_in = ()
+        self.relays_out = ()
+
+    def listen_to(self, other, name):
+        """Lets the adapter of this name get the input of another site.
+
+        Args:
+            other: The `AdapterStack` of that site.
+            name: The adapter's name.
+        """
+        relay = Relay()
+        self.relays_in = (*self.relays_in, (name, relay))
+        other.relays_out = (*other.relays_out, (name, relay))
+
+    def relay(self, x):
+        """Passes the site's input on to adapters of other sites."""
+        for name, relay in self.relays_out:
+            if name in self.active_names:
+                relay.put(x)
+
+    def adapt_output(self, y, x, training):
+        """The site's output as those adapters leave it that adapt outputs.
+
+        Args:
+            y: Tensor `(..., output_dim)`.
+            x: Tensor `(..., input_dim)`, the site's input.
+            training: Whether a training step is running.
+        """
+        relays = dict(self.relays_in)
+        for name in self.active_names:
+            adapter = self.get(name)
+            if adapter is None or not adapter.adapts_output:
+                continue
+            source = x
+            if name in relays:
+                source = relays[name].take()
+                if source is None:
+                    raise ValueError(
+                        f"The adapter '{adapter.path}' needs the input of the "
+                        "first layer of its feed-forward network, which was "
+                        "not called before the last one."
+                    )
+            y = adapter.adapt_output(y, source, training)
+        return y
 
     def add(self, name, adapter):
         _compat.attach_sublayer(self, _attribute(name), adapter)
 
     def remove(self, name):
-        _compat.detach_sublayer(self, _attribute(name))
+        """Takes an adapter off, and what other sites hand it."""
+        self.relays_in = tuple(r for r in self.relays_in if r[0] != name)
+        self.relays_out = tuple(r for r in self.relays_out if r[0] != name)
+        if self.get(name) is not None:
+            _compat.detach_sublayer(self, _attribute(name))
 
     def get(self, name):
         return getattr(self, _attribute(name), None)
@@ -211,12 +280,20 @@ class _ProductSite(Site):
 
     def call(self, inputs, training=None):
         inputs = _as_float(inputs, self.compute_dtype)
-        y = self._adapted_product(inputs, self._is_training(training))
+        if self.adapter.relays_out:
+            self.adapter.relay(self.flatten_input(inputs))
+        training = self._is_training(training)
+        y = self._adapted_product(inputs, training)
         if self.bias is not None:
             bias = ops.cast(self.merged_bias(), self.compute_dtype)
             y = ops.add(y, bias)
         if self.activation is not None:
             y = self.activation(y)
+        if any(adapter.adapts_output for adapter in self.adapter.active()):
+            columns = self.adapter.adapt_output(
+                self.flatten_output(y), self.flatten_input(inputs), training
+            )
+            y = self.unflatten_output(columns, inputs)
         return y
 
     def _base_product(self, x):
@@ -244,6 +321,15 @@ class DenseSite(_ProductSite):
     def from_view(self, view):
         return view
 
+    def flatten_input(self, inputs):
+        return inputs
+
+    def flatten_output(self, y):
+        return y
+
+    def unflatten_output(self, columns, inputs):
+        return columns
+
     def multiply(self, rows):
         """A matrix `(n, input_dim)` times the base kernel view."""
         return self._base_product(rows)
@@ -268,6 +354,15 @@ class EinsumDenseSite(_ProductSite):
 
     def from_view(self, view):
         return einsum_plan_of(self).from_view(view)
+
+    def flatten_input(self, inputs):
+        return einsum_plan_of(self).flatten_input(inputs)
+
+    def flatten_output(self, y):
+        return einsum_plan_of(self).flatten_output(y)
+
+    def unflatten_output(self, columns, inputs):
+        return einsum_plan_of(self).unflatten_output(columns, inputs)
 
     def multiply(self, rows):
         """A matrix `(n, input_dim)` times the base kernel view."""
@@ -320,6 +415,8 @@ class ConvSite(Site):
     convolved: a kernel is small beside the activations it slides over, and
     this way strides, padding, dilation and groups stay Keras's.
     """
+
+    kind = "convolution"
 
     @property
     def kernel(self):
@@ -581,7 +678,7 @@ _SITE_CLASSES = {
 }
 
 #: What most methods take; see `Adapter.site_kinds`.
-KERNEL_KINDS = ("product", "lookup")
+KERNEL_KINDS = ("product", "convolution", "lookup")
 
 
 #: What a site computes by itself instead of asking the layer.
@@ -614,6 +711,16 @@ def supported_class(layer, kinds=KERNEL_KINDS):
 def kind_of(layer):
     """The kind of a layer of a supported class, site or not."""
     return _mixin(type(layer)).kind
+
+
+def is_matrix_product(layer):
+    """Whether a layer is one matrix product, so that tokens have features.
+
+    Every Dense layer is, and so are nearly all EinsumDense layers.
+    """
+    if isinstance(layer, keras.layers.EinsumDense):
+        return einsum_plan_of(layer).is_matrix_product
+    return isinstance(layer, keras.layers.Dense)
 
 
 def overridden(own, cls=None):

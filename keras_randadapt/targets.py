@@ -29,6 +29,32 @@ QUERY_VALUE_NAMES = (
     "in_proj_qkv",
 )
 
+#: What their output projections are called beside them.
+_ATTENTION_OUTPUT_NAMES = (
+    "attention_output",
+    "attention_projection",
+    "output_dense",
+    "output_projector",
+    "output_proj",
+    "o_dense_layer",
+    "o_proj",
+    "out_proj",
+)
+
+#: The first and the last layer of KerasHub's feed-forward networks. Where the
+#: first is gated, the gate has the same input.
+_FEED_FORWARD_NAMES = {
+    "feedforward_output_dense": "feedforward_intermediate_dense",
+    "mlp_output_dense": "mlp_intermediate_dense",
+    "dense_4h_to_h": "dense_h_to_4h",
+    "output_projector": "input_projector",
+    "ffw_linear": "ffw_gating",
+    "down_proj": "up_proj",
+    "fc2": "fc1",
+    "dense_2": "dense_1",
+    "mlp_dense_2": "mlp_dense_1",
+}
+
 #: Layers that choose experts: adapting them shifts every token's routing.
 _ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
 
@@ -96,6 +122,66 @@ def _visit_container(container, path, found, visited, containers):
         _visit(value, f"{path}/{name}", found, visited, containers)
 
 
+def attention_outputs(layers):
+    """Addresses of the output projections of attention.
+
+    Args:
+        layers: dict from address to layer, see `layers_by_address`.
+
+    Returns:
+        list of addresses.
+    """
+    return [
+        address
+        for group in _groups(layers).values()
+        if any(_is_query_or_value(a, layers[a]) for a in group.values())
+        for name, address in group.items()
+        if name in _ATTENTION_OUTPUT_NAMES
+    ]
+
+
+def feed_forwards(layers):
+    """The feed-forward networks of KerasHub's transformers.
+
+    Args:
+        layers: dict from address to layer, see `layers_by_address`.
+
+    Returns:
+        dict from the address of a network's last layer to that of its first.
+    """
+    attention = attention_outputs(layers)
+    found = {}
+    for parent, group in _groups(layers).items():
+        for last, first in _FEED_FORWARD_NAMES.items():
+            if last not in group or first not in group:
+                continue
+            # Keras itself calls unnamed layers `dense_1` and `dense_2`.
+            if last == "dense_2" and not _is_in_block(parent, attention):
+                continue
+            found[group[last]] = group[first]
+    return found
+
+
+def _groups(layers):
+    """Layers by their parent's address: dicts from name to address."""
+    groups = {}
+    for address, layer in layers.items():
+        parent = address.rpartition("/")[0]
+        groups.setdefault(parent, {}).setdefault(layer.name, address)
+    return groups
+
+
+def _is_in_block(parent, attention):
+    """Whether attention is beside this group of layers, or one level up."""
+    block = parent.rpartition("/")[0]
+    return any(
+        owner.rpartition("/")[2] != "layers"
+        and any(address.startswith(f"{owner}/") for address in attention)
+        for owner in (parent, block)
+        if owner
+    )
+
+
 def select_sites(
     layers,
     targets,
@@ -113,8 +199,8 @@ def select_sites(
         kept: Addresses that stay trainable; `"all-linear"` and `None` leave
             them out.
         kinds: What may be a site; see `Adapter.site_kinds`.
-        default: Optional function of a layer: what `None` means, if not query
-            and value projections.
+        default: Optional function of `layers`: the addresses that `None`
+            means, if not those of query and value projections.
 
     Returns:
         list of addresses, in the order of `layers`.
@@ -129,15 +215,17 @@ def select_sites(
         if layer.built and site_layers.supported_class(layer, kinds) is not None
     }
     if targets is None and default is not None:
+        wanted = default(layers)
         chosen = [
             address
-            for address, layer in candidates.items()
-            if default(layer) and not _is_below(address, kept)
+            for address in candidates
+            if address in wanted and not _is_below(address, kept)
         ]
         if not chosen:
             raise ValueError(
                 "None of this model's layers has a bias to train, or what "
-                "else this method adapts. " + _available(candidates)
+                "else this method looks for. Name layers in `targets`. "
+                + _available(candidates)
             )
     elif targets is None:
         chosen = _query_value(candidates, kept)

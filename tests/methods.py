@@ -30,6 +30,20 @@ def randomize(adapter, seed=1):
     return values
 
 
+def roberta_base(intermediate_dim=64):
+    """A backbone whose attention has RoBERTa-base's shapes."""
+    import keras_hub
+
+    return keras_hub.models.RobertaBackbone(
+        vocabulary_size=50,
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        intermediate_dim=intermediate_dim,
+        max_sequence_length=8,
+    )
+
+
 def check_products(adapter, dense, tolerance=1e-5):
     """All products of an additive adapter are those of its delta.
 

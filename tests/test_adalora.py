@@ -171,15 +171,6 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Rank 12 at first: 24 * 12 * 1537."""
-        import keras_hub
-
-        model = keras_hub.models.RobertaBackbone(
-            vocabulary_size=50,
-            num_layers=12,
-            num_heads=12,
-            hidden_dim=768,
-            intermediate_dim=64,
-            max_sequence_length=8,
-        )
+        model = methods.roberta_base()
         report = kra.inject(model, kra.AdaLoRA(12), ["query", "value"])
         assert report.adapter_parameters == 442_656

@@ -133,14 +133,5 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """All biases and offsets: 102,144."""
-        import keras_hub
-
-        model = keras_hub.models.RobertaBackbone(
-            vocabulary_size=50,
-            num_layers=12,
-            num_heads=12,
-            hidden_dim=768,
-            intermediate_dim=3072,
-            max_sequence_length=8,
-        )
+        model = methods.roberta_base(intermediate_dim=3072)
         assert kra.inject(model, kra.BitFit()).adapter_parameters == 102_144

@@ -336,15 +336,6 @@ class TestPaperCounts:
         ],
     )
     def test_roberta_base(self, template, count):
-        import keras_hub
-
-        model = keras_hub.models.RobertaBackbone(
-            vocabulary_size=50,
-            num_layers=12,
-            num_heads=12,
-            hidden_dim=768,
-            intermediate_dim=64,
-            max_sequence_length=8,
-        )
+        model = methods.roberta_base()
         report = kra.inject(model, template(), ["query", "value"])
         assert report.adapter_parameters == count

@@ -155,16 +155,7 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Parallel 4 and sequential 8 on each second feed-forward layer."""
-        import keras_hub
-
-        model = keras_hub.models.RobertaBackbone(
-            vocabulary_size=50,
-            num_layers=12,
-            num_heads=12,
-            hidden_dim=768,
-            intermediate_dim=3072,
-            max_sequence_length=8,
-        )
+        model = methods.roberta_base(intermediate_dim=3072)
         report = kra.inject(
             model,
             kra.Hydra(4, sequential_rank=8),

@@ -37,6 +37,10 @@ METHODS = {
     "randlora_half": lambda seed=0: kra.RandLoRA(2, variant="half", seed=seed),
     "adalora": lambda seed=0: kra.AdaLoRA(2, alpha=3, seed=seed),
     "bitfit": lambda seed=0: kra.BitFit(),
+    "bottleneck": lambda seed=0: kra.Bottleneck(3, scaling=2.0, seed=seed),
+    "bottleneck_parallel": lambda seed=0: kra.Bottleneck(
+        3, placement="parallel", activation="gelu", seed=seed
+    ),
     "hydra": lambda seed=0: kra.Hydra(
         2, sequential_rank=3, scaling=1.5, seed=seed
     ),
@@ -101,6 +105,8 @@ _ONLY = {
     "lorafa_hadamard": {"dense", "embedding"},
     "lora_pissa": {"dense", "dense_int8", "einsum_query", "embedding"},
     "bitfit": _CORE | {"gpt2", "sequential"},
+    "bottleneck": _CORE | {"einsum_output", "gpt2", "sequential"},
+    "bottleneck_parallel": {"dense", "einsum_query", "gpt2", "dense_int8"},
     "hydra": _CORE | {"einsum_output"},
     "nola": _CORE,
     "said": _CORE,
@@ -120,12 +126,24 @@ _WITHOUT_BIAS = {
 }
 
 
+#: Models whose site is an einsum that is no matrix product.
+_NO_MATRIX_PRODUCT = {"einsum_shared", "einsum_summed"}
+
+
 def _is_refused(method, model):
     """Whether a method declares that it does not take this model's sites."""
     template = METHODS[method]()
-    if not template.adapts_kernel and model in _WITHOUT_BIAS:
+    if template.adapts_output and model in _NO_MATRIX_PRODUCT:
         return True
-    return "embedding" in model and "lookup" not in template.site_kinds
+    if template.adapts_bias and not template.adapts_kernel:
+        if model in _WITHOUT_BIAS:
+            return True
+    kind = "product"
+    if "embedding" in model:
+        kind = "lookup"
+    elif model.startswith("conv"):
+        kind = "convolution"
+    return kind not in template.site_kinds
 
 
 def _cases():
@@ -180,6 +198,10 @@ class Case:
             keep_trainable=self.kept,
             **kwargs,
         )
+
+    @property
+    def mergeable(self):
+        return METHODS[self.method]().mergeable
 
     def check_merged(self, merged):
         if self.quantized:
@@ -255,6 +277,14 @@ class TestMatrix:
 
     def test_merged_block(self, case):
         before = zoo.snapshot(case.model)
+        if not case.mergeable:
+            with pytest.raises(ValueError, match="can't be merged"):
+                with kra.merged(case.model):
+                    pytest.fail("merged what can't be")
+            np.testing.assert_array_equal(
+                zoo.outputs(case.model, case.x), case.out
+            )
+            return
         with kra.merged(case.model):
             merged = zoo.outputs(case.model, case.x)
         case.check_merged(merged)
@@ -264,6 +294,13 @@ class TestMatrix:
         np.testing.assert_array_equal(zoo.outputs(case.model, case.x), case.out)
 
     def test_merge(self, case):
+        if not case.mergeable:
+            with pytest.raises(ValueError, match="can't be merged"):
+                kra.merge(case.model)
+            np.testing.assert_array_equal(
+                zoo.outputs(case.model, case.x), case.out
+            )
+            return
         assert kra.merge(case.model) is case.model
         merged = zoo.outputs(case.model, case.x)
         assert kra.sites(case.model) == {}
@@ -368,6 +405,10 @@ class TestMatrix:
                 self._check_bias(layer, adapter)
             if layer.kind == "norm":
                 continue
+            if not case.mergeable:
+                with pytest.raises(ValueError, match="would miss it"):
+                    adapter.merged(layer._kernel, layer._kernel)
+                continue
             if not adapter.additive:
                 if not case.quantized:
                     kernel = layer.to_view(layer._kernel)
@@ -421,7 +462,9 @@ def test_what_a_method_does_not_take(method, model):
     """Declared in its class, refused by `inject`, and no trace is left."""
     model, x, targets = zoo.ALL[model]()
     before = zoo.outputs(model, x)
-    with pytest.raises(ValueError, match="does not adapt a|has a bias to"):
+    with pytest.raises(
+        ValueError, match="does not adapt a|has a bias to|of matrix products"
+    ):
         kra.inject(model, METHODS[method](), targets)
     assert kra.sites(model) == {}
     np.testing.assert_array_equal(zoo.outputs(model, x), before)

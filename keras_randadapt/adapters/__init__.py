@@ -3,6 +3,7 @@
 from keras_randadapt.adapters.adalora import AdaLoRA
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.adapters.bitfit import BitFit
+from keras_randadapt.adapters.bottleneck import Bottleneck
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
 from keras_randadapt.adapters.hydra import Hydra

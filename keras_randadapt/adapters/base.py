@@ -68,15 +68,23 @@ class Adapter(keras.layers.Layer):
     #: If not, `merged` gets the base kernel as well and `delta` is undefined.
     additive = True
 
-    #: What may be a site: `"product"`, Dense, EinsumDense and convolutions;
-    #: `"lookup"`, embeddings; `"norm"`, normalizations with an offset.
-    site_kinds = ("product", "lookup")
+    #: Whether `merge` can fold the method into the site's own weights.
+    mergeable = True
 
-    #: Whether the method changes kernels, or biases, or both.
+    #: What may be a site: `"product"`, Dense and EinsumDense;
+    #: `"convolution"`; `"lookup"`, embeddings; `"norm"`, normalizations with
+    #: an offset.
+    site_kinds = ("product", "convolution", "lookup")
+
+    #: What the method changes: kernels, biases, or what the site gives after
+    #: bias and activation (see `adapt_output`).
     adapts_kernel = True
     adapts_bias = False
+    adapts_output = False
 
-    #: Optional function of a layer: which layers `targets=None` means.
+    #: Optional function of a dict from structural address to layer: the
+    #: addresses that `targets=None` means, if not those of query and value
+    #: projections.
     default_targets = None
 
     def __init__(
@@ -100,6 +108,9 @@ class Adapter(keras.layers.Layer):
         #: Shape of the site's bias, or `None`; known when `build` is called.
         self.bias_shape = None
         self._address = ""
+        #: The number of features of what `adapt_output` gets as `x`; known
+        #: when `build` is called.
+        self.source_dim = None
         #: Place of the site among those of the injection, in model order.
         self.site_number = 0
         self._frozen_names = ()
@@ -188,6 +199,34 @@ class Adapter(keras.layers.Layer):
             Tensor of shape `(..., output_dim)`.
         """
         return linear(x) + self.delta(self.drop(x, training), training)
+
+    def adapt_output(self, y, x, training=None):
+        """What the site gives, if the method adapts outputs.
+
+        Args:
+            y: Tensor of shape `(..., output_dim)`: the site's output, bias and
+                activation included, as other adapters have left it.
+            x: Tensor of shape `(..., source_dim)`: the input of the site, or
+                of the layer that `sources` named.
+            training: Whether a training step is running.
+
+        Returns:
+            Tensor like `y`.
+        """
+        raise NotImplementedError
+
+    def sources(self, layers, addresses):
+        """Which layers' inputs `adapt_output` gets, if not the sites' own.
+
+        Args:
+            layers: dict from structural address to layer.
+            addresses: The sites' addresses.
+
+        Returns:
+            dict from a site's address to that of a Dense or EinsumDense layer
+            that is always called before it, on the same tokens.
+        """
+        return {}
 
     def merged(self, kernel):
         """The adapted kernel: `(input_dim, output_dim)`, float32.

@@ -8,11 +8,13 @@ from keras import ops
 from keras_randadapt.adapters import base
 
 
-def _has_bias(layer):
-    return (
-        getattr(layer, "bias", None) is not None
+def _with_bias(layers):
+    return [
+        address
+        for address, layer in layers.items()
+        if getattr(layer, "bias", None) is not None
         or getattr(layer, "beta", None) is not None
-    )
+    ]
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -47,10 +49,10 @@ class BitFit(base.Adapter):
     """
 
     recommended_learning_rate = 1e-3
-    site_kinds = ("product", "norm")
+    site_kinds = ("product", "convolution", "norm")
     adapts_kernel = False
     adapts_bias = True
-    default_targets = staticmethod(_has_bias)
+    default_targets = staticmethod(_with_bias)
 
     def __init__(self, *, dtype: str = "float32", name: str | None = None):
         super().__init__(dtype=dtype, name=name)

@@ -61,7 +61,7 @@ class DoRA(base.Adapter):
     """
 
     additive = False
-    site_kinds = ("product",)
+    site_kinds = ("product", "convolution")
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class Hydra(base.Adapter):
 
     recommended_learning_rate = 5e-4
     additive = False
-    site_kinds = ("product",)
+    site_kinds = ("product", "convolution")
     adapts_bias = True
 
     def __init__(

@@ -1,0 +1,400 @@
+"""Bottleneck adapters: where they are, what they compute, what they cost."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from keras_randadapt import targets as targets_lib
+from tests import methods
+from tests import zoo
+
+
+def _relu(x):
+    return np.maximum(x, 0)
+
+
+def _swish(x):
+    return x / (1 + np.exp(-x))
+
+
+def _update(values, z, activation):
+    hidden = activation(z @ values["down"] + values["down_bias"])
+    return hidden @ values["up"] + values["up_bias"]
+
+
+def _two_layers():
+    """A feed-forward network by KerasHub's names, and a projection before."""
+    inputs = keras.Input((3, 5))
+    x = keras.layers.Dense(7, name="before")(inputs)
+    x = keras.layers.Dense(11, activation="tanh", name="fc1")(x)
+    outputs = keras.layers.Dense(7, activation="sigmoid", name="fc2")(x)
+    return zoo.set_weights(keras.Model(inputs, outputs)), zoo.normal(4, 3, 5)
+
+
+def _dense(layer, x):
+    kernel, bias = (methods.numpy(v).astype("float64") for v in layer.weights)
+    return x @ kernel + bias
+
+
+def _adapter(model, name):
+    return model.get_layer(name).adapter.get("default")
+
+
+class TestFormula:
+    """Against the formula in NumPy, in float64."""
+
+    @pytest.mark.parametrize(
+        "placement, activation, scaling",
+        [("houlsby", _swish, 1.0), ("pfeiffer", _relu, 1.0)],
+    )
+    def test_behind_a_layer(self, placement, activation, scaling):
+        model, x = _two_layers()
+        weights = [_dense(model.get_layer("before"), x)]
+        weights.append(np.tanh(_dense(model.get_layer("fc1"), weights[0])))
+        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), weights[1])))
+        kra.inject(model, kra.Bottleneck(2, placement=placement), "fc2")
+        values = methods.randomize(_adapter(model, "fc2"))
+        expected = h + scaling * _update(values, h, activation)
+        methods.close(zoo.outputs(model, x), expected.ravel())
+
+    def test_beside_a_feed_forward_network(self):
+        model, x = _two_layers()
+        z = _dense(model.get_layer("before"), x)
+        hidden = np.tanh(_dense(model.get_layer("fc1"), z))
+        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), hidden)))
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        assert [s.name for s in kra.sites(model).values()] == ["fc2"]
+        values = methods.randomize(_adapter(model, "fc2"))
+        expected = h + 4.0 * _update(values, z, _relu)
+        methods.close(zoo.outputs(model, x), expected.ravel())
+        y = model.predict(x, verbose=0)
+        methods.close(y, expected)
+
+    def test_beside_a_layer(self):
+        """A parallel site that ends no known network reads its own input."""
+        model, x = _two_layers()
+        z = _dense(model.get_layer("before"), x)
+        hidden = np.tanh(_dense(model.get_layer("fc1"), z))
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"), "fc1")
+        values = methods.randomize(_adapter(model, "fc1"))
+        hidden = hidden + 4.0 * _update(values, z, _relu)
+        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), hidden)))
+        methods.close(zoo.outputs(model, x), h.ravel())
+
+    def test_without_scaling_it_is_the_base(self):
+        model, x = _two_layers()
+        base = zoo.outputs(model, x)
+        kra.inject(model, kra.Bottleneck(2, placement="parallel", scaling=0.0))
+        methods.randomize(_adapter(model, "fc2"))
+        methods.close(zoo.outputs(model, x), base, 1e-6)
+
+    def test_several_are_summed_in_order(self):
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2), "fc2")
+        kra.inject(model, kra.LoRA(2), "fc2", name="lora")
+        zoo.randomize(model, "lora")
+        kra.set_active(model, "lora")
+        h = zoo.outputs(model, x).reshape(4, 3, 7).astype("float64")
+        kra.set_active(model, ["default", "lora"])
+        values = methods.randomize(_adapter(model, "fc2"))
+        expected = h + _update(values, h, _swish)
+        methods.close(zoo.outputs(model, x), expected.ravel())
+
+    def test_features_of_an_einsum(self):
+        """The heads and features of a query projection are one vector."""
+        model, x, _ = zoo.einsum_query()
+        h = zoo.outputs(model, x).reshape(-1, 8).astype("float64")
+        kra.inject(model, kra.Bottleneck(3, activation="relu"), "site")
+        values = methods.randomize(_adapter(model, "site"))
+        expected = h + _update(values, h, _relu)
+        methods.close(zoo.outputs(model, x), expected.ravel())
+
+    def test_mixed_precision(self):
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            model, x = _two_layers()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        adapter = _adapter(model, "fc2")
+        assert keras.backend.standardize_dtype(adapter.down.dtype) == "float32"
+        methods.randomize(adapter)
+        y = model(x, training=False)
+        assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+
+    def test_first_values(self):
+        model, _ = _two_layers()
+        kra.inject(
+            model,
+            kra.Bottleneck(
+                5,
+                down_initializer={"name": "normal", "stddev": 0.5},
+                up_initializer={"name": "normal", "stddev": 0.02},
+            ),
+            ["fc1", "fc2", "before"],
+        )
+        downs = [_adapter(model, n).down for n in ("fc1", "fc2", "before")]
+        values = np.concatenate([methods.numpy(v).ravel() for v in downs])
+        assert 0.4 < values.std() < 0.6
+        assert 0 < np.abs(methods.numpy(_adapter(model, "fc1").up)).max() < 0.1
+
+
+class TestRelay:
+    """How the input of one layer gets to the adapter of another."""
+
+    def test_layer_of_the_input_is_left_as_it_was(self):
+        model, x = _two_layers()
+        base = zoo.outputs(model, x)
+        classes = [type(layer) for layer in model.layers]
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        assert type(model.get_layer("fc1")) not in classes
+        kra.inject(model, kra.LoRA(2), "fc1", name="lora")
+        kra.eject(model, "default")
+        assert isinstance(model.get_layer("fc1"), kra.site_layers.Site)
+        kra.eject(model)
+        assert [type(layer) for layer in model.layers] == classes
+        np.testing.assert_array_equal(zoo.outputs(model, x), base)
+
+    def test_with_adapters_on_both_layers(self):
+        model, x = _two_layers()
+        kra.inject(model, kra.LoRA(2), ["fc1", "fc2"], name="lora")
+        zoo.randomize(model, "lora")
+        without = zoo.outputs(model, x).reshape(4, 3, 7)
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        kra.set_active(model, ["lora", "default"])
+        values = methods.randomize(_adapter(model, "fc2"))
+        z = _dense(model.get_layer("before"), x)
+        expected = without + 4.0 * _update(values, z, _relu)
+        methods.close(zoo.outputs(model, x), expected.ravel())
+        with kra.disabled(model):
+            y = zoo.outputs(model, x)
+        assert np.abs(y - expected.ravel()).max() > 1e-3
+
+    def test_last_layer_alone(self):
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        hidden = keras.ops.convert_to_tensor(zoo.normal(4, 3, 11))
+        with pytest.raises(ValueError, match="not called before the last"):
+            model.get_layer("fc2")(hidden)
+        # And a call of the whole leaves nothing behind for the next.
+        zoo.outputs(model, x)
+        with pytest.raises(ValueError, match="not called before the last"):
+            model.get_layer("fc2")(hidden)
+
+    def test_whole_model_file_and_eject(self, tmp_path):
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        methods.close(zoo.outputs(loaded, x), out, 1e-6)
+        kra.save_adapter(model, tmp_path / "file")
+        kra.eject(loaded)
+        kra.load_adapter(loaded, tmp_path / "file")
+        methods.close(zoo.outputs(loaded, x), out, 1e-6)
+
+
+class TestPlacement:
+    """Where the sites are in KerasHub's families."""
+
+    def _families(self):
+        import keras_hub
+
+        models = keras_hub.models
+        common = dict(
+            vocabulary_size=20,
+            num_layers=2,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=12,
+        )
+        grouped = dict(
+            vocabulary_size=20,
+            num_layers=2,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            hidden_dim=8,
+            intermediate_dim=12,
+        )
+        return {
+            "bloom": lambda: models.BloomBackbone(**common),
+            "falcon": lambda: models.FalconBackbone(
+                vocabulary_size=20,
+                num_layers=2,
+                num_attention_heads=2,
+                hidden_dim=8,
+                intermediate_dim=12,
+            ),
+            "gemma": lambda: models.GemmaBackbone(head_dim=4, **grouped),
+            "phi3": lambda: models.Phi3Backbone(**grouped),
+            "gpt_neo_x": lambda: models.GPTNeoXBackbone(**common),
+            "esm": lambda: models.ESMBackbone(**common),
+            "swin": lambda: models.SwinTransformerBackbone(
+                image_shape=(16, 16, 3),
+                patch_size=4,
+                embed_dim=8,
+                depths=(2,),
+                num_heads=(2,),
+                window_size=2,
+            ),
+            "bert": lambda: zoo.bert()[0],
+            "gpt2": lambda: zoo.gpt2()[0],
+            "llama": lambda: zoo.llama()[0],
+            "vit": lambda: zoo.vit()[0],
+            "deberta": lambda: zoo.deberta()[0],
+            "clip": lambda: zoo.clip()[0],
+            "t5": lambda: models.T5Backbone(**common),
+        }
+
+    @pytest.mark.parametrize(
+        "family, attention, networks",
+        [
+            ("bloom", 2, 2),
+            ("falcon", 2, 2),
+            ("gemma", 2, 2),
+            ("phi3", 2, 2),
+            ("gpt_neo_x", 2, 2),
+            ("esm", 2, 2),
+            ("swin", 2, 2),
+            ("bert", 2, 2),
+            ("gpt2", 2, 2),
+            ("llama", 2, 2),
+            ("vit", 2, 2),
+            ("deberta", 2, 2),
+            ("clip", 4, 4),
+            # Two of the decoder's three a block are attention.
+            ("t5", 6, 4),
+        ],
+    )
+    def test_kerashub(self, family, attention, networks):
+        model = self._families()[family]()
+        layers = targets_lib.layers_by_address(model)
+        assert len(targets_lib.attention_outputs(layers)) == attention
+        found = targets_lib.feed_forwards(layers)
+        assert len(found) == networks
+        for last, first in found.items():
+            # Each goes from the model's features and comes back to them.
+            dims = kra.site_layers.view_of(layers[first]).input_dim
+            assert kra.site_layers.view_of(layers[last]).output_dim == dims
+        report = kra.inject(model, kra.Bottleneck(3))
+        assert len(report.sites) == attention + networks
+        kra.inject(model, kra.Bottleneck(3, placement="pfeiffer"), name="p")
+        assert (
+            len(
+                kra.inject(
+                    model, kra.Bottleneck(3, placement="parallel"), name="q"
+                ).sites
+            )
+            == networks
+        )
+
+    def test_a_gated_network_reads_its_input(self):
+        """In Llama's blocks: the same as an adapter written by hand."""
+        model, x, _ = zoo.llama()
+        kra.inject(model, kra.Bottleneck(3, placement="parallel"))
+        seen = {}
+        block = model.get_layer("transformer_layer_0")
+        gate = block._feedforward_gate_dense
+        last = block._feedforward_output_dense
+        adapter = last.adapter.get("default")
+        methods.randomize(adapter)
+
+        class Spy:
+            def __init__(self, layer, key):
+                self.layer, self.key = layer, key
+                self.call = layer.call
+
+            def __call__(self, inputs, *args, **kwargs):
+                y = self.call(inputs, *args, **kwargs)
+                seen[self.key] = methods.numpy(inputs), methods.numpy(y)
+                return y
+
+        object.__setattr__(gate, "call", Spy(gate, "gate"))
+        object.__setattr__(last, "call", Spy(last, "last"))
+        model(x, training=False)
+        values = {
+            w.name: methods.numpy(w).astype("float64")
+            for w in adapter.trainable_variables
+        }
+        z = seen["gate"][0].astype("float64")
+        inner, y = seen["last"]
+        kernel = methods.numpy(last._kernel)
+        expected = inner @ kernel + 4.0 * _update(values, z, _relu)
+        methods.close(y, expected)
+
+    def test_own_layers_of_such_names_are_left_alone(self):
+        inputs = keras.Input((4,))
+        x = keras.layers.Dense(4, name="dense_1")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(4, name="dense_2")(x))
+        with pytest.raises(ValueError, match="Name layers in `targets`"):
+            kra.inject(model, kra.Bottleneck(2))
+
+
+class TestArguments:
+    def test_size_of_the_hidden_layer(self):
+        for template, size in (
+            (kra.Bottleneck(), 2),
+            (kra.Bottleneck(5), 5),
+            (kra.Bottleneck(reduction=4), 8),
+            (kra.Bottleneck(reduction=100), 1),
+            (kra.Bottleneck(placement="parallel"), 16),
+        ):
+            inputs = keras.Input((3,))
+            model = keras.Model(inputs, keras.layers.Dense(32)(inputs))
+            kra.inject(model, template, "all-linear")
+            (site,) = kra.sites(model).values()
+            assert site.adapter.get("default").down.shape[1] == size
+
+    @pytest.mark.parametrize(
+        "arguments, error, message",
+        [
+            ({"placement": "here"}, ValueError, "`placement` must be one of"),
+            ({"rank": 0}, ValueError, "`rank` must be at least 1"),
+            ({"rank": 2.5}, TypeError, "`rank` must be an integer"),
+            ({"reduction": 0}, ValueError, "`reduction` must be at least 1"),
+            ({"rank": 2, "reduction": 2}, ValueError, "give one of them"),
+            ({"activation": "no"}, ValueError, "`activation` must be the name"),
+            ({"scaling": "no"}, ValueError, "`scaling` must be a finite"),
+            ({"up_initializer": "no"}, ValueError, "`up_initializer` must be"),
+        ],
+        ids=str,
+    )
+    def test_bad_values(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            kra.Bottleneck(**arguments)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            kra.Bottleneck(),
+            kra.Bottleneck(5, placement="pfeiffer", seed=3, dropout=0.2),
+            kra.Bottleneck(placement="parallel", activation="gelu"),
+        ],
+        ids=str,
+    )
+    def test_config_round_trip(self, template):
+        config = template.get_config()
+        assert kra.Bottleneck.from_config(config).get_config() == config
+
+    def test_dora_takes_none(self):
+        with pytest.raises(ValueError):
+            kra.DoRA(kra.Bottleneck(2))
+
+
+class TestPaperCount:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "placement, reduction, count",
+        [
+            # 2L (2 d m + m + d), L (2 d m + m + d), d = 768, L = 12.
+            ("houlsby", 16, 24 * (2 * 768 * 48 + 48 + 768)),
+            ("pfeiffer", 16, 12 * (2 * 768 * 48 + 48 + 768)),
+            ("parallel", 2, 12 * (2 * 768 * 384 + 384 + 768)),
+        ],
+    )
+    def test_roberta_base(self, placement, reduction, count):
+        template = kra.Bottleneck(placement=placement, reduction=reduction)
+        report = kra.inject(methods.roberta_base(), template)
+        assert report.adapter_parameters == count
