@@ -198,6 +198,17 @@ def _check_parent(address, layers):
         )
 
 
+def check_called(address, layers):
+    """Raises `ValueError` if the model reads the layer's kernel instead."""
+    parent = layers.get(address.rpartition("/")[0])
+    if type(parent).__name__ in _READS_KERNELS:
+        raise ValueError(
+            f"KerasHub's {type(parent).__name__} does not call "
+            f"'{layers[address].name}' but reads its kernel, so what is added "
+            "to its output would be missed. Leave it out with `exclude`."
+        )
+
+
 def _check_distribution(address, kernel):
     if keras.config.backend() != "jax":
         return

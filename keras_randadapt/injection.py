@@ -465,6 +465,8 @@ def build_adapters(template, name, layers, addresses):
     for address in addresses:
         try:
             _check_kind(template, layers[address])
+            if template.adapts_output:
+                checks.check_called(address, layers)
             if address in sources:
                 _check_source(sources[address], layers)
             template.check(tuple(site_layers.view_of(layers[address])))

@@ -324,6 +324,24 @@ class TestPlacement:
         expected = inner @ kernel + 4.0 * _update(values, z, _relu)
         methods.close(y, expected)
 
+    def test_layer_that_is_read_and_not_called(self):
+        class Gemma4TextDecoderBlock(keras.layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.ffw_linear = keras.layers.Dense(4, name="ffw_linear")
+
+            def build(self, input_shape):
+                self.ffw_linear.build(input_shape)
+
+            def call(self, x):
+                return keras.ops.matmul(x, self.ffw_linear.kernel)
+
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, Gemma4TextDecoderBlock()(inputs))
+        with pytest.raises(ValueError, match="would be missed"):
+            kra.inject(model, kra.Bottleneck(2), "ffw_linear")
+        assert kra.sites(model) == {}
+
     def test_own_layers_of_such_names_are_left_alone(self):
         inputs = keras.Input((4,))
         x = keras.layers.Dense(4, name="dense_1")(inputs)
