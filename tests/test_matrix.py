@@ -468,3 +468,28 @@ def test_what_a_method_does_not_take(method, model):
         kra.inject(model, METHODS[method](), targets)
     assert kra.sites(model) == {}
     np.testing.assert_array_equal(zoo.outputs(model, x), before)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() == "torch",
+    reason="Keras exports no SavedModel from the torch backend",
+)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=[] if m in _HEART else pytest.mark.slow)
+        for m in METHODS
+    ],
+)
+def test_saved_model(method, tmp_path):
+    """What is exported needs neither Keras nor this library."""
+    import tensorflow as tf
+
+    model, x, targets = zoo.dense()
+    kra.inject(model, METHODS[method](), targets)
+    zoo.randomize(model)
+    out = zoo.outputs(model, x)
+    model.export(tmp_path / "saved", verbose=False)
+    # Kept: its variables live as long as it does.
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    close(np.ravel(loaded.serve(x).numpy()), out, 1e-5)

@@ -5,6 +5,7 @@ head by the run's seed, injects an adapter, trains, is judged and leaves the
 model as it was.
 """
 
+import math
 import pathlib
 import sys
 
@@ -67,7 +68,16 @@ class Task:
         """What is reported of the model on examples, larger is better."""
         return accuracy(self.model, x, y)
 
-    def train(self, seed, final, adapter, rate, callbacks=None, measure=None):
+    def train(
+        self,
+        seed,
+        final,
+        adapter,
+        rate,
+        callbacks=None,
+        measure=None,
+        whole=None,
+    ):
         """One run.
 
         Args:
@@ -79,6 +89,8 @@ class Task:
                 list of callbacks.
             measure: Optional function of the trained model that gives a dict
                 of further numbers.
+            whole: Optional function of the rate that gives an optimizer, to
+                train all of the model with, instead of an adapter.
 
         Returns:
             A dict of numbers.
@@ -89,6 +101,7 @@ class Task:
         x, y = self.examples(seed)
         flags = [layer.trainable for layer in self.model.layers]
         adapted = adapter is not None
+        before = self.model.get_weights() if whole else None
         numbers = {}
         try:
             if adapted:
@@ -101,11 +114,12 @@ class Task:
                 numbers["parameters"] = report.adapter_parameters
             else:
                 for layer in self.model.layers:
-                    layer.trainable = layer.name == self.head
-                numbers["parameters"] = 0
-            self.model.compile(
-                optimizer=self._optimizer(adapted, rate), loss=self.loss()
-            )
+                    layer.trainable = bool(whole) or layer.name == self.head
+                numbers["parameters"] = _trained_parameters(
+                    self.model, self.head
+                )
+            optimizer = whole(rate) if whole else self._optimizer(adapted, rate)
+            self.model.compile(optimizer=optimizer, loss=self.loss())
             self.model.fit(
                 x,
                 **self.fit_arguments(y),
@@ -126,6 +140,8 @@ class Task:
                 kra.eject(self.model)
             for layer, flag in zip(self.model.layers, flags):
                 layer.trainable = flag
+            if whole:
+                self.model.set_weights(before)
         return numbers
 
     def zero_shot(self):
@@ -285,6 +301,15 @@ class PhotoTask(Task):
     def _prepared(self, split, size=None):
         images = dinov2.preprocess(split.inputs[:size])
         return {"images": images}, split.labels[:size]
+
+
+def _trained_parameters(model, head):
+    """The number of trained weights, the head's apart."""
+    return sum(
+        math.prod(variable.shape)
+        for variable in model.trainable_variables
+        if not variable.path.startswith(f"{head}/")
+    )
 
 
 def reset_head(layer, seed):
