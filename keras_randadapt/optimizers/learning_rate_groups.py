@@ -8,6 +8,8 @@ from keras_randadapt import root
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
 
+_LORA_B = r"(.*/)?adapter/.*/lora_b"
+
 
 def learning_rate_groups(
     model: keras.Model,
@@ -15,6 +17,7 @@ def learning_rate_groups(
     *,
     adapter: Rate | None = None,
     head: Rate = 1e-3,
+    lora_b: Rate | None = None,
 ) -> keras.optimizers.Optimizer:
     """Builds an optimizer with one rate for adapters and one for the rest.
 
@@ -35,6 +38,10 @@ def learning_rate_groups(
             default the active adapters' `recommended_learning_rate`, which
             is meant for AdamW.
         head: float or `LearningRateSchedule`: the rate of all else.
+        lora_b: Optional float or `LearningRateSchedule`: the rate of the
+            matrices `B` of LoRA and its relatives, by default that of
+            `adapter`. LoRA+ (Hayou et al., ICML 2024, section 4) makes it 16
+            times as large, because `B` starts at zero and `A` does not.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`.
@@ -43,7 +50,8 @@ def learning_rate_groups(
         TypeError: If `optimizer` is no Keras optimizer.
         ValueError: If the model has no adapter, if `optimizer` is built, or
             if `adapter` is left out and the active adapters recommend
-            different rates, or none.
+            different rates, or none, or if `lora_b` is given and no active
+            adapter has such matrices.
         NotImplementedError: If this Keras has no `MultiOptimizer`.
 
     Example:
@@ -85,14 +93,31 @@ def learning_rate_groups(
         )
     if adapter is None:
         adapter = _recommended_rate(state)
-    # By path rather than by variable: paths survive saving and loading.
-    adapters = re.compile(r"(.*/)?adapter/.*")
+    # By path rather than by variable: paths survive saving and loading. No
+    # path matches two of them.
+    if lora_b is None:
+        rates = {r"(.*/)?adapter/.*": adapter}
+    else:
+        _check_has_lora_b(model)
+        rates = {
+            r"(.*/)?adapter/.*(?<!/lora_b)$": adapter,
+            _LORA_B: lora_b,
+        }
     return keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(
             _with_rate(optimizer, head),
-            {adapters.pattern: _with_rate(optimizer, adapter)},
+            {path: _with_rate(optimizer, rate) for path, rate in rates.items()},
         )
     )
+
+
+def _check_has_lora_b(model):
+    paths = [variable.path for variable in model.trainable_variables]
+    if not any(re.fullmatch(_LORA_B, path) for path in paths):
+        raise ValueError(
+            "`lora_b` is a learning rate for the matrices B of LoRA and its "
+            "relatives, and no active adapter of this model trains one."
+        )
 
 
 def _recommended_rate(state):

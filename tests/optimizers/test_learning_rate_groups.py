@@ -48,6 +48,39 @@ class TestLearningRateGroups:
                 value, steps[kind][path], rtol=1e-5, atol=1e-6, err_msg=path
             )
 
+    @pytest.mark.parametrize(
+        "adapter", [kra.LoRA(2), kra.LoRAFA(2), kra.DoRA(kra.LoRA(2))], ids=str
+    )
+    def test_lora_plus(self, adapter):
+        """One step of SGD moves B by its own rate, and the others by theirs."""
+        moves = {}
+        for rates in ({}, {"lora_b": 1.6}):
+            model, x, _ = zoo.bert_classifier()
+            kra.inject(model, adapter, keep_trainable="logits")
+            # Away from zero, so that A moves too.
+            zoo.randomize(model)
+            before = _values(model)
+            optimizer = learning_rate_groups(
+                model, "sgd", adapter=0.1, head=0.01, **rates
+            )
+            zoo.fit(model, x, steps=1, optimizer=optimizer)
+            moves[len(rates)] = {
+                path: value - before[path]
+                for path, value in _values(model).items()
+            }
+        assert any(path.endswith("/lora_b") for path in moves[0])
+        for path, move in moves[0].items():
+            factor = 16 if path.endswith("/lora_b") else 1
+            np.testing.assert_allclose(
+                moves[1][path], factor * move, rtol=1e-3, atol=1e-5
+            )
+
+    def test_lora_plus_without_lora(self):
+        model, _, _ = zoo.bert_classifier()
+        kra.inject(model, kra.RLoRA(4), keep_trainable="logits")
+        with pytest.raises(ValueError, match="no active adapter of this model"):
+            learning_rate_groups(model, adapter=0.1, lora_b=1.0)
+
     def test_settings_of_the_optimizer_are_kept(self):
         model, _ = _model()
         optimizer = learning_rate_groups(
