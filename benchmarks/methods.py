@@ -39,7 +39,7 @@ import tasks  # noqa: E402
 import keras_randadapt as kra  # noqa: E402
 
 REFERENCE = "LoRA(8)"
-STEPS = 20
+STEPS = 8
 COLUMNS = {
     "parameters": ("trained", ",.0f", 1),
     "file_bytes": ("file, KB", ",.1f", 1e-3),
