@@ -47,7 +47,9 @@ def test_errors_name_the_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rlora", "randlora", "rm_lora"])
+@pytest.mark.parametrize(
+    "name", ["choosing_a_method", "rlora", "randlora", "rm_lora"]
+)
 def test_guide(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Enough to run every line; what it prints is not looked at.
