@@ -7,8 +7,9 @@ MiniLM with a classification head; the query and value projections are adapted,
 or what the method has for sites of its own. For every method:
 
 - trained weights, head apart, and the bytes of the adapter file;
-- the time of a training step over that of LoRA, rank 8: epochs of plain `fit`
-  of both models, one after the other in one loop, medians of that loop;
+- the time of a training step over that of LoRA, rank 8, and for DoRA over that
+  of its inner adapter: epochs of plain `fit` of both models, one after the
+  other in one loop, medians of that loop;
 - the memory that XLA sets aside for what a step computes, weights and their
   gradients apart, and the bytes of the optimizer's state (on JAX);
 - accuracy on SST-2 from 100 examples, over paired seeds. The learning rate is
@@ -44,6 +45,7 @@ COLUMNS = {
     "parameters": ("trained", ",.0f", 1),
     "file_bytes": ("file, KB", ",.1f", 1e-3),
     "step": ("step / LoRA's", ".2f", 1),
+    "step_over_inner": ("step / inner adapter's", ".2f", 1),
     "temporaries": ("step memory, MB", ".0f", 1e-6),
     "state_bytes": ("optimizer state, MB", ".2f", 1e-6),
     "test": ("test accuracy, %", ".1f", 100),
@@ -60,12 +62,16 @@ class Row:
         whole: Function of a rate that gives the optimizer of the whole model,
             where there is no adapter but more than the head is trained.
         callbacks: Optional function of inputs and labels.
+        targets: As `inject` takes them.
+        inner: Optional name of the row of the adapter that DoRA wraps.
     """
 
     adapter: Callable | None = None
     rate: float | None = None
     whole: Callable | None = None
     callbacks: Callable | None = None
+    targets: str | None = None
+    inner: str | None = None
 
     @property
     def rates(self):
@@ -94,12 +100,26 @@ ROWS = {
         lambda seed: kra.AdaLoRA(12, seed=seed), callbacks=_rank_budget
     ),
     "SoRA(8)": Row(lambda seed: kra.SoRA(8, seed=seed)),
-    "DoRA(LoRA(8))": Row(lambda seed: kra.DoRA(kra.LoRA(8, seed=seed))),
+    "DoRA(LoRA(8))": Row(
+        lambda seed: kra.DoRA(kra.LoRA(8, seed=seed)), inner="LoRA(8)"
+    ),
+    "LoRA(8), all linear": Row(
+        lambda seed: kra.LoRA(8, seed=seed), targets="all-linear"
+    ),
+    "DoRA(LoRA(8)), all linear": Row(
+        lambda seed: kra.DoRA(kra.LoRA(8, seed=seed)),
+        targets="all-linear",
+        inner="LoRA(8), all linear",
+    ),
     "Hydra(8)": Row(lambda seed: kra.Hydra(8, seed=seed)),
     "RLoRA(384)": Row(lambda seed: kra.RLoRA(384, seed=seed)),
-    "DoRA(RLoRA(384))": Row(lambda seed: kra.DoRA(kra.RLoRA(384, seed=seed))),
+    "DoRA(RLoRA(384))": Row(
+        lambda seed: kra.DoRA(kra.RLoRA(384, seed=seed)), inner="RLoRA(384)"
+    ),
     "VeRA(256)": Row(lambda seed: kra.VeRA(256, seed=seed)),
-    "DoRA(VeRA(256))": Row(lambda seed: kra.DoRA(kra.VeRA(256, seed=seed))),
+    "DoRA(VeRA(256))": Row(
+        lambda seed: kra.DoRA(kra.VeRA(256, seed=seed)), inner="VeRA(256)"
+    ),
     "RandLoRA(32)": Row(lambda seed: kra.RandLoRA(32, seed=seed)),
     "NOLA(8)": Row(lambda seed: kra.NOLA(8, num_bases=128, seed=seed)),
     "SAID(1000)": Row(lambda seed: kra.SAID(1000, seed=seed)),
@@ -121,6 +141,7 @@ def accuracy_methods(task):
     def method(name, row):
         def train(seed, final, rate):
             adapter = row.adapter(seed) if row.adapter else None
+            task.targets = row.targets
             return task.train(
                 seed, final, adapter, rate, row.callbacks, whole=row.whole
             )
@@ -144,7 +165,7 @@ def prepare(task, row):
     rate = row.rates[0]
     if row.adapter:
         report = kra.inject(
-            model, row.adapter(0), task.targets, keep_trainable=task.head
+            model, row.adapter(0), row.targets, keep_trainable=task.head
         )
         file_bytes = report.file_bytes
         optimizer = kra.optimizers.learning_rate_groups(
@@ -164,10 +185,30 @@ def count(variables):
 
 def costs(task, reference, row, repeats):
     """What a method costs, as a dict of numbers."""
-    x, y = task.batches
     numbers = {"file_bytes": prepare(task, row)}
     head = task.model.get_layer(task.head).trainable_variables
     numbers["parameters"] = count(task.model.trainable_variables) - count(head)
+    medians = times_of_steps(task, reference, row, REFERENCE, repeats)
+    numbers["seconds_a_step"] = medians["method"]
+    numbers["step"] = medians["method"] / medians["reference"]
+    if row.inner:
+        medians = times_of_steps(task, reference, row, row.inner, repeats)
+        numbers["step_over_inner"] = medians["method"] / medians["reference"]
+    numbers["state_bytes"] = sum(
+        math.prod(v.shape) * np.dtype("float32").itemsize
+        for v in task.model.optimizer.variables
+    )
+    if keras.config.backend() == "jax":
+        numbers["temporaries"] = temporaries(task)
+    return numbers
+
+
+def times_of_steps(task, reference, row, other, repeats):
+    """Median seconds of a step of the method and of that of another row."""
+    if reference.prepared != other:
+        prepare(reference, ROWS[other])
+        reference.prepared = other
+    x, y = task.batches
     times = {"reference": [], "method": []}
     for repeat in range(repeats + 1):
         for name, one in (("reference", reference), ("method", task)):
@@ -182,17 +223,8 @@ def costs(task, reference, row, repeats):
             )
             # The first compiles.
             if repeat:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    numbers["seconds_a_step"] = medians["method"] / STEPS
-    numbers["step"] = medians["method"] / medians["reference"]
-    numbers["state_bytes"] = sum(
-        math.prod(v.shape) * np.dtype("float32").itemsize
-        for v in task.model.optimizer.variables
-    )
-    if keras.config.backend() == "jax":
-        numbers["temporaries"] = temporaries(task)
-    return numbers
+                times[name].append((time.perf_counter() - start) / STEPS)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def temporaries(task):
@@ -233,7 +265,6 @@ def measure(results, setting, make_task, repeats):
         if numbers is None:
             if task is None:
                 task, reference = make_task(), make_task()
-                prepare(reference, ROWS[REFERENCE])
             numbers = costs(task, reference, row, repeats)
             results.add(numbers, **key)
             shown = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
@@ -251,6 +282,7 @@ def make_task(per_class=50, epochs=8, held_out=500, test=1000):
     def repeated(array):
         return np.resize(array, (size, *array.shape[1:]))
 
+    task.prepared = None
     task.batches = keras.tree.map_structure(repeated, (x, y))
     return task
 
