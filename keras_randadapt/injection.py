@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt import adapter_stack
 from keras_randadapt import checks
 from keras_randadapt import quantized_kernels
 from keras_randadapt import report as report_lib
@@ -373,7 +374,7 @@ def _become_site(layer):
     if isinstance(layer, site_layers.Site):
         return
     layer.__class__ = site_layers.site_class(type(layer))
-    _compat.attach_sublayer(layer, "adapter", site_layers.AdapterStack())
+    _compat.attach_sublayer(layer, "adapter", adapter_stack.AdapterStack())
 
 
 def _start(adapter, layer):

@@ -6,6 +6,7 @@ import re
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt import adapter_stack
 from keras_randadapt import site_layers
 
 #: The names that query and value projections go by in KerasHub's families;
@@ -91,7 +92,7 @@ def _visit(value, path, found, visited, containers):
         if id(value) in visited:
             return
         visited.add(id(value))
-        if isinstance(value, site_layers.AdapterStack):
+        if isinstance(value, adapter_stack.AdapterStack):
             return
         found[path] = value
         # Nothing below these is a layer, and looking at every attribute of

@@ -188,7 +188,7 @@ class Adapter(keras.layers.Layer):
 
         Args:
             x: Tensor of shape `(..., input_dim)`.
-            linear: `site_layers.Product`. Called with a tensor like `x`, it
+            linear: `adapter_stack.Product`. Called with a tensor like `x`, it
                 gives the product that this adapter adapts,
                 `(..., output_dim)`; `linear.kernel()` is the kernel view, or
                 `None` where it can't be had. `linear.base` is the product

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_randadapt import adapter_stack
 from keras_randadapt import checks
 from keras_randadapt import quantized_kernels
 from keras_randadapt import root
@@ -111,7 +112,7 @@ def _gram(layer, adapters):
         delta = sum(_numpy(adapter.delta_kernel()) for adapter in adapters)
         return _gram_of_matrix(delta), 0.0
     base = base_kernel_view(layer)
-    merged = _numpy(site_layers.fold(adapters, base))
+    merged = _numpy(adapter_stack.fold(adapters, base))
     # A few roundings of each element of the merged kernel. The norm of their
     # error bounds every singular value that it can raise.
     noise = 4 * _EPSILON * float(np.linalg.norm(merged))

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt import adapter_stack
 from keras_randadapt import injection
 from keras_randadapt import root
 from keras_randadapt import saving
@@ -480,7 +481,7 @@ def _read(layers, key):
         view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
         return _numpy(view).astype("float32")
     view = deltas.base_kernel_view(layer)
-    return _numpy(site_layers.fold(layer.adapter.active(), view))
+    return _numpy(adapter_stack.fold(layer.adapter.active(), view))
 
 
 def _write(layers, key, value):
