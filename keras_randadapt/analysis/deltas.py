@@ -61,7 +61,8 @@ def site_deltas(model, name=None):
     Raises:
         TypeError: If `model` is no Keras model.
         ValueError: If the model has no adapter, none of this name or none
-            active, if it is inside a `merged` block, or if a delta holds NaN.
+            active, if one is not mergeable and so has no delta, if the model
+            is inside a `merged` block, or if a delta holds NaN.
     """
     state = check_measurable(model, name)
     for address in state.site_addresses:
@@ -95,6 +96,14 @@ def check_measurable(model, name):
             "to measure with `name`, or call `keras_randadapt.set_active` "
             f"first. Attached: {sorted(state.records)}"
         )
+    for one in state.active if name is None else [name]:
+        template = state.records[one].template
+        if not template.mergeable:
+            raise ValueError(
+                f"The adapter '{one}' is a `{type(template).__name__}`, which "
+                "adds no delta to a kernel that could be measured. Name "
+                "another adapter with `name`."
+            )
     return state
 
 
