@@ -84,8 +84,9 @@ def _rank_budget(x, y):
 
 
 def _galore(rate):
+    # One decomposition in each timed epoch.
     return kra.optimizers.GaLore(
-        keras.optimizers.AdamW(rate), rank=32, update_interval=20, scale=1.0
+        keras.optimizers.AdamW(rate), rank=32, update_interval=STEPS, scale=1.0
     )
 
 
@@ -290,6 +291,7 @@ def make_task(per_class=50, epochs=8, held_out=500, test=1000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="takes minutes")
+    parser.add_argument("--costs", action="store_true", help="no accuracy")
     arguments = parser.parse_args()
     folder = pathlib.Path(__file__).parent / "quality" / "results"
     sizes, seeds, repeats = {}, 3, 5
@@ -303,6 +305,8 @@ def main():
     measured = measure(
         results, keras.config.backend(), lambda: make_task(**sizes), repeats
     )
+    if arguments.costs:
+        return
     task = make_task(**sizes)
     title = f"SST-2, {2 * task.per_class}"
     outcome = experiment.run_all(

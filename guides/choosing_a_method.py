@@ -47,10 +47,9 @@ here. MiniLM has 6 layers of dimension 384; `targets=None` means the query and
 value projections, for BitFit whatever has a bias, for a `Bottleneck` the
 attention and feed-forward networks.
 
-The last three columns are declared by each class. A method that is *additive*
-changes a kernel by a matrix of its own, so that any two can be summed and DoRA
-can wrap it; the others depend on the kernel that they change. What is *merged*
-costs nothing in use. Most take Dense and EinsumDense (a *product*),
+The last three columns are declared by each class. What an *additive* method
+adds does not depend on what it is added to; DoRA wraps those of them that change
+kernels. Whatever can be *merged* costs nothing in use. Most take Dense and EinsumDense (a *product*),
 convolutions and embeddings (a *lookup*), BitFit normalizations too.
 """
 
@@ -113,7 +112,7 @@ costs, scores = {}, {}
 with RUNS.open(newline="", encoding="utf-8") as file:
     for row in csv.DictReader(file):
         numbers = json.loads(row["numbers"])
-        if row["phase"] == "costs":
+        if row["phase"] == "costs" and row["setting"] == "jax":
             costs[row["method"]] = numbers
         elif row["phase"] == "final":
             scores.setdefault(row["method"], []).append(100 * numbers["test"])

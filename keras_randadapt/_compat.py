@@ -90,6 +90,11 @@ def detach_sublayer(layer, name):
     layer._tracker.untrack(sublayer)
 
 
+def calls_in_graph(layer):
+    """How often functional models call a layer directly."""
+    return len(layer._inbound_nodes)
+
+
 def training_phase(layer):
     """The `training` flag of the call in progress.
 

@@ -1,6 +1,7 @@
 """The adapters of one site, and how they act on its product one by one."""
 
 import functools
+import threading
 
 import keras
 from keras import ops
@@ -12,15 +13,15 @@ class Relay:
     """Hands a layer's input to an adapter of a layer that is called later."""
 
     def __init__(self):
-        self._x = None
+        # By thread: two may call one model at a time.
+        self._tensors = {}
 
     def put(self, x):
-        self._x = x
+        self._tensors[threading.get_ident()] = x
 
     def take(self):
         # Taken once: a tensor of one trace must not turn up in another.
-        x, self._x = self._x, None
-        return x
+        return self._tensors.pop(threading.get_ident(), None)
 
 
 class AdapterStack(keras.layers.Layer):
@@ -59,6 +60,11 @@ class AdapterStack(keras.layers.Layer):
         for name, relay in self.relays_out:
             if name in self.active_names:
                 relay.put(x)
+
+    def forget(self):
+        """Drops what was relayed to this site and not taken."""
+        for _, relay in self.relays_in:
+            relay.take()
 
     def adapt_output(self, y, x, training):
         """The site's output as those adapters leave it that adapt outputs.

@@ -99,7 +99,9 @@ def _replace(model, name, low_rank):
         dropout=record.template.dropout,
         dtype=record.template.dtype,
     )
-    built = injection.build_adapters(template, name, state.layers, addresses)
+    built = injection.build_adapters(
+        template, name, state.layers, addresses, {}
+    )
     for address in addresses:
         a, b, _ = found[address]
         built[address].lora_a.assign(a)

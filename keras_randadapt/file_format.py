@@ -116,6 +116,8 @@ def describe(model, name, preset):
         "bases": basis_hashes(adapters),
         "kept": sorted(record.kept),
     }
+    if record.sources:
+        metadata["sources"] = record.sources
     if preset is not None:
         metadata["preset"] = preset
     return metadata

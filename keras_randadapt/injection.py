@@ -67,7 +67,8 @@ def inject(
             for in the path; `"all-linear"`, every Dense and EinsumDense layer
             but expert routers and those in `keep_trainable`; a function of a
             layer that returns a bool; or `None`, the query and value
-            projections (for `BitFit`, whatever has a bias).
+            projections (for `BitFit`, whatever has a bias; for `Bottleneck`,
+            attention and feed-forward outputs).
         exclude: Which of these to leave out: names, pattern or function. A
             name may also be of a layer that contains targets.
         keep_trainable: Layers that are trained along with the adapter and
@@ -115,12 +116,13 @@ def inject(
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
-    built = build_adapters(adapter, name, layers, chosen)
-    attach(model, adapter, name, chosen, kept, layers, built)
+    sources = adapter.sources(layers, chosen)
+    built = build_adapters(adapter, name, layers, chosen, sources)
+    attach(model, adapter, name, chosen, kept, layers, built, sources)
     return report_lib.Report(model, name)
 
 
-def attach(model, template, name, addresses, kept, layers, built):
+def attach(model, template, name, addresses, kept, layers, built, sources):
     """Attaches built adapters at checked sites: the part that changes things.
 
     Args:
@@ -131,6 +133,7 @@ def attach(model, template, name, addresses, kept, layers, built):
         kept: Structural addresses of the layers to keep trainable.
         layers: dict from structural address to layer; see `layers_of`.
         built: dict from address to adapter; see `build_adapters`.
+        sources: See `Adapter.sources`.
     """
     trainable_before = list(map(id, model.trainable_variables))
     if not root.is_adapted(model):
@@ -140,7 +143,6 @@ def attach(model, template, name, addresses, kept, layers, built):
         _become_site(layers[address])
         _start(built[address], layers[address])
         layers[address].adapter.add(name, built[address])
-    sources = template.sources(layers, addresses)
     for address, source in sources.items():
         _become_site(layers[source])
         layers[address].adapter.listen_to(layers[source].adapter, name)
@@ -171,13 +173,18 @@ def replace(model, name, template, built):
     trainable_before = list(map(id, model.trainable_variables))
     state = model._randadapt
     record = state.records[name]
-    for address in record.addresses:
+    for address in [*record.addresses, *record.sources.values()]:
         state.layers[address].adapter.remove(name)
         if address in built:
             state.layers[address].adapter.add(name, built[address])
-    gone = [address for address in record.addresses if address not in built]
+    gone = [
+        address
+        for address in [*record.addresses, *record.sources.values()]
+        if address not in built
+    ]
     record.template = template
     record.addresses = list(built)
+    record.sources = {}
     for address in gone:
         _leave_unused_site(state, address)
     show(model, state.active)
@@ -193,8 +200,9 @@ def attach_from_config(model, config):
     name, addresses, kept = config["name"], config["sites"], config["kept"]
     checks.check_new_name(model, name)
     checks.check_attachable(model, layers, addresses, kept)
-    built = build_adapters(template, name, layers, addresses)
-    attach(model, template, name, addresses, kept, layers, built)
+    sources = config.get("sources", {})
+    built = build_adapters(template, name, layers, addresses, sources)
+    attach(model, template, name, addresses, kept, layers, built, sources)
 
 
 def eject(model: keras.Model, name: str | None = None) -> keras.Model:
@@ -458,18 +466,17 @@ def _refresh(model, trainable_before):
     root.wrap_optimizer(model)
 
 
-def build_adapters(template, name, layers, addresses):
+def build_adapters(template, name, layers, addresses, sources):
     """Built adapters by address, attached to nothing yet."""
     paths = [layers[address].path for address in addresses]
     built = {}
-    sources = template.sources(layers, addresses)
     for address in addresses:
         try:
             _check_kind(template, layers[address])
             if template.adapts_output:
                 checks.check_called(address, layers)
             if address in sources:
-                _check_source(sources[address], layers)
+                _check_source(sources[address], address, layers)
             template.check(tuple(site_layers.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
@@ -508,15 +515,27 @@ def _check_kind(template, layer):
         )
 
 
-def _check_source(address, layers):
-    layer = layers[address]
-    if site_layers.supported_class(layer, ("product",)) is None:
+def _check_source(address, site_address, layers):
+    layer = layers.get(address)
+    if (
+        layer is None
+        or site_layers.supported_class(layer, ("product",)) is None
+        or not site_layers.is_matrix_product(layer)
+    ):
         raise ValueError(
-            f"Its input comes from '{address}', a {type(layer).__name__}, "
-            "which must be Dense or EinsumDense. Leave the site out with "
+            f"Its input comes from '{address}', which must be a Dense or "
+            f"EinsumDense layer. Received: {layer}. Leave the site out with "
             "`exclude`."
         )
     site_layers.check_site(address, layer)
+    for one in (layer, layers[site_address]):
+        if _compat.calls_in_graph(one) > 1:
+            raise ValueError(
+                f"It gets the input of '{address}', and '{one.name}' is used "
+                "several times in the model's graph, so it is not known which "
+                "input belongs to which output. Leave the site out with "
+                "`exclude`."
+            )
 
 
 def _with_bias(layers, chosen):

@@ -100,6 +100,12 @@ class RootState:
             for address in dict.fromkeys([*self.site_addresses, *sources])
         ]
 
+    def forget_relayed(self):
+        """Drops inputs that layers handed to others that never took them."""
+        for record in self.records.values():
+            for address in record.sources:
+                self.layers[address].adapter.forget()
+
     def step_counters(self):
         """The active adapters' step counters, each once."""
         counters = {}
@@ -292,6 +298,7 @@ class AdaptedRoot:
                     "adapter": adapter_base.serialize(record.template),
                     "sites": record.addresses,
                     "kept": record.kept,
+                    "sources": record.sources,
                 }
                 for name, record in state.records.items()
             ],
@@ -429,6 +436,9 @@ def _counting_call(base):
         if training:
             for counter in self._randadapt.step_counters():
                 counter.assign_add(1)
+        # A call that broke off, or one of a part of the model, may have left
+        # something behind.
+        self._randadapt.forget_relayed()
         return base.call(self, *args, **kwargs)
 
     return call

@@ -40,6 +40,7 @@ _ATTENTION_OUTPUT_NAMES = (
     "o_dense_layer",
     "o_proj",
     "out_proj",
+    "proj",
 )
 
 #: The first and the last layer of KerasHub's feed-forward networks. Where the
@@ -50,11 +51,11 @@ _FEED_FORWARD_NAMES = {
     "dense_4h_to_h": "dense_h_to_4h",
     "output_projector": "input_projector",
     "ffw_linear": "ffw_gating",
-    "down_proj": "up_proj",
-    "fc2": "fc1",
-    "dense_2": "dense_1",
     "mlp_dense_2": "mlp_dense_1",
 }
+
+#: Others that are called so count beside attention only.
+_COMMON_NAMES = {"down_proj": "up_proj", "fc2": "fc1", "dense_2": "dense_1"}
 
 #: Layers that choose experts: adapting them shifts every token's routing.
 _ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
@@ -153,14 +154,31 @@ def feed_forwards(layers):
     attention = attention_outputs(layers)
     found = {}
     for parent, group in _groups(layers).items():
-        for last, first in _FEED_FORWARD_NAMES.items():
-            if last not in group or first not in group:
-                continue
-            # Keras itself calls unnamed layers `dense_1` and `dense_2`.
-            if last == "dense_2" and not _is_in_block(parent, attention):
-                continue
-            found[group[last]] = group[first]
+        pairs = dict(_FEED_FORWARD_NAMES)
+        if _is_in_block(parent, attention):
+            pairs |= _COMMON_NAMES
+        for last, first in pairs.items():
+            pair = group.get(last), group.get(first)
+            if None not in pair and _is_network(pair, layers):
+                found[pair[0]] = pair[1]
     return found
+
+
+def _is_network(pair, layers):
+    for address in pair:
+        linear = (keras.layers.Dense, keras.layers.EinsumDense)
+        if not isinstance(layers[address], linear):
+            return False
+        # What it gives is gated, and added to that of other experts.
+        if "shared_expert" in address:
+            return False
+        # Keras itself calls unnamed layers `dense_1` and `dense_2`: the
+        # attribute tells.
+        name = layers[address].name
+        attribute = address.rpartition("/")[2].lstrip("_")
+        if name in ("dense_1", "dense_2") and attribute != name:
+            return False
+    return True
 
 
 def _groups(layers):
@@ -224,8 +242,8 @@ def select_sites(
         ]
         if not chosen:
             raise ValueError(
-                "None of this model's layers has a bias to train, or what "
-                "else this method looks for. Name layers in `targets`. "
+                "`targets=None` finds no layer of the kind that this method "
+                "adapts by default. Name layers in `targets`. "
                 + _available(candidates)
             )
     elif targets is None:

@@ -86,7 +86,7 @@ class TestBitFit:
         with pytest.raises(ValueError, match="has a bias to train"):
             kra.inject(model, kra.BitFit(), "plain")
         llama, _, _ = zoo.llama()
-        with pytest.raises(ValueError, match="has a bias to train"):
+        with pytest.raises(ValueError, match="adapts by default"):
             kra.inject(llama, kra.BitFit())
         assert kra.sites(llama) == {} and kra.sites(model) == {}
 

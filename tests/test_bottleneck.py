@@ -1,5 +1,7 @@
 """Bottleneck adapters: where they are, what they compute, what they cost."""
 
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,10 @@ import keras_randadapt as kra
 from keras_randadapt import targets as targets_lib
 from tests import methods
 from tests import zoo
+
+#: A feed-forward network, by KerasHub's names.
+FIRST = "feedforward_intermediate_dense"
+LAST = "feedforward_output_dense"
 
 
 def _relu(x):
@@ -27,9 +33,36 @@ def _two_layers():
     """A feed-forward network by KerasHub's names, and a projection before."""
     inputs = keras.Input((3, 5))
     x = keras.layers.Dense(7, name="before")(inputs)
-    x = keras.layers.Dense(11, activation="tanh", name="fc1")(x)
-    outputs = keras.layers.Dense(7, activation="sigmoid", name="fc2")(x)
+    x = keras.layers.Dense(11, activation="tanh", name=FIRST)(x)
+    outputs = keras.layers.Dense(7, activation="sigmoid", name=LAST)(x)
     return zoo.set_weights(keras.Model(inputs, outputs)), zoo.normal(4, 3, 5)
+
+
+class _Block(keras.layers.Layer):
+    """A transformer block whose author named no layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = keras.layers.MultiHeadAttention(2, 4)
+        self.one = keras.layers.Dense(8, activation="relu")
+        self.two = keras.layers.Dense(8)
+
+    def build(self, input_shape):
+        self.attention.build(input_shape, input_shape)
+        self.one.build(input_shape)
+        self.two.build(input_shape)
+
+    def call(self, x):
+        x = x + self.attention(x, x)
+        return x + self.two(self.one(x))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def _blocks():
+    inputs = keras.Input((3, 8))
+    return zoo.set_weights(keras.Model(inputs, _Block()(inputs)))
 
 
 def _dense(layer, x):
@@ -51,21 +84,21 @@ class TestFormula:
     def test_behind_a_layer(self, placement, activation, scaling):
         model, x = _two_layers()
         weights = [_dense(model.get_layer("before"), x)]
-        weights.append(np.tanh(_dense(model.get_layer("fc1"), weights[0])))
-        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), weights[1])))
-        kra.inject(model, kra.Bottleneck(2, placement=placement), "fc2")
-        values = methods.randomize(_adapter(model, "fc2"))
+        weights.append(np.tanh(_dense(model.get_layer(FIRST), weights[0])))
+        h = 1 / (1 + np.exp(-_dense(model.get_layer(LAST), weights[1])))
+        kra.inject(model, kra.Bottleneck(2, placement=placement), LAST)
+        values = methods.randomize(_adapter(model, LAST))
         expected = h + scaling * _update(values, h, activation)
         methods.close(zoo.outputs(model, x), expected.ravel())
 
     def test_beside_a_feed_forward_network(self):
         model, x = _two_layers()
         z = _dense(model.get_layer("before"), x)
-        hidden = np.tanh(_dense(model.get_layer("fc1"), z))
-        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), hidden)))
+        hidden = np.tanh(_dense(model.get_layer(FIRST), z))
+        h = 1 / (1 + np.exp(-_dense(model.get_layer(LAST), hidden)))
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
-        assert [s.name for s in kra.sites(model).values()] == ["fc2"]
-        values = methods.randomize(_adapter(model, "fc2"))
+        assert [s.name for s in kra.sites(model).values()] == [LAST]
+        values = methods.randomize(_adapter(model, LAST))
         expected = h + 4.0 * _update(values, z, _relu)
         methods.close(zoo.outputs(model, x), expected.ravel())
         y = model.predict(x, verbose=0)
@@ -75,29 +108,29 @@ class TestFormula:
         """A parallel site that ends no known network reads its own input."""
         model, x = _two_layers()
         z = _dense(model.get_layer("before"), x)
-        hidden = np.tanh(_dense(model.get_layer("fc1"), z))
-        kra.inject(model, kra.Bottleneck(2, placement="parallel"), "fc1")
-        values = methods.randomize(_adapter(model, "fc1"))
+        hidden = np.tanh(_dense(model.get_layer(FIRST), z))
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"), FIRST)
+        values = methods.randomize(_adapter(model, FIRST))
         hidden = hidden + 4.0 * _update(values, z, _relu)
-        h = 1 / (1 + np.exp(-_dense(model.get_layer("fc2"), hidden)))
+        h = 1 / (1 + np.exp(-_dense(model.get_layer(LAST), hidden)))
         methods.close(zoo.outputs(model, x), h.ravel())
 
     def test_without_scaling_it_is_the_base(self):
         model, x = _two_layers()
         base = zoo.outputs(model, x)
         kra.inject(model, kra.Bottleneck(2, placement="parallel", scaling=0.0))
-        methods.randomize(_adapter(model, "fc2"))
+        methods.randomize(_adapter(model, LAST))
         methods.close(zoo.outputs(model, x), base, 1e-6)
 
     def test_several_are_summed_in_order(self):
         model, x = _two_layers()
-        kra.inject(model, kra.Bottleneck(2), "fc2")
-        kra.inject(model, kra.LoRA(2), "fc2", name="lora")
+        kra.inject(model, kra.Bottleneck(2), LAST)
+        kra.inject(model, kra.LoRA(2), LAST, name="lora")
         zoo.randomize(model, "lora")
         kra.set_active(model, "lora")
         h = zoo.outputs(model, x).reshape(4, 3, 7).astype("float64")
         kra.set_active(model, ["default", "lora"])
-        values = methods.randomize(_adapter(model, "fc2"))
+        values = methods.randomize(_adapter(model, LAST))
         expected = h + _update(values, h, _swish)
         methods.close(zoo.outputs(model, x), expected.ravel())
 
@@ -117,7 +150,7 @@ class TestFormula:
         finally:
             keras.config.set_dtype_policy("float32")
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
-        adapter = _adapter(model, "fc2")
+        adapter = _adapter(model, LAST)
         assert keras.backend.standardize_dtype(adapter.down.dtype) == "float32"
         methods.randomize(adapter)
         y = model(x, training=False)
@@ -132,12 +165,12 @@ class TestFormula:
                 down_initializer={"name": "normal", "stddev": 0.5},
                 up_initializer={"name": "normal", "stddev": 0.02},
             ),
-            ["fc1", "fc2", "before"],
+            [FIRST, LAST, "before"],
         )
-        downs = [_adapter(model, n).down for n in ("fc1", "fc2", "before")]
+        downs = [_adapter(model, n).down for n in (FIRST, LAST, "before")]
         values = np.concatenate([methods.numpy(v).ravel() for v in downs])
         assert 0.4 < values.std() < 0.6
-        assert 0 < np.abs(methods.numpy(_adapter(model, "fc1").up)).max() < 0.1
+        assert 0 < np.abs(methods.numpy(_adapter(model, FIRST).up)).max() < 0.1
 
 
 class TestRelay:
@@ -148,22 +181,22 @@ class TestRelay:
         base = zoo.outputs(model, x)
         classes = [type(layer) for layer in model.layers]
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
-        assert type(model.get_layer("fc1")) not in classes
-        kra.inject(model, kra.LoRA(2), "fc1", name="lora")
+        assert type(model.get_layer(FIRST)) not in classes
+        kra.inject(model, kra.LoRA(2), FIRST, name="lora")
         kra.eject(model, "default")
-        assert isinstance(model.get_layer("fc1"), kra.site_layers.Site)
+        assert isinstance(model.get_layer(FIRST), kra.site_layers.Site)
         kra.eject(model)
         assert [type(layer) for layer in model.layers] == classes
         np.testing.assert_array_equal(zoo.outputs(model, x), base)
 
     def test_with_adapters_on_both_layers(self):
         model, x = _two_layers()
-        kra.inject(model, kra.LoRA(2), ["fc1", "fc2"], name="lora")
+        kra.inject(model, kra.LoRA(2), [FIRST, LAST], name="lora")
         zoo.randomize(model, "lora")
         without = zoo.outputs(model, x).reshape(4, 3, 7)
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
         kra.set_active(model, ["lora", "default"])
-        values = methods.randomize(_adapter(model, "fc2"))
+        values = methods.randomize(_adapter(model, LAST))
         z = _dense(model.get_layer("before"), x)
         expected = without + 4.0 * _update(values, z, _relu)
         methods.close(zoo.outputs(model, x), expected.ravel())
@@ -176,11 +209,91 @@ class TestRelay:
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
         hidden = keras.ops.convert_to_tensor(zoo.normal(4, 3, 11))
         with pytest.raises(ValueError, match="not called before the last"):
-            model.get_layer("fc2")(hidden)
+            model.get_layer(LAST)(hidden)
         # And a call of the whole leaves nothing behind for the next.
         zoo.outputs(model, x)
         with pytest.raises(ValueError, match="not called before the last"):
-            model.get_layer("fc2")(hidden)
+            model.get_layer(LAST)(hidden)
+
+    def test_what_was_not_taken_is_dropped(self):
+        """The input of a call of a part is not that of a later call."""
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        methods.randomize(_adapter(model, LAST))
+        out = zoo.outputs(model, x)
+        part = keras.Model(model.input, model.get_layer(FIRST).output)
+        part(2 * x)
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    def test_threads(self):
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        methods.randomize(_adapter(model, LAST))
+        inputs = [x, 2 * x, -x]
+        expected = [zoo.outputs(model, one) for one in inputs]
+
+        def outputs(i):
+            return [zoo.outputs(model, inputs[i]) for _ in range(20)]
+
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for i, results in enumerate(pool.map(outputs, range(3))):
+                for result in results:
+                    methods.close(result, expected[i], 1e-6)
+
+    def test_network_used_twice_in_a_graph(self):
+        """Keras calls its first layer twice, and only then its last."""
+        first = keras.layers.Dense(6, name=FIRST)
+        last = keras.layers.Dense(5, name=LAST)
+        inputs = [keras.Input((5,)), keras.Input((5,))]
+        model = keras.Model(inputs, [last(first(one)) for one in inputs])
+        with pytest.raises(ValueError, match="several times in the model"):
+            kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        assert kra.sites(model) == {}
+
+    def test_files_say_where_the_input_comes_from(self, tmp_path):
+        """Names of unnamed layers are others when a model is built again."""
+        model = _blocks()
+        x = zoo.normal(4, 3, 8)
+        names = [m.name for m in (model.layers[1].one, model.layers[1].two)]
+        model.layers[1].one.name, model.layers[1].two.name = FIRST, LAST
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"), [LAST])
+        assert len(kra.sites(model)) == 1
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        kra.save_adapter(model, tmp_path / "file")
+        model.layers[1].one.name, model.layers[1].two.name = names
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(
+            tmp_path / "model.keras", custom_objects={"_Block": _Block}
+        )
+        methods.close(zoo.outputs(loaded, x), out, 1e-6)
+        fresh = _blocks()
+        kra.load_adapter(fresh, tmp_path / "file")
+        methods.close(zoo.outputs(fresh, x), out, 1e-6)
+        # And a file that gets its input elsewhere is another adapter.
+        kra.eject(model)
+        kra.inject(
+            model,
+            kra.Bottleneck(2, placement="parallel"),
+            list(kra.sites(loaded)),
+        )
+        with pytest.raises(ValueError, match="inputs of different layers"):
+            kra.load_adapter(model, tmp_path / "file")
+
+    @pytest.mark.skipif(
+        keras.config.backend() == "torch",
+        reason="Keras exports no SavedModel from the torch backend",
+    )
+    def test_saved_model(self, tmp_path):
+        import tensorflow as tf
+
+        model, x = _two_layers()
+        kra.inject(model, kra.Bottleneck(2, placement="parallel"))
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        model.export(tmp_path / "saved", verbose=False)
+        loaded = tf.saved_model.load(tmp_path / "saved")
+        methods.close(np.ravel(loaded.serve(x).numpy()), out)
 
     def test_whole_model_file_and_eject(self, tmp_path):
         model, x = _two_layers()
@@ -342,10 +455,55 @@ class TestPlacement:
             kra.inject(model, kra.Bottleneck(2), "ffw_linear")
         assert kra.sites(model) == {}
 
-    def test_own_layers_of_such_names_are_left_alone(self):
+    @pytest.mark.parametrize(
+        "first, last", [("dense_1", "dense_2"), ("fc1", "fc2")]
+    )
+    def test_own_layers_of_such_names_are_left_alone(self, first, last):
         inputs = keras.Input((4,))
-        x = keras.layers.Dense(4, name="dense_1")(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(4, name="dense_2")(x))
+        x = keras.layers.Dense(4, name=first)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(4, name=last)(x))
+        with pytest.raises(ValueError, match="Name layers in `targets`"):
+            kra.inject(model, kra.Bottleneck(2))
+
+    def test_unnamed_layers_are_left_alone(self):
+        """Keras's names of unnamed layers depend on what was built before."""
+        blocks = [_Block() for _ in range(4)]
+        inputs = keras.Input((3, 8))
+        x = inputs
+        for block in blocks:
+            x = block(x)
+            block.one.name, block.two.name = "dense_1", "dense_2"
+        model = keras.Model(inputs, x)
+        with pytest.raises(ValueError, match="Name layers in `targets`"):
+            kra.inject(model, kra.Bottleneck(2, placement="pfeiffer"))
+
+    def test_convolutions_of_such_names_are_left_alone(self):
+        layers = {
+            "block/attention/query": keras.layers.Dense(2, name="query"),
+            "block/attention/o_proj": keras.layers.Dense(2, name="o_proj"),
+            "block/fc1": keras.layers.Conv2D(2, 1, name="fc1"),
+            "block/fc2": keras.layers.Conv2D(2, 1, name="fc2"),
+        }
+        assert targets_lib.feed_forwards(layers) == {}
+        layers["block/fc1"] = keras.layers.Dense(2, name="fc1")
+        layers["block/fc2"] = keras.layers.Dense(2, name="fc2")
+        assert targets_lib.feed_forwards(layers) == {"block/fc2": "block/fc1"}
+
+    def test_mixture_of_experts(self):
+        import keras_hub
+
+        model = keras_hub.models.QwenMoeBackbone(
+            vocabulary_size=20,
+            num_layers=1,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            hidden_dim=8,
+            intermediate_dim=12,
+            moe_intermediate_dim=6,
+            shared_expert_intermediate_dim=6,
+            num_experts=2,
+            top_k=1,
+        )
         with pytest.raises(ValueError, match="Name layers in `targets`"):
             kra.inject(model, kra.Bottleneck(2))
 
@@ -373,7 +531,17 @@ class TestArguments:
             ({"rank": 2.5}, TypeError, "`rank` must be an integer"),
             ({"reduction": 0}, ValueError, "`reduction` must be at least 1"),
             ({"rank": 2, "reduction": 2}, ValueError, "give one of them"),
-            ({"activation": "no"}, ValueError, "`activation` must be the name"),
+            ({"activation": "no"}, ValueError, "`activation` must be a Keras"),
+            (
+                {"activation": lambda x: x},
+                ValueError,
+                "`activation` must be a Keras",
+            ),
+            (
+                {"activation": keras.layers.LeakyReLU()},
+                ValueError,
+                "`activation` must be a Keras",
+            ),
             ({"scaling": "no"}, ValueError, "`scaling` must be a finite"),
             ({"up_initializer": "no"}, ValueError, "`up_initializer` must be"),
         ],

@@ -58,6 +58,29 @@ def test_attach_and_detach_sublayer():
     assert layer._tracker.locked
 
 
+def test_calls_in_graph():
+    class Outer(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = layers.Dense(2)
+
+        def build(self, input_shape):
+            self.inner.build(input_shape)
+
+        def call(self, x):
+            return self.inner(self.inner(x))
+
+    shared, once, outer = layers.Dense(2), layers.Dense(2), Outer()
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, outer(once(shared(shared(inputs)))))
+    model(np.zeros((1, 2)))
+    # A part of it, and the whole inside another model, call nothing anew.
+    keras.Model(model.input, once.output)
+    keras.Model(inputs, model(inputs))
+    calls = map(_compat.calls_in_graph, (shared, once, outer.inner))
+    assert list(calls) == [2, 1, 0]
+
+
 @pytest.mark.parametrize("training", [True, False, None])
 def test_training_phase(training):
     seen = []

@@ -31,9 +31,10 @@ class Bottleneck(base.Adapter):
     - `"parallel"`: `z` is the input of the feed-forward network, so that the
       two run side by side.
 
-    With `targets=None` these are found in KerasHub's transformers. Layers that
-    `targets` names are sites whatever they are; of a parallel one that ends no
-    known feed-forward network, `z` is its own input.
+    With `targets=None` these are found in KerasHub's transformers, except
+    mixtures of experts. Layers that `targets` names are sites whatever they
+    are; of a parallel one that ends no known feed-forward network, `z` is its
+    own input.
 
     `U` and `u` start at zero, so the update does. It is not linear and can't
     be merged; `export` and whole-model files hold it. Layers that compute
@@ -66,7 +67,8 @@ class Bottleneck(base.Adapter):
         TypeError: If `rank` or `reduction` is no integer.
         ValueError: If an argument is out of range, or if both `rank` and
             `reduction` are given. At injection, if a site is no matrix
-            product, or if `targets=None` finds no transformer block.
+            product, if `targets=None` finds no feed-forward network, or if a
+            parallel one is used several times in a functional model's graph.
 
     Example:
 
@@ -209,13 +211,19 @@ class Bottleneck(base.Adapter):
 
 
 def _check_activation(activation):
+    message = (
+        "`activation` must be a Keras activation without weights or arguments, "
+        f"or its name, such as 'relu'. Received: activation={activation!r}"
+    )
     try:
-        return keras.activations.serialize(keras.activations.get(activation))
+        name = keras.activations.serialize(keras.activations.get(activation))
+        # By the name alone: what is no function of Keras's has none.
+        keras.activations.get(name)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            "`activation` must be the name of a Keras activation, such as "
-            f"'relu'. Received: activation={activation!r}"
-        ) from error
+        raise ValueError(message) from error
+    if not isinstance(name, str):
+        raise ValueError(message)
+    return name
 
 
 def _affine(x, matrix, bias):

@@ -27,7 +27,7 @@ def learning_rate_groups(
     `model.compile`.
 
     `MultiOptimizer` has no `learning_rate` of its own: schedules are given
-    here instead, and `optimizer.optimizers` lists the two inner optimizers.
+    here instead, and `optimizer.optimizers` lists the inner optimizers.
 
     Args:
         model: An adapted model. Its other trainable weights, those of

@@ -119,6 +119,10 @@ def load_adapter(
 
     addresses = [rename(key) for key in _site_keys(tensors)]
     kept = [rename(key) for key in metadata["kept"]]
+    sources = {
+        rename(key): rename(source)
+        for key, source in metadata.get("sources", {}).items()
+    }
     order = {address: i for i, address in enumerate(layers)}
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers, template.site_kinds)
@@ -126,18 +130,22 @@ def load_adapter(
     checks.check_attachable(model, layers, addresses, kept)
     present = root.is_adapted(model) and name in model._randadapt.records
     if present:
-        _check_same(filepath, model, name, template, addresses, kept)
+        _check_same(filepath, model, name, template, addresses, kept, sources)
         built = model._randadapt.adapters(name)
     else:
         checks.check_new_name(model, name)
-        built = injection.build_adapters(template, name, layers, addresses)
+        built = injection.build_adapters(
+            template, name, layers, addresses, sources
+        )
     _check_bases(filepath, metadata, built)
     values = _adapter_values(filepath, built, by_address)
     kept_values = _kept_values(filepath, metadata, tensors, rename, layers)
 
     # Nothing below can fail for anything in the file.
     if not present:
-        injection.attach(model, template, name, addresses, kept, layers, built)
+        injection.attach(
+            model, template, name, addresses, kept, layers, built, sources
+        )
     for address, arrays in values.items():
         for weight, array in zip(built[address].stored_weights(), arrays):
             weight.assign(array)
@@ -228,7 +236,11 @@ def _relocation(filepath, metadata, tensors, model, layers):
     A task holds its backbone under a prefix; a file trained on either loads
     into the other, by adding or removing one prefix everywhere.
     """
-    keys = [*_site_keys(tensors), *metadata["kept"]]
+    keys = [
+        *_site_keys(tensors),
+        *metadata["kept"],
+        *metadata.get("sources", {}).values(),
+    ]
     if not keys:
         raise ValueError(f"'{filepath}' holds no site.")
     if all(key in layers for key in keys):
@@ -306,7 +318,7 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
         )
 
 
-def _check_same(filepath, model, name, template, addresses, kept):
+def _check_same(filepath, model, name, template, addresses, kept, sources):
     record = model._randadapt.records[name]
     ours = adapter_base.serialize(record.template)
     theirs = adapter_base.serialize(template)
@@ -316,6 +328,8 @@ def _check_same(filepath, model, name, template, addresses, kept):
         difference = "they are on different sites"
     elif set(record.kept) != set(kept):
         difference = "they keep different layers trainable"
+    elif record.sources != sources:
+        difference = "they get the inputs of different layers"
     else:
         return
     raise ValueError(
