@@ -48,9 +48,10 @@ value projections, for BitFit whatever has a bias, for a `Bottleneck` the
 attention and feed-forward networks.
 
 The last three columns are declared by each class. What an *additive* method
-adds does not depend on what it is added to; DoRA wraps those of them that change
-kernels. Whatever can be *merged* costs nothing in use. Most take Dense and EinsumDense (a *product*),
-convolutions and embeddings (a *lookup*), BitFit normalizations too.
+adds does not depend on what it is added to; DoRA wraps those that change
+kernels. Whatever can be *merged* costs nothing in use. Most take Dense and
+EinsumDense (a *product*), convolutions and embeddings (a *lookup*), BitFit
+normalizations too.
 """
 
 TEMPLATES = {
