@@ -14,15 +14,12 @@ under XLA), PyTorch eagerly. The copy is out of place, in the same framework:
 `clone`.
 """
 
-import argparse
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
+import side_by_side
 
 ELEMENTS = 1 << 22
 SIZES = (256, 768, 1024, 3072, 4096, 11008, 16384)
@@ -101,7 +98,7 @@ def torch_functions():
     return torch.tensor, lambda f: f, backward, torch.clone, lambda y: y
 
 
-def medians(functions, x, repeats, wait):
+def medians(functions, x, arguments.repeats, wait):
     times = {name: [] for name in functions}
     for repeat in range(repeats + 2):
         for name, function in functions.items():
@@ -116,18 +113,20 @@ def medians(functions, x, repeats, wait):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def rows(backend, sizes, repeats, jit_compile):
+def rows(arguments):
+    import keras
+
     from keras_randadapt.hadamard import hadamard
     from keras_randadapt.ops import fwht
 
     make = {
         "jax": jax_functions,
-        "tensorflow": lambda: tensorflow_functions(jit_compile),
+        "tensorflow": lambda: tensorflow_functions(arguments.jit_compile),
         "torch": torch_functions,
-    }[backend]
+    }[keras.config.backend()]
     tensor, forward, backward, copy, wait = make()
     rng = np.random.default_rng(0)
-    for d in sizes:
+    for d in arguments.sizes:
         shape = (ELEMENTS // d, d)
         x = tensor(rng.standard_normal(shape, dtype="float32"))
         linear = {"fwht": fwht}
@@ -137,7 +136,7 @@ def rows(backend, sizes, repeats, jit_compile):
         for name, transform in (("forward", forward), ("backward", backward)):
             functions = {k: transform(f) for k, f in linear.items()}
             functions["copy"] = copy
-            t = medians(functions, x, repeats, wait)
+            t = medians(functions, x, arguments.repeats, wait)
             dense = t.get("dense", math.nan)
             yield (
                 name,
@@ -150,39 +149,11 @@ def rows(backend, sizes, repeats, jit_compile):
             )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="all backends")
-    parser.add_argument("--jit-compile", action="store_true")
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    arguments = parser.parse_args()
-    if arguments.all:
-        options = [a for a in sys.argv[1:] if a != "--all"]
-        for backend in ("jax", "tensorflow", "torch"):
-            subprocess.run(
-                [sys.executable, __file__, *options],
-                env={**os.environ, "KERAS_BACKEND": backend},
-                check=True,
-            )
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-    import keras
-
-    backend = keras.config.backend()
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    print(f"\n{backend}, {cores} cores, load before the run {load:.1f}\n")
-    names = [name for name, _ in COLUMNS]
-    print("| " + " | ".join(names) + " |")
-    print("|" + " --- |" * len(names))
-    for row in rows(
-        backend, arguments.sizes, arguments.repeats, arguments.jit_compile
-    ):
-        cells = (f.format(v) for (_, f), v in zip(COLUMNS, row))
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    side_by_side.main(
+        __doc__,
+        COLUMNS,
+        rows,
+        repeats=dict(type=int, default=21),
+        sizes=dict(type=int, nargs="+", default=SIZES),
+    )

@@ -15,14 +15,11 @@ JAX runs under `jax.jit`, TensorFlow under `tf.function` (with `--jit-compile`
 under XLA), PyTorch eagerly.
 """
 
-import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
+import side_by_side
 
 BASES = ("uniform", "sparse", "hadamard")
 COLUMNS = (
@@ -193,39 +190,13 @@ def rows(arguments):
             )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="all backends")
-    parser.add_argument("--jit-compile", action="store_true")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=32)
-    arguments = parser.parse_args()
-    if arguments.all:
-        options = [a for a in sys.argv[1:] if a != "--all"]
-        for backend in ("jax", "tensorflow", "torch"):
-            subprocess.run(
-                [sys.executable, __file__, *options],
-                env={**os.environ, "KERAS_BACKEND": backend},
-                check=True,
-            )
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-    import keras
-
-    backend = keras.config.backend()
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    print(f"\n{backend}, {cores} cores, load before the run {load:.1f}\n")
-    names = [name.strip() for name, _ in COLUMNS]
-    print("| " + " | ".join(names) + " |")
-    print("|" + " --- |" * len(names))
-    for row in rows(arguments):
-        cells = (f.format(v) for (_, f), v in zip(COLUMNS, row))
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    side_by_side.main(
+        __doc__,
+        COLUMNS,
+        rows,
+        repeats=dict(type=int, default=9),
+        tokens=dict(type=int, default=4096),
+        dim=dict(type=int, default=1024),
+        rank=dict(type=int, default=32),
+    )

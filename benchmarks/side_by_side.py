@@ -1,0 +1,50 @@
+"""The command line of the benchmarks that time things side by side."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+
+def main(description, columns, rows, **options):
+    """Prints a Markdown table of the figures of one backend, or of each.
+
+    Args:
+        description: string. The benchmark's docstring.
+        columns: `(heading, format)` pairs.
+        rows: Function of the parsed arguments that yields rows of figures.
+            Called when Keras is imported, and its backend known.
+        **options: What `add_argument` takes, by the name of the option; a dash
+            for each underscore.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="all backends")
+    parser.add_argument("--jit-compile", action="store_true")
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    arguments = parser.parse_args()
+    if arguments.all:
+        given = [a for a in sys.argv[1:] if a != "--all"]
+        for backend in ("jax", "tensorflow", "torch"):
+            subprocess.run(
+                [sys.executable, sys.argv[0], *given],
+                env={**os.environ, "KERAS_BACKEND": backend},
+                check=True,
+            )
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    import keras
+
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    print(
+        f"\n{keras.config.backend()}, {cores} cores, "
+        f"load before the run {load:.1f}\n"
+    )
+    # Headings that are the same but for spaces are columns of their own.
+    print("| " + " | ".join(name.strip() for name, _ in columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows(arguments):
+        cells = (f.format(v) for (_, f), v in zip(columns, row))
+        print("| " + " | ".join(cells) + " |", flush=True)
