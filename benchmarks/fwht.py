@@ -98,7 +98,7 @@ def torch_functions():
     return torch.tensor, lambda f: f, backward, torch.clone, lambda y: y
 
 
-def medians(functions, x, arguments.repeats, wait):
+def medians(functions, x, repeats, wait):
     times = {name: [] for name in functions}
     for repeat in range(repeats + 2):
         for name, function in functions.items():
