@@ -71,20 +71,18 @@ class EinsumPlan:
         return _transpose(ops.reshape(view, shape), self._view_to_kernel)
 
     def flatten_input(self, x):
-        """Layer input to `(*batch, input_dim)`."""
+        """Layer input to `(tokens, input_dim)`."""
         x = _transpose(x, self._flatten_x)
-        if len(self._row_sizes) == 1:
-            return x
-        batch = ops.shape(x)[: len(self._batch_axes)]
-        return ops.reshape(x, (*batch, self.view_shape.input_dim))
+        return ops.reshape(x, (-1, self.view_shape.input_dim))
 
     def unflatten_input(self, z, inputs):
         """Undoes `flatten_input`; `inputs` gives the batch axes."""
-        if len(self._row_sizes) != 1:
-            shape = ops.shape(inputs)
-            batch = [shape[axis] for axis in self._batch_axes]
-            z = ops.reshape(z, (*batch, *self._row_sizes))
+        z = ops.reshape(z, (*self._batch(inputs), *self._row_sizes))
         return _transpose(z, self._unflatten_x)
+
+    def _batch(self, inputs):
+        shape = ops.shape(inputs)
+        return [shape[axis] for axis in self._batch_axes]
 
     def multiply(self, rows, product):
         """A matrix times the view, by the layer's own product.
@@ -98,18 +96,12 @@ class EinsumPlan:
         """
         ones = [1] * (len(self._batch_axes) - 1)
         z = ops.reshape(rows, (*ones, -1, *self._row_sizes))
-        y = product(_transpose(z, self._unflatten_x))
-        return ops.reshape(
-            self.flatten_output(y), (-1, self.view_shape.output_dim)
-        )
+        return self.flatten_output(product(_transpose(z, self._unflatten_x)))
 
     def flatten_output(self, y):
-        """Layer output to `(*batch, output_dim)`."""
+        """Layer output to `(tokens, output_dim)`."""
         y = _transpose(y, self._flatten_y)
-        if len(self._column_sizes) == 1:
-            return y
-        batch = ops.shape(y)[: len(self._batch_axes)]
-        return ops.reshape(y, (*batch, self.view_shape.output_dim))
+        return ops.reshape(y, (-1, self.view_shape.output_dim))
 
     def flatten_bias(self, bias):
         """A bias with a number for each column, as a vector in their order."""
@@ -125,10 +117,7 @@ class EinsumPlan:
 
     def unflatten_output(self, y, inputs):
         """Undoes `flatten_output`; `inputs` gives the batch axes."""
-        if len(self._column_sizes) != 1:
-            shape = ops.shape(inputs)
-            batch = [shape[axis] for axis in self._batch_axes]
-            y = ops.reshape(y, (*batch, *self._column_sizes))
+        y = ops.reshape(y, (*self._batch(inputs), *self._column_sizes))
         return _transpose(y, self._unflatten_y)
 
 

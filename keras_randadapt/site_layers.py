@@ -130,6 +130,24 @@ class _ProductSite(Site):
             y = self.unflatten_output(columns, inputs)
         return y
 
+    def _adapted_product(self, inputs, training):
+        active = self.adapter.active()
+        if not active:
+            return self._base_product(inputs)
+        # Tokens in one axis: with two, XLA's gradients of thin products take
+        # three times as long on a CPU (benchmarks/README.md).
+        x = self.flatten_input(inputs)
+
+        def linear(z):
+            # The usual adapter passes its input on: the base product then
+            # takes the layer's own input and nothing is laid out twice.
+            z = inputs if z is x else self.unflatten_input(z, inputs)
+            return self.flatten_output(self._base_product(z))
+
+        product = adapter_stack.Product(linear, self)
+        y = adapter_stack.adapt_all(active, x, product, training)
+        return self.unflatten_output(y, inputs)
+
     def _base_product(self, x):
         if self.quantization_mode is None:
             return self._float_product(x, self._kernel)
@@ -156,13 +174,17 @@ class DenseSite(_ProductSite):
         return view
 
     def flatten_input(self, inputs):
-        return inputs
+        return ops.reshape(inputs, (-1, self.kernel_view.input_dim))
+
+    def unflatten_input(self, rows, inputs):
+        batch = ops.shape(inputs)[:-1]
+        return ops.reshape(rows, (*batch, self.kernel_view.input_dim))
 
     def flatten_output(self, y):
-        return y
+        return ops.reshape(y, (-1, self.units))
 
     def unflatten_output(self, columns, inputs):
-        return columns
+        return ops.reshape(columns, (*ops.shape(inputs)[:-1], self.units))
 
     def multiply(self, rows):
         """A matrix `(n, input_dim)` times the base kernel view."""
@@ -170,12 +192,6 @@ class DenseSite(_ProductSite):
 
     def _float_product(self, x, kernel):
         return ops.matmul(x, kernel)
-
-    def _adapted_product(self, inputs, training):
-        linear = adapter_stack.Product(self._base_product, self)
-        return adapter_stack.adapt_all(
-            self.adapter.active(), inputs, linear, training
-        )
 
 
 class EinsumDenseSite(_ProductSite):
@@ -193,6 +209,9 @@ class EinsumDenseSite(_ProductSite):
 
     def flatten_input(self, inputs):
         return einsum_plan_of(self).flatten_input(inputs)
+
+    def unflatten_input(self, rows, inputs):
+        return einsum_plan_of(self).unflatten_input(rows, inputs)
 
     def flatten_output(self, y):
         return einsum_plan_of(self).flatten_output(y)
@@ -225,24 +244,9 @@ class EinsumDenseSite(_ProductSite):
         return ops.einsum(self.equation, x, kernel)
 
     def _adapted_product(self, inputs, training):
-        plan = einsum_plan_of(self)
-        active = self.adapter.active()
-        if not active:
-            return self._base_product(inputs)
-        if not plan.is_matrix_product:
+        if not einsum_plan_of(self).is_matrix_product:
             return _kernel_space_product(self, inputs, training)
-        x = plan.flatten_input(inputs)
-
-        def linear(z):
-            # The usual adapter passes its input on: the base product then
-            # takes the layer's own input and nothing is laid out twice.
-            z = inputs if z is x else plan.unflatten_input(z, inputs)
-            return plan.flatten_output(self._base_product(z))
-
-        y = adapter_stack.adapt_all(
-            active, x, adapter_stack.Product(linear, self), training
-        )
-        return plan.unflatten_output(y, inputs)
+        return super()._adapted_product(inputs, training)
 
 
 class ConvSite(Site):
