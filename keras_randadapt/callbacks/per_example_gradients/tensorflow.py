@@ -54,6 +54,10 @@ def strategies(loss):
     ]
 
 
+#: Operations whose results take no memory beside their arguments'.
+_VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze", "StopGradient"}
+
+
 def intermediate_bytes(loss, batch):
     """Bytes of all that the forward pass of a batch computes."""
     batch = _tensors(batch)
@@ -72,6 +76,7 @@ def intermediate_bytes(loss, batch):
     return sum(
         int(np.prod(output.shape)) * output.dtype.size
         for operation in graph.get_operations()
+        if operation.type not in _VIEWS
         for output in operation.outputs
         if output.shape.is_fully_defined()
     )
