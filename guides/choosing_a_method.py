@@ -122,8 +122,9 @@ print(
     f"{'method':<26}{'trained':>12}{'step':>7}{'memory, MB':>12}"
     f"{'state, MB':>11}{'accuracy, %':>14}"
 )
-for name, cost in costs.items():
-    accuracy = scores[name]
+by_size = sorted(costs, key=lambda name: costs[name]["parameters"])
+for name in by_size:
+    cost, accuracy = costs[name], scores[name]
     print(
         f"{name:<26}{cost['parameters']:>12,.0f}{cost['step']:>7.2f}"
         f"{cost['temporaries'] / 1e6:>12.0f}{cost['state_bytes'] / 1e6:>11.2f}"
