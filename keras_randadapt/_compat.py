@@ -6,6 +6,7 @@ by name, rather than somewhere inside a user's `fit`.
 """
 
 import contextlib
+import functools
 
 import keras
 from keras.src.backend import set_keras_mask
@@ -26,6 +27,8 @@ __all__ = [
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
+    "KeepsTrainingFlag",
+    "may_rematerialize",
     "no_automatic_dependency_tracking",
     "owned_variables",
     "refresh_torch_parameters",
@@ -102,6 +105,35 @@ def training_phase(layer):
     hand it to them; the call context still knows it.
     """
     return bool(layer._get_call_context().get_value("training"))
+
+
+class KeepsTrainingFlag:
+    """Mixed into classes of layers that look at `training`.
+
+    Keras's rematerialization makes a tensor of it on JAX, as of every keyword
+    argument, and no branch can be taken on a traced tensor.
+    """
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        if "training" not in kwargs:
+            return super().rematerialized_call(layer_call, *args, **kwargs)
+        training = kwargs["training"]
+
+        @functools.wraps(layer_call)
+        def call(*args, **kwargs):
+            return layer_call(*args, **{**kwargs, "training": training})
+
+        return super().rematerialized_call(call, *args, **kwargs)
+
+
+def may_rematerialize(layer):
+    """Whether `keras.RematScope` may have a layer's `call` run twice."""
+    mode = layer._remat_mode
+    if mode is None:
+        return False
+    if mode.mode == "list_of_layers":
+        return layer.name in mode.layer_names
+    return mode.mode in ("full", "larger_than")
 
 
 def walk_attributes(saveable):

@@ -8,6 +8,7 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt import file_format
 from keras_randadapt import root
+from keras_randadapt import site_classes
 from keras_randadapt import site_layers
 from keras_randadapt.adapters import base as adapter_base
 from keras_randadapt.adapters.base import Adapter
@@ -43,7 +44,7 @@ def check_model(model):
     if root.is_adapted(model):
         return
     for layer in _compat.flatten_layers(model):
-        if isinstance(layer, site_layers.Site) or (
+        if isinstance(layer, site_classes.Site) or (
             isinstance(layer, keras.Model) and root.is_adapted(layer)
         ):
             raise ValueError(

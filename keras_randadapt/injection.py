@@ -23,9 +23,11 @@ from keras_randadapt import checks
 from keras_randadapt import quantized_kernels
 from keras_randadapt import report as report_lib
 from keras_randadapt import root
+from keras_randadapt import site_classes
 from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
 from keras_randadapt.adapters import base as adapter_base
+from keras_randadapt.adapters import variables as adapter_variables
 from keras_randadapt.adapters.base import Adapter
 
 #: What `targets`, `exclude` and `keep_trainable` may be.
@@ -173,15 +175,11 @@ def replace(model, name, template, built):
     trainable_before = list(map(id, model.trainable_variables))
     state = model._randadapt
     record = state.records[name]
-    for address in [*record.addresses, *record.sources.values()]:
+    gone = [address for address in record.changed if address not in built]
+    for address in record.changed:
         state.layers[address].adapter.remove(name)
         if address in built:
             state.layers[address].adapter.add(name, built[address])
-    gone = [
-        address
-        for address in [*record.addresses, *record.sources.values()]
-        if address not in built
-    ]
     record.template = template
     record.addresses = list(built)
     record.sources = {}
@@ -230,8 +228,7 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     _activate(model, tuple(n for n in state.active if n not in names))
     for one in names:
         record = state.records.pop(one)
-        used = dict.fromkeys([*record.addresses, *record.sources.values()])
-        for address in used:
+        for address in record.changed:
             state.layers[address].adapter.remove(one)
             _leave_unused_site(state, address)
     if not state.records:
@@ -379,7 +376,7 @@ def _refuse_quantize(model, *args, **kwargs):
 
 
 def _become_site(layer):
-    if isinstance(layer, site_layers.Site):
+    if isinstance(layer, site_classes.Site):
         return
     layer.__class__ = site_layers.site_class(type(layer))
     _compat.attach_sublayer(layer, "adapter", adapter_stack.AdapterStack())
@@ -396,7 +393,7 @@ def _start(adapter, layer):
 def _leave_unused_site(state, address):
     """Gives a layer its own class back if no adapter is left on it."""
     for record in state.records.values():
-        if address in record.addresses or address in record.sources.values():
+        if address in record.changed:
             return
     layer = state.layers[address]
     _compat.detach_sublayer(layer, "adapter")
@@ -480,7 +477,7 @@ def build_adapters(template, name, layers, addresses, sources):
             template.check(tuple(site_layers.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
-    with adapter_base.shared_bases():
+    with adapter_variables.shared_bases():
         for number, address in enumerate(addresses):
             layer = layers[address]
             # Two layers of one path would give two variables of one path,
@@ -535,6 +532,13 @@ def _check_source(address, site_address, layers):
                 "several times in the model's graph, so it is not known which "
                 "input belongs to which output. Leave the site out with "
                 "`exclude`."
+            )
+        if _compat.may_rematerialize(one):
+            raise ValueError(
+                f"It gets the input of '{address}', and '{one.name}' was made "
+                "in a `keras.RematScope`, which lets nothing else out of a "
+                "layer than its output. Build the model outside of the scope, "
+                "or leave the site out with `exclude`."
             )
 
 

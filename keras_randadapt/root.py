@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt import site_layers
+from keras_randadapt import site_classes
 from keras_randadapt import targets
 from keras_randadapt.adapters import base as adapter_base
 
@@ -41,6 +41,14 @@ class AdapterRecord:
         self.addresses = list(addresses)
         self.kept = list(kept)
         self.kept_values = None
+
+    @property
+    def changed(self):
+        """Addresses of the layers that it changes, each once.
+
+        Its sites, and the layers that hand their input to one.
+        """
+        return list(dict.fromkeys([*self.addresses, *self.sources.values()]))
 
 
 class RootState:
@@ -90,15 +98,10 @@ class RootState:
     @property
     def changed_layers(self):
         """The sites, and layers that hand their input to one."""
-        sources = dict.fromkeys(
-            address
-            for record in self.records.values()
-            for address in record.sources.values()
-        )
-        return [
-            self.layers[address]
-            for address in dict.fromkeys([*self.site_addresses, *sources])
-        ]
+        changed = {
+            a for record in self.records.values() for a in record.changed
+        }
+        return [self.layers[a] for a in self.layers if a in changed]
 
     def forget_relayed(self):
         """Drops inputs that layers handed to others that never took them."""
@@ -240,7 +243,7 @@ def wrap_optimizer(model):
         model.optimizer = wrapped
 
 
-class AdaptedRoot:
+class AdaptedRoot(_compat.KeepsTrainingFlag):
     """Mixed into the outermost model's own class; see `root_class`."""
 
     _root_base = None
@@ -474,7 +477,7 @@ def plain_classes(model):
     adapted = type(model)
     state = model._randadapt
     flags = [(layer, layer.trainable) for layer, _ in state.layer_flags]
-    with site_layers.as_base_class(*state.changed_layers):
+    with site_classes.as_base_class(*state.changed_layers):
         model.__class__ = adapted._root_base
         for layer, flag in state.layer_flags:
             _compat.set_layer_trainable_flag(layer, flag)

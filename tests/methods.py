@@ -30,15 +30,15 @@ def randomize(adapter, seed=1):
     return values
 
 
-def roberta_base(intermediate_dim=64):
-    """A backbone whose attention has RoBERTa-base's shapes."""
+def roberta(num_layers=12, hidden_dim=768, num_heads=12, intermediate_dim=64):
+    """A backbone whose attention has RoBERTa-base's shapes, or others."""
     import keras_hub
 
     return keras_hub.models.RobertaBackbone(
         vocabulary_size=50,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=768,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
         intermediate_dim=intermediate_dim,
         max_sequence_length=8,
     )

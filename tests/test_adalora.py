@@ -171,6 +171,6 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Rank 12 at first: 24 * 12 * 1537."""
-        model = methods.roberta_base()
+        model = methods.roberta()
         report = kra.inject(model, kra.AdaLoRA(12), ["query", "value"])
         assert report.adapter_parameters == 442_656

@@ -133,5 +133,5 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """All biases and offsets: 102,144."""
-        model = methods.roberta_base(intermediate_dim=3072)
+        model = methods.roberta(intermediate_dim=3072)
         assert kra.inject(model, kra.BitFit()).adapter_parameters == 102_144

@@ -184,7 +184,7 @@ class TestRelay:
         assert type(model.get_layer(FIRST)) not in classes
         kra.inject(model, kra.LoRA(2), FIRST, name="lora")
         kra.eject(model, "default")
-        assert isinstance(model.get_layer(FIRST), kra.site_layers.Site)
+        assert isinstance(model.get_layer(FIRST), kra.site_classes.Site)
         kra.eject(model)
         assert [type(layer) for layer in model.layers] == classes
         np.testing.assert_array_equal(zoo.outputs(model, x), base)
@@ -249,6 +249,28 @@ class TestRelay:
         with pytest.raises(ValueError, match="several times in the model"):
             kra.inject(model, kra.Bottleneck(2, placement="parallel"))
         assert kra.sites(model) == {}
+
+    @pytest.mark.parametrize(
+        "options, refused",
+        [
+            (dict(mode="full"), True),
+            (dict(mode="larger_than", output_size_threshold=1), True),
+            (dict(mode="list_of_layers", layer_names=[LAST]), True),
+            (dict(mode="list_of_layers", layer_names=["other"]), False),
+            (dict(mode="activations"), False),
+        ],
+        ids=str,
+    )
+    def test_rematerialized_networks(self, options, refused):
+        with keras.RematScope(**options):
+            model, _ = _two_layers()
+        template = kra.Bottleneck(2, placement="parallel")
+        if refused:
+            with pytest.raises(ValueError, match="RematScope"):
+                kra.inject(model, template)
+            assert kra.sites(model) == {}
+            template = kra.Bottleneck(2)
+        assert len(kra.inject(model, template).sites) == 1
 
     def test_files_say_where_the_input_comes_from(self, tmp_path):
         """Names of unnamed layers are others when a model is built again."""
@@ -323,22 +345,13 @@ class TestPlacement:
             hidden_dim=8,
             intermediate_dim=12,
         )
-        grouped = dict(
-            vocabulary_size=20,
-            num_layers=2,
-            num_query_heads=2,
-            num_key_value_heads=1,
-            hidden_dim=8,
-            intermediate_dim=12,
-        )
+        # Families differ in what they call the number of heads.
+        sizes = {k: v for k, v in common.items() if k != "num_heads"}
+        grouped = dict(sizes, num_query_heads=2, num_key_value_heads=1)
         return {
             "bloom": lambda: models.BloomBackbone(**common),
             "falcon": lambda: models.FalconBackbone(
-                vocabulary_size=20,
-                num_layers=2,
-                num_attention_heads=2,
-                hidden_dim=8,
-                intermediate_dim=12,
+                num_attention_heads=2, **sizes
             ),
             "gemma": lambda: models.GemmaBackbone(head_dim=4, **grouped),
             "phi3": lambda: models.Phi3Backbone(**grouped),
@@ -582,5 +595,5 @@ class TestPaperCount:
     )
     def test_roberta_base(self, placement, reduction, count):
         template = kra.Bottleneck(placement=placement, reduction=reduction)
-        report = kra.inject(methods.roberta_base(), template)
+        report = kra.inject(methods.roberta(), template)
         assert report.adapter_parameters == count

@@ -100,6 +100,39 @@ def test_walk_attributes():
     assert [x.name for x in names["layers"]][1:] == ["d"]
 
 
+def test_may_rematerialize():
+    assert not _compat.may_rematerialize(layers.Dense(2))
+    with keras.RematScope(mode="full"):
+        assert _compat.may_rematerialize(layers.Dense(2))
+    with keras.RematScope(mode="activations"):
+        assert not _compat.may_rematerialize(layers.Dense(2))
+    with keras.RematScope(mode="list_of_layers", layer_names=["a"]):
+        assert _compat.may_rematerialize(layers.Dense(2, name="a"))
+        assert not _compat.may_rematerialize(layers.Dense(2, name="b"))
+
+
+def test_keeps_training_flag():
+    """A layer rematerialized on its own and one inside another."""
+
+    class Doubling(_compat.KeepsTrainingFlag, layers.Layer):
+        def call(self, x, training=None):
+            return 2 * x if training else x
+
+    class Outer(_compat.KeepsTrainingFlag, layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = Doubling()
+
+        def call(self, x, training=None):
+            return self.inner(x)
+
+    with keras.RematScope(mode="full"):
+        layer = Outer()
+        for training, factor in ((True, 2), (False, 1)):
+            y = layer(np.ones((1, 2), "float32"), training=training)
+            assert np.all(keras.ops.convert_to_numpy(y) == factor)
+
+
 def test_is_saveable():
     assert _compat.is_saveable(layers.Dense(2))
     assert not _compat.is_saveable(object())

@@ -336,6 +336,6 @@ class TestPaperCounts:
         ],
     )
     def test_roberta_base(self, template, count):
-        model = methods.roberta_base()
+        model = methods.roberta()
         report = kra.inject(model, template(), ["query", "value"])
         assert report.adapter_parameters == count

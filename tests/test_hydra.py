@@ -155,7 +155,7 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Parallel 4 and sequential 8 on each second feed-forward layer."""
-        model = methods.roberta_base(intermediate_dim=3072)
+        model = methods.roberta(intermediate_dim=3072)
         report = kra.inject(
             model,
             kra.Hydra(4, sequential_rank=8),

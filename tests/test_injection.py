@@ -473,6 +473,44 @@ class TestTraining:
         losses = history.history["loss"]
         assert losses[-1] < losses[0]
 
+    @pytest.mark.parametrize(
+        "adapter",
+        [kra.LoRA(2), kra.RLoRA(4), kra.Bottleneck(2)],
+        ids=lambda adapter: type(adapter).__name__,
+    )
+    @pytest.mark.parametrize("mode", ["full", "activations"])
+    def test_rematerialization(self, adapter, mode):
+        """Layers whose activations Keras computes again for the gradient."""
+
+        def trained(mode, adapted):
+            keras.utils.set_random_seed(0)
+            with keras.RematScope(mode=mode):
+                model = keras.Sequential(
+                    [
+                        keras.layers.Dense(6, activation="gelu", name="first"),
+                        keras.layers.Dense(4, name="second"),
+                    ]
+                )
+                model.build((None, 4))
+                if adapted:
+                    kra.inject(model, adapter, ["first", "second"])
+                model.compile(keras.optimizers.SGD(0.1), "mse")
+                x = zoo.normal(8, 4)
+                model.fit(x, 2 * x, epochs=2, verbose=0)
+            return [np.array(w) for w in map(_numpy, model.weights)]
+
+        try:
+            trained(mode, adapted=False)
+        except ValueError as error:
+            # Keras 3.15 hands keyword arguments to `tf.recompute_grad`.
+            assert keras.backend.backend() == "tensorflow"
+            assert "keywords arguments" in str(error)
+            pytest.skip(f"Keras itself can't: {error}")
+        for got, expected in zip(
+            trained(mode, True), trained(None, True), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
     def test_inject_after_compile_and_fit(self):
         model, x, targets = zoo.einsum_query()
         zoo.fit(model, x)

@@ -147,7 +147,7 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Rank 8 on query and value: 24 sites of 8 * 768."""
-        model = methods.roberta_base()
+        model = methods.roberta()
         report = kra.inject(model, kra.LoRAFA(8), ["query", "value"])
         assert report.adapter_parameters == 147_456
 

@@ -12,6 +12,7 @@ import pytest
 import keras_randadapt as kra
 from keras_randadapt import hadamard
 from keras_randadapt import random
+from tests import methods
 from tests import zoo
 
 
@@ -225,25 +226,11 @@ class TestRLoRA:
         assert kra.RLoRA.from_config(config).get_config() == config
 
 
-def _roberta(layers, dim, heads, **kwargs):
-    import keras_hub
-
-    return keras_hub.models.RobertaBackbone(
-        vocabulary_size=50,
-        num_layers=layers,
-        num_heads=heads,
-        hidden_dim=dim,
-        intermediate_dim=64,
-        max_sequence_length=8,
-        **kwargs,
-    )
-
-
 class TestPaperCounts:
     """Table 2: the trainables of the papers' models, heads excluded."""
 
     def test_roberta_base(self):
-        model = _roberta(12, 768, 12)
+        model = methods.roberta()
         report = kra.inject(model, kra.RLoRA(512), ["query", "value"])
         assert report.adapter_parameters == 30_720
         assert len(report.sites) == 24
@@ -253,7 +240,7 @@ class TestPaperCounts:
 
     @pytest.mark.slow
     def test_roberta_large(self):
-        model = _roberta(24, 1024, 16)
+        model = methods.roberta(24, 1024, 16)
         report = kra.inject(model, kra.RLoRA(256), ["query", "value"])
         assert report.adapter_parameters == 61_440
 

@@ -129,6 +129,6 @@ class TestPaperCount:
     @pytest.mark.slow
     def test_roberta_base(self):
         """Rank 8 on query and value: 24 * 8 * (768 + 768 + 1)."""
-        model = methods.roberta_base()
+        model = methods.roberta()
         report = kra.inject(model, kra.SoRA(8), ["query", "value"])
         assert report.adapter_parameters == 295_104

@@ -82,7 +82,8 @@ class Task:
 
         Args:
             seed: int. Chooses examples, head, batches and dropout.
-            final: bool. Whether to measure more than the held-out score.
+            final: bool. Whether to measure on training and test examples,
+                not on the held-out ones.
             adapter: An adapter template, or `None` for the head alone.
             rate: float. The adapters' learning rate, the head's if alone.
             callbacks: Optional function of inputs and labels that gives a
@@ -128,8 +129,9 @@ class Task:
                 verbose=0,
                 callbacks=callbacks(x, y) if callbacks else None,
             )
-            numbers["held_out"] = self.score(*self._held_out)
-            if final:
+            if not final:
+                numbers["held_out"] = self.score(*self._held_out)
+            else:
                 numbers["train"] = self.score(x, y)
                 numbers["test"] = self.score(*self._test)
                 numbers["gap"] = numbers["train"] - numbers["test"]
@@ -145,12 +147,8 @@ class Task:
         return numbers
 
     def zero_shot(self):
-        """The scores of the model as it is."""
-        return {
-            "held_out": self.score(*self._held_out),
-            "test": self.score(*self._test),
-            "parameters": 0,
-        }
+        """The test score of the model as it is."""
+        return {"test": self.score(*self._test), "parameters": 0}
 
     def fit_arguments(self, y):
         return {"y": y}

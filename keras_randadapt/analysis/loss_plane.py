@@ -12,6 +12,7 @@ from keras_randadapt import adapter_stack
 from keras_randadapt import injection
 from keras_randadapt import root
 from keras_randadapt import saving
+from keras_randadapt import site_classes
 from keras_randadapt import site_layers
 from keras_randadapt.analysis import deltas
 from keras_randadapt.analysis import plotting
@@ -451,7 +452,7 @@ def _check_keys(layers, keys):
                 f"kernel view. Name its weights: '{address}#0' and so on."
             )
         elif layer.quantization_mode is not None and not isinstance(
-            layer, site_layers.Site
+            layer, site_classes.Site
         ):
             raise ValueError(
                 f"The kernel of '{address}' is quantized to "
@@ -477,7 +478,7 @@ def _read(layers, key):
     if "#" in key:
         return _numpy(_variable(layers, key)).astype("float32")
     layer = layers[key]
-    if not isinstance(layer, site_layers.Site):
+    if not isinstance(layer, site_classes.Site):
         view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
         return _numpy(view).astype("float32")
     view = deltas.base_kernel_view(layer)

@@ -1,0 +1,259 @@
+"""The variables of adapters: which are trained, shared, stored in files."""
+
+import contextlib
+import contextvars
+
+import keras
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt import arguments
+
+# The frozen variables that the adapters built in a `shared_bases` block have
+# in common, by what they hold.
+_shared = contextvars.ContextVar("keras_randadapt_shared_bases", default=None)
+
+
+@contextlib.contextmanager
+def shared_bases():
+    """For a block, adapters that are built share equal frozen variables.
+
+    One block an injection, and nothing outlives it: variables that two models
+    shared would be donated twice by JAX's trainer.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+class SharedVariable:
+    """A reference to another adapter's variable, which Keras does not track.
+
+    Attributes:
+        variable: The `keras.Variable`.
+    """
+
+    def __init__(self, variable):
+        self.variable = variable
+
+
+class AdapterVariables(keras.layers.Layer):
+    """The part of an `Adapter` that makes and keeps its variables.
+
+    A subclass has an attribute `seed`, which the first values come from.
+    """
+
+    def __init__(self, *, dtype, name):
+        super().__init__(dtype=dtype, name=name)
+        self.step_counter = None
+        self._address = ""
+        self._frozen_names = ()
+        self._derived_names = ()
+
+    def add_trainable(self, name, shape, initializer, regularizer=None):
+        """A trainable weight whose first values are equal on every backend.
+
+        Args:
+            name: string.
+            shape: tuple of ints.
+            initializer: A name that `initial_values` knows, a dict
+                `{"name": ..., **arguments}` for it, or any Keras initializer
+                (whose values differ from backend to backend).
+            regularizer: Optional Keras regularizer: a penalty on the weight,
+                part of the model's losses while the adapter is trained.
+        """
+        own = arguments.own_initializer(initializer)
+        if own is not None:
+            kind, options = own
+            values = arguments.initial_values(
+                kind, self.seed, f"{self._address}/{name}", shape, **options
+            )
+
+            def initializer(shape, dtype=None):
+                return ops.convert_to_tensor(values, dtype=dtype)
+
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            # Products cast explicitly: autocasting would also round the
+            # delta that is merged in float32.
+            autocast=False,
+            regularizer=regularizer,
+        )
+
+    def add_frozen(self, name, basis):
+        """Keeps the values of a random basis in a variable that no file has.
+
+        A variable and not a constant of the compiled step, which would be
+        copied into every executable. Adapters of one injection with equal
+        bases share it.
+
+        Args:
+            name: string. The variable is the attribute `<name>_values`.
+            basis: A basis of `keras_randadapt.bases`, whose products use the
+                variable from then on. One that keeps no values is left alone.
+
+        Returns:
+            `basis`.
+        """
+        if not hasattr(basis, "bind"):
+            return basis
+        shared = _shared.get()
+        variable = None if shared is None else shared.get(basis.key)
+        if variable is None:
+            variable = self._frozen_variable(
+                name, basis.values, basis.shape, basis.dtype
+            )
+            if shared is not None:
+                shared[basis.key] = variable
+        self._keep_frozen(name, variable)
+        basis.bind(variable)
+        return basis
+
+    def add_frozen_values(self, name, values):
+        """Keeps frozen random values of this site in a variable.
+
+        Args:
+            name: string. The variable is the attribute `<name>_values`.
+            values: NumPy array, which a seed gives. No file has it.
+        """
+        variable = self._frozen_variable(
+            name, lambda: values, values.shape, str(values.dtype)
+        )
+        self._keep_frozen(name, variable)
+
+    def _frozen_variable(self, name, values, shape, dtype):
+        def initializer(shape, dtype=None):
+            return ops.convert_to_tensor(values(), dtype=dtype)
+
+        return self.add_weight(
+            name=f"{name}_values",
+            shape=shape,
+            dtype=dtype,
+            initializer=initializer,
+            trainable=False,
+            autocast=False,
+        )
+
+    def _keep_frozen(self, name, variable):
+        setattr(self, f"{name}_values", variable)
+        self._frozen_names += (f"{name}_values",)
+
+    def add_shared_trainable(self, name, shape, initializer):
+        """A trainable weight that all adapters of one injection share.
+
+        It belongs to the first of them, so files hold it once.
+
+        Args:
+            name: string.
+            shape: tuple of ints.
+            initializer: See `add_trainable`.
+
+        Returns:
+            A `SharedVariable`.
+        """
+        shared = _shared.get()
+        key = f"trainable {name}"
+        variable = None if shared is None else shared.get(key)
+        if variable is None:
+            variable = self.add_trainable(name, shape, initializer)
+            if shared is not None:
+                shared[key] = variable
+        return SharedVariable(variable)
+
+    def add_derived(self, name, shape):
+        """A float32 variable for what `start_from` derives from the kernel.
+
+        Keras's files hold it, adapter files do not.
+        """
+        self._derived_names += (name,)
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            dtype="float32",
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+        )
+
+    def add_step_counter(self):
+        """Counts training steps, for methods that draw anew in each.
+
+        The adapted model counts up once a training call, before any layer
+        computes, so that all adapters of one injection see the same number
+        throughout a step, however often their site is called. The count is
+        state like that of dropout: Keras's files hold it, adapter files do
+        not.
+        """
+        shared = _shared.get()
+        key = "step counter"
+        counter = None if shared is None else shared.get(key)
+        if counter is None:
+            counter = self.add_weight(
+                name="step_counter",
+                shape=(),
+                dtype="int32",
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
+            if shared is not None:
+                shared[key] = counter
+        self.step_counter = counter
+
+    def training_step(self):
+        """The number of training calls so far: an int32 scalar tensor."""
+        return ops.convert_to_tensor(self.step_counter)
+
+    def frozen_weights(self):
+        """The variables of frozen bases, here and below."""
+        return [
+            getattr(layer, name)
+            for layer in _compat.flatten_layers(self)
+            if isinstance(layer, AdapterVariables)
+            for name in layer._frozen_names
+        ]
+
+    def stored_weights(self):
+        """The weights that adapter files hold.
+
+        All but bases, step counters and what is derived from the kernel. Both
+        are methods, because Keras's saving walks into lists that properties
+        give.
+        """
+        left_out = {id(variable) for variable in self.frozen_weights()}
+        for layer in _compat.flatten_layers(self):
+            if isinstance(layer, AdapterVariables):
+                left_out.add(id(layer.step_counter))
+                left_out.update(
+                    id(getattr(layer, name)) for name in layer._derived_names
+                )
+        return [w for w in self.weights if id(w) not in left_out]
+
+    def save_own_variables(self, store):
+        for i, variable in enumerate(self._own_stored_variables()):
+            store[str(i)] = variable
+
+    def load_own_variables(self, store):
+        # A file of the model without adapters has nothing here; it must
+        # still load.
+        if not len(store.keys()):
+            return
+        variables = self._own_stored_variables()
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"The file holds {len(store.keys())} variables for the "
+                f"adapter '{self.path}', which has {len(variables)}: "
+                f"{[v.name for v in variables]}. It was written with another "
+                "adapter on this layer."
+            )
+        for i, variable in enumerate(variables):
+            variable.assign(store[str(i)])
+
+    def _own_stored_variables(self):
+        frozen = {id(getattr(self, name)) for name in self._frozen_names}
+        own = _compat.owned_variables(self)
+        return [v for v in own if id(v) not in frozen]
