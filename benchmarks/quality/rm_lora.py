@@ -83,7 +83,7 @@ def settings(quick):
             task = tasks.SentenceTask("sst2", 100, 8)
         task.rank = rank
         name = f"SST-2, {2 * task.per_class}, rank {rank}"
-        seeds = 2 if quick else 5
+        seeds = 2 if quick else 3
         yield experiment.Setting(name, task, seeds, choices_of=searched)
         searched = searched or name
 
