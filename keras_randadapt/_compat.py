@@ -19,6 +19,7 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 __all__ = [
     "alias_registered_class",
     "attach_sublayer",
+    "calls_in_graph",
     "compiled_functions",
     "detach_sublayer",
     "exclude_from_weight_decay",

@@ -53,7 +53,10 @@ def check_initializer(initializer, argument):
         # Plain floats: NumPy's can't be written to a config.
         return {"name": kind, **{k: float(v) for k, v in arguments.items()}}
     try:
-        return keras.initializers.get(initializer)
+        found = keras.initializers.get(initializer)
+        if found is None:
+            raise ValueError("Keras would take its own default.")
+        return found
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"`{argument}` must be one of {sorted(_OWN_INITIALIZERS)}, a dict "

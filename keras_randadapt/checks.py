@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterable
 
 import keras
 
@@ -103,13 +104,34 @@ def check_new_name(model, name):
 
 
 def check_names(state, names):
-    """Raises `ValueError` if one of these adapters is not attached."""
+    """Validates names of attached adapters.
+
+    Args:
+        state: A `RootState`.
+        names: A name or an iterable of names.
+
+    Returns:
+        A tuple of names.
+
+    Raises:
+        TypeError: If a name is no string.
+        ValueError: If one of these adapters is not attached.
+    """
+    given = names
+    names = (names,) if isinstance(names, str) else names
+    names = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"Names of adapters must be strings. Received: {given!r}. "
+            f"Attached: {sorted(state.records)}"
+        )
     for name in names:
         if name not in state.records:
             raise ValueError(
                 f"There is no adapter called {name!r}. "
                 f"Attached: {sorted(state.records)}"
             )
+    return names
 
 
 def one_name(state, name):
@@ -199,14 +221,27 @@ def _check_parent(address, layers):
         )
 
 
-def check_called(address, layers):
-    """Raises `ValueError` if the model reads the layer's kernel instead."""
+def check_called(template, address, layers):
+    """Raises `ValueError` if a layer must be called and its kernel is read."""
     parent = layers.get(address.rpartition("/")[0])
-    if type(parent).__name__ in _READS_KERNELS:
+    if type(parent).__name__ not in _READS_KERNELS:
+        return
+    missed = None
+    if template.adapts_output:
+        missed = "what is added to its output"
+    elif template.dropout:
+        missed = "the adapter's `dropout`"
+    elif any(
+        type(part).training_delta_kernel is not Adapter.training_delta_kernel
+        for part in _compat.flatten_layers(template)
+        if isinstance(part, Adapter)
+    ):
+        missed = "what the method does in training only"
+    if missed:
         raise ValueError(
             f"KerasHub's {type(parent).__name__} does not call "
-            f"'{layers[address].name}' but reads its kernel, so what is added "
-            "to its output would be missed. Leave it out with `exclude`."
+            f"'{layers[address].name}' but reads its kernel, so {missed} would "
+            "be missed. Leave it out with `exclude`."
         )
 
 

@@ -67,10 +67,10 @@ def inject(
         targets: Which layers to adapt. A name or a list of names, each the
             layer's own name or the end of its path; a `re.Pattern` searched
             for in the path; `"all-linear"`, every Dense and EinsumDense layer
-            but expert routers and those in `keep_trainable`; a function of a
-            layer that returns a bool; or `None`, the query and value
-            projections (for `BitFit`, whatever has a bias; for `Bottleneck`,
-            attention and feed-forward outputs).
+            but expert routers, heads of KerasHub tasks and those in
+            `keep_trainable`; a function of a layer that returns a bool; or
+            `None`, the query and value projections (for `BitFit`, whatever has
+            a bias; for `Bottleneck`, attention and feed-forward outputs).
         exclude: Which of these to leave out: names, pattern or function. A
             name may also be of a layer that contains targets.
         keep_trainable: Layers that are trained along with the adapter and
@@ -137,13 +137,22 @@ def attach(model, template, name, addresses, kept, layers, built, sources):
         built: dict from address to adapter; see `build_adapters`.
         sources: See `Adapter.sources`.
     """
-    trainable_before = list(map(id, model.trainable_variables))
+    before = _before_change(model)
     if not root.is_adapted(model):
         _become_root(model, layers)
     state = model._randadapt
+    try:
+        for address in addresses:
+            _become_site(layers[address])
+            _start(built[address], layers[address])
+    except BaseException:
+        # A decomposition of a kernel may fail, or be interrupted.
+        for address in addresses:
+            _leave_unused_site(state, address)
+        if not state.records:
+            _leave_root(model)
+        raise
     for address in addresses:
-        _become_site(layers[address])
-        _start(built[address], layers[address])
         layers[address].adapter.add(name, built[address])
     for address, source in sources.items():
         _become_site(layers[source])
@@ -160,7 +169,7 @@ def attach(model, template, name, addresses, kept, layers, built, sources):
         _activate(model, (name,))
     else:
         root.apply_trainable(model)
-    _refresh(model, trainable_before)
+    _refresh(model, before)
 
 
 def replace(model, name, template, built):
@@ -172,7 +181,7 @@ def replace(model, name, template, built):
         template: The template that the new adapters are clones of.
         built: dict from address to adapter. Sites that it lacks are let go.
     """
-    trainable_before = list(map(id, model.trainable_variables))
+    before = _before_change(model)
     state = model._randadapt
     record = state.records[name]
     gone = [address for address in record.changed if address not in built]
@@ -187,7 +196,7 @@ def replace(model, name, template, built):
         _leave_unused_site(state, address)
     show(model, state.active)
     root.apply_trainable(model)
-    _refresh(model, trainable_before)
+    _refresh(model, before)
 
 
 def attach_from_config(model, config):
@@ -222,9 +231,8 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     state = root.state_of(model)
     root.check_no_block(model)
     root.check_not_fitting(model)
-    names = list(state.records) if name is None else [name]
-    checks.check_names(state, names)
-    trainable_before = list(map(id, model.trainable_variables))
+    names = checks.check_names(state, state.records if name is None else [name])
+    before = _before_change(model)
     _activate(model, tuple(n for n in state.active if n not in names))
     for one in names:
         record = state.records.pop(one)
@@ -233,7 +241,7 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
             _leave_unused_site(state, address)
     if not state.records:
         _leave_root(model)
-    _refresh(model, trainable_before)
+    _refresh(model, before)
     return model
 
 
@@ -263,15 +271,15 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     functions = functions_of_fit(model)
     active = state.active
     state.block = "disabled"
-    trainable_before = list(map(id, model.trainable_variables))
     _activate(model, (), freeze=False)
-    _refresh(model, trainable_before)
+    _forget_compiled(model)
     try:
         yield model
     finally:
         state.block = outer
         _activate(model, active, freeze=False)
-        _refresh(model, trainable_before)
+        _forget_compiled(model)
+        root.wrap_optimizer(model)
         restore_functions(functions)
 
 
@@ -292,8 +300,7 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     state = root.state_of(model)
     root.check_no_block(model)
     root.check_not_fitting(model)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    checks.check_names(state, names)
+    names = checks.check_names(state, names)
     if len(set(names)) != len(names):
         raise ValueError(f"`names` repeats a name. Received: names={names}")
     owner = {}
@@ -306,9 +313,9 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
                     f"only one can be active. Received: names={names}"
                 )
             owner[address] = name
-    trainable_before = list(map(id, model.trainable_variables))
+    before = _before_change(model)
     _activate(model, names)
-    _refresh(model, trainable_before)
+    _refresh(model, before)
 
 
 def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:
@@ -396,8 +403,9 @@ def _leave_unused_site(state, address):
         if address in record.changed:
             return
     layer = state.layers[address]
-    _compat.detach_sublayer(layer, "adapter")
-    layer.__class__ = layer._site_base
+    if isinstance(layer, site_classes.Site):
+        _compat.detach_sublayer(layer, "adapter")
+        layer.__class__ = layer._site_base
 
 
 def show(model, names):
@@ -451,27 +459,50 @@ def restore_functions(functions):
             setattr(part, attribute, function)
 
 
-def _refresh(model, trainable_before):
-    """Makes Keras forget what it compiled for the model as it was."""
+def _before_change(model):
+    """What `_refresh` has to know of the model as it was.
+
+    A fresh optimizer is made now: where its config can't be read back, the
+    error comes before anything has changed.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        optimizer = type(optimizer).from_config(optimizer.get_config())
+    else:
+        optimizer = None
+    return list(map(id, model.trainable_variables)), optimizer
+
+
+def _forget_compiled(model):
     for part in _models(model):
         _compat.reset_compiled_functions(part)
     _compat.refresh_torch_parameters(model)
-    optimizer = getattr(model, "optimizer", None)
-    changed = list(map(id, model.trainable_variables)) != trainable_before
-    if changed and optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+
+def _refresh(model, before):
+    """Makes Keras see the model as it is now.
+
+    Args:
+        model: An adapted model.
+        before: What `_before_change` gave.
+    """
+    trainable, optimizer = before
+    _forget_compiled(model)
+    changed = list(map(id, model.trainable_variables)) != trainable
+    if changed and optimizer is not None:
+        model.optimizer = optimizer
     root.wrap_optimizer(model)
 
 
 def build_adapters(template, name, layers, addresses, sources):
     """Built adapters by address, attached to nothing yet."""
+    template.check_addresses(addresses)
     paths = [layers[address].path for address in addresses]
     built = {}
     for address in addresses:
         try:
             _check_kind(template, layers[address])
-            if template.adapts_output:
-                checks.check_called(address, layers)
+            checks.check_called(template, address, layers)
             if address in sources:
                 _check_source(sources[address], address, layers)
             template.check(tuple(site_layers.view_of(layers[address])))

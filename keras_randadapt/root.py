@@ -63,8 +63,9 @@ class RootState:
         active: tuple of the active adapters' names.
         block: `"merged"` or `"disabled"` inside a block of that name, whose
             end restores what was at its beginning.
-        flags: `(layer, flag)` and `(variable, flag)` pairs: `trainable` as it
-            was before injection.
+        layer_flags: `(layer, flag)` pairs: `trainable` as it was before
+            injection.
+        variable_flags: `(variable, flag)` pairs, likewise.
         base_values: address to list of arrays: kept layers' values before
             any training, which `disabled` and `eject` restore.
         attachments: list of functions that take off what callbacks attached

@@ -6,6 +6,7 @@ delta between the base product and the bias. How the kernel of each layer class
 is seen as a matrix, the kernel view, is here too.
 """
 
+import contextlib
 import functools
 import math
 import threading
@@ -22,6 +23,8 @@ from keras_randadapt.einsum_plan import KernelView
 # Setting bias and activation aside changes the layer for the length of a
 # call; two threads must not see each other's changes.
 _QUANTIZED_CALL_LOCK = threading.RLock()
+
+_CLASS_LOCK = threading.RLock()
 
 
 class Site(_compat.KeepsTrainingFlag):
@@ -56,6 +59,13 @@ class Site(_compat.KeepsTrainingFlag):
             "`keras_randadapt.eject(model)` first, or add a second adapter "
             "with `keras_randadapt.inject(model, LoRA(...), name=...)`."
         )
+
+    def _lock_if_quantized(self):
+        # Of a quantized product, bias and activation are set aside: another
+        # thread must not take the layer for one that has none.
+        if self.quantization_mode is None:
+            return contextlib.nullcontext()
+        return _QUANTIZED_CALL_LOCK
 
     def _is_training(self, training):
         if training is None:
@@ -106,13 +116,16 @@ class _ProductSite(Site):
         # Exporters and Gemma4's feed-forward read the kernel and multiply
         # themselves: they must see the update. A quantized kernel is integers
         # that only the layer can scale, so it stays what it is.
-        with as_base_class(self):
-            kernel = self.kernel
+        kernel = super().kernel
         if self.quantization_mode is not None:
             return kernel
         return self._merged_or_base(kernel)
 
     def call(self, inputs, training=None):
+        with self._lock_if_quantized():
+            return self._adapted_call(inputs, training)
+
+    def _adapted_call(self, inputs, training):
         inputs = _as_float(inputs, self.compute_dtype)
         if self.adapter.relays_out:
             self.adapter.relay(self.flatten_input(inputs))
@@ -154,7 +167,7 @@ class _ProductSite(Site):
         call = functools.partial(self._site_base.quantized_call, self, x)
         if self.bias is None and self.activation is None:
             return call()
-        with _QUANTIZED_CALL_LOCK:
+        with self._lock_if_quantized():
             with _compat.instance_attributes(self, bias=None, activation=None):
                 return call()
 
@@ -262,9 +275,7 @@ class ConvSite(Site):
 
     @property
     def kernel(self):
-        with as_base_class(self):
-            kernel = self.kernel
-        return self._merged_or_base(kernel)
+        return self._merged_or_base(super().kernel)
 
     @property
     def kernel_view(self):
@@ -340,8 +351,7 @@ class EmbeddingSite(Site):
 
     @property
     def embeddings(self):
-        with as_base_class(self):
-            embeddings = self.embeddings
+        embeddings = super().embeddings
         if self.quantization_mode is not None:
             return embeddings
         return self._merged_or_base(embeddings)
@@ -395,6 +405,10 @@ class ReversibleEmbeddingSite(EmbeddingSite):
         return y
 
     def _adapted_reverse(self, inputs):
+        with self._lock_if_quantized():
+            return self._adapted_logits(inputs)
+
+    def _adapted_logits(self, inputs):
         training = self._is_training(None)
         logits = self._base_reverse(inputs)
         if self.tie_weights:
@@ -410,11 +424,10 @@ class ReversibleEmbeddingSite(EmbeddingSite):
 
     def _base_reverse(self, inputs):
         if self.quantization_mode is not None:
-            with _QUANTIZED_CALL_LOCK:
-                with _compat.instance_attributes(self, logit_soft_cap=None):
-                    return self._site_base.quantized_call(
-                        self, inputs, reverse=True
-                    )
+            with _compat.instance_attributes(self, logit_soft_cap=None):
+                return self._site_base.quantized_call(
+                    self, inputs, reverse=True
+                )
         if self.tie_weights:
             kernel = ops.transpose(ops.convert_to_tensor(self._embeddings))
         else:
@@ -477,20 +490,21 @@ def einsum_plan_of(layer):
     )
 
 
-class as_base_class:
+@contextlib.contextmanager
+def as_base_class(*layers):
     """For a block, gives layers their own classes back.
 
-    Keras's saving then sees the layers it would see without adapters.
+    Keras's saving then sees the layers it would see without adapters. One
+    thread at a time: of two, the second would find the layers without their
+    site's class and leave them so.
     """
-
-    def __init__(self, *layers):
-        self._layers = [layer for layer in layers if isinstance(layer, Site)]
-
-    def __enter__(self):
-        self._classes = [type(layer) for layer in self._layers]
-        for layer in self._layers:
-            layer.__class__ = layer._site_base
-
-    def __exit__(self, *exc_info):
-        for layer, cls in zip(self._layers, self._classes):
-            layer.__class__ = cls
+    with _CLASS_LOCK:
+        sites = [layer for layer in layers if isinstance(layer, Site)]
+        classes = [type(layer) for layer in sites]
+        try:
+            for layer in sites:
+                layer.__class__ = layer._site_base
+            yield
+        finally:
+            for layer, cls in zip(sites, classes):
+                layer.__class__ = cls

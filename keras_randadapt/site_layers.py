@@ -57,6 +57,11 @@ def supported_class(layer, kinds=KERNEL_KINDS):
     return None
 
 
+def class_names(kinds):
+    """The names of the Keras classes of these kinds."""
+    return [cls.__name__ for cls, s in _SITE_CLASSES.items() if s.kind in kinds]
+
+
 def kind_of(layer):
     """The kind of a layer of a supported class, site or not."""
     return _mixin(type(layer)).kind
@@ -83,10 +88,15 @@ def overridden(own, cls=None):
     ]
 
 
-def looks_supported(layer):
-    """Whether `layer` is a class with a kernel, `call` overridden or not."""
+def looks_supported(layer, any_kind=False):
+    """Whether `layer` is a class with a kernel, `call` overridden or not.
+
+    Args:
+        layer: A layer.
+        any_kind: Whether a class without a kernel will do.
+    """
     return isinstance(layer, tuple(_SITE_CLASSES)) and (
-        kind_of(layer) in KERNEL_KINDS
+        any_kind or kind_of(layer) in KERNEL_KINDS
     )
 
 

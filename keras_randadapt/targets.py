@@ -260,7 +260,8 @@ def select_sites(
             )
     else:
         chosen = match(layers, targets, "targets")
-        _refuse_unsupported(layers, chosen, targets, kinds)
+        for target in _as_list(targets):
+            _refuse_unsupported(layers, target, kinds)
         chosen = [
             a for a in chosen if site_layers.supported_class(layers[a], kinds)
         ]
@@ -313,8 +314,7 @@ def match(layers, targets, argument):
         TypeError: If `targets` is of another type.
         ValueError: If one of `targets` matches nothing.
     """
-    if isinstance(targets, (str, re.Pattern)):
-        targets = [targets]
+    targets = _as_list(targets)
     if not isinstance(targets, (list, tuple, set, frozenset)) or not all(
         isinstance(target, (str, re.Pattern)) for target in targets
     ):
@@ -335,6 +335,10 @@ def match(layers, targets, argument):
             )
         found |= hits
     return [address for address in layers if address in found]
+
+
+def _as_list(targets):
+    return [targets] if isinstance(targets, (str, re.Pattern)) else targets
 
 
 def _matches(target, address, layer):
@@ -392,8 +396,9 @@ def _is_below(address, parents):
     )
 
 
-def _refuse_unsupported(layers, chosen, targets, kinds):
+def _refuse_unsupported(layers, target, kinds):
     """An error if a target matched only layers that can't be adapted."""
+    chosen = match(layers, target, "targets")
     supported = [
         a for a in chosen if site_layers.supported_class(layers[a], kinds)
     ]
@@ -412,12 +417,11 @@ def _refuse_unsupported(layers, chosen, targets, kinds):
             f"inherit `{names[0]}`."
         )
     if not supported:
-        kinds = sorted({type(layers[a]).__name__ for a in chosen})
+        classes = sorted({type(layers[a]).__name__ for a in chosen})
         raise ValueError(
-            f"`targets` matches only layers of classes {kinds}, which can't "
-            "be adapted. Supported: Dense, EinsumDense, Embedding, "
-            "ReversibleEmbedding, Conv1D, Conv2D, Conv3D. "
-            f"Received: targets={targets!r}"
+            f"The target {_shown(target)} matches only layers of classes "
+            f"{classes}, which can't be adapted. Supported: "
+            f"{', '.join(site_layers.class_names(kinds))}."
         )
 
 

@@ -115,6 +115,9 @@ class TestAdaLoRA:
                 verbose=0,
             )
 
+        # NumPy's integers are numbers of updates as well.
+        budget = kra.callbacks.RankBudget(1, warmup=np.int64(50))
+        assert budget.warmup == 50 and isinstance(budget.warmup, int)
         model, x, y = _adapted()
         fit(model, 6)
         model.save(tmp_path / "model.keras")
@@ -145,6 +148,10 @@ class TestAdaLoRA:
         for arguments, message in (
             ({"target_rank": -1}, "`target_rank` must be at least 0"),
             ({"target_rank": 1, "warmup": 1.5}, "must be a share below 1"),
+            (
+                {"target_rank": 1, "final": np.float64(1.5)},
+                "must be a share below 1",
+            ),
             ({"target_rank": 1, "interval": 0}, "`interval` must be at least"),
         ):
             with pytest.raises(ValueError, match=message):

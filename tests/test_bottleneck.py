@@ -464,9 +464,16 @@ class TestPlacement:
 
         inputs = keras.Input((4,))
         model = keras.Model(inputs, Gemma4TextDecoderBlock()(inputs))
-        with pytest.raises(ValueError, match="would be missed"):
-            kra.inject(model, kra.Bottleneck(2), "ffw_linear")
-        assert kra.sites(model) == {}
+        for template in (
+            kra.Bottleneck(2),
+            kra.LoRA(2, dropout=0.1),
+            kra.DyLoRA(2),
+            kra.DoRA(kra.DyLoRA(2)),
+        ):
+            with pytest.raises(ValueError, match="would be missed"):
+                kra.inject(model, template, "ffw_linear")
+            assert kra.sites(model) == {}
+        kra.inject(model, kra.LoRA(2), "ffw_linear")
 
     @pytest.mark.parametrize(
         "first, last", [("dense_1", "dense_2"), ("fc1", "fc2")]

@@ -137,6 +137,64 @@ class TestSiteRanks:
         adapters = backbone._randadapt.adapters("default").values()
         assert [a.rank for a in adapters] == [3, 2, 3, 3]
 
+    def test_nested_site_of_the_same_name(self):
+        """The address of one site is the end of another's."""
+        inner = keras.Sequential(
+            [keras.layers.Dense(6), keras.layers.Dense(6, name="deep")]
+        )
+        model = keras.Sequential([inner, keras.layers.Dense(4)])
+        model.build((None, 6))
+        kra.inject(model, kra.LoRA(3), "all-linear")
+        outer = [a for a in kra.sites(model) if "sequential" not in a]
+        nested = [a for a in kra.sites(model) if a.endswith(f"/{outer[0]}")]
+        assert len(outer) == 1 and len(nested) == 1
+        kra.eject(model)
+        ranks = {outer[0]: 1, nested[0]: 2}
+        for order in (ranks, dict(reversed(ranks.items()))):
+            template = kra.LoRA(3, site_ranks=order)
+            kra.inject(model, template, "all-linear")
+            adapters = model._randadapt.adapters("default")
+            assert {a: adapters[a].rank for a in ranks} == ranks
+            kra.eject(model)
+
+    def test_compact_with_a_nested_site(self):
+        inner = keras.Sequential([keras.layers.Dense(6)])
+        model = keras.Sequential([inner, keras.layers.Dense(4)])
+        model.build((None, 6))
+        kra.inject(model, kra.SoRA(3), "all-linear")
+        zoo.randomize(model)
+        # The outer site loses ranks, the nested one none.
+        _close_gates(model, [[], [0, 2]])
+        x = zoo.normal(5, 6)
+        before = zoo.outputs(model, x)
+        kra.compact(model)
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.rank for a in adapters] == [3, 1]
+        methods.close(zoo.outputs(model, x), before)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            kra.LoRA(3, site_ranks={"layers/qurey": 2}),
+            kra.DoRA(kra.LoRA(3, site_ranks={"layers/qurey": 2})),
+        ],
+        ids=lambda template: type(template).__name__,
+    )
+    def test_key_that_means_no_site(self, template):
+        model, _, targets = zoo.dense()
+        with pytest.raises(ValueError, match="mean no site: .'layers/qurey'"):
+            kra.inject(model, template, targets)
+        assert kra.sites(model) == {}
+
+    def test_ranks_that_a_method_cannot_take(self):
+        ranks = {"a": 1}
+        with pytest.raises(ValueError, match="`DyLoRA` draws one rank"):
+            kra.DyLoRA(4, site_ranks=ranks)
+        with pytest.raises(ValueError, match="must be at most 1, the smallest"):
+            kra.RMLoRA(4, site_ranks=ranks)
+        with pytest.raises(ValueError, match="needs even ranks. Received: 1"):
+            kra.LoRA(4, initialization="orthogonal", site_ranks=ranks)
+
     def test_bad_ranks(self):
         with pytest.raises(ValueError, match=r"`site_ranks\['x'\]` must be"):
             kra.LoRA(3, site_ranks={"x": 0})

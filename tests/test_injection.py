@@ -1,9 +1,12 @@
 """What is special in attaching, switching and removing; `test_matrix.py` has
 what holds everywhere."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import keras
 import numpy as np
@@ -288,6 +291,58 @@ class TestBadInput:
         adapter.build((10, 6))
         with pytest.raises(ValueError, match="is built already"):
             kra.inject(model, adapter, targets)
+
+    @pytest.mark.parametrize("before", [None, "other"])
+    def test_interrupted_start(self, before, monkeypatch):
+        """What an adapter derives from the kernel may fail, or take long."""
+        model, x, targets = zoo.bert()
+        if before:
+            kra.inject(model, kra.LoRA(2, seed=1), "key", name=before)
+        expected = zoo.snapshot(model)
+        classes = [type(layer) for layer in model._flatten_layers()]
+        calls = []
+        start = kra.LoRA.start_from
+
+        def start_from(self, kernel):
+            calls.append(kernel)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            start(self, kernel)
+
+        monkeypatch.setattr(kra.LoRA, "start_from", start_from)
+        adapter = kra.LoRA(2, initialization="pissa")
+        with pytest.raises(KeyboardInterrupt):
+            kra.inject(model, adapter, ["query", "value"])
+        assert [type(layer) for layer in model._flatten_layers()] == classes
+        after = zoo.snapshot(model)
+        assert list(after) == list(expected)
+        for key, (path, value) in expected.items():
+            np.testing.assert_array_equal(after[key][1], value, err_msg=path)
+        kra.inject(model, adapter, ["query", "value"])
+
+    def test_optimizer_that_cannot_be_made_anew(self):
+        """Keras refuses to read a lambda back."""
+        model, x, targets = zoo.dense()
+        model.compile(keras.optimizers.SGD(lambda: 0.1), "mse")
+        model.fit(x, np.zeros((len(x), *model.output_shape[1:])), verbose=0)
+        with pytest.raises(ValueError, match="(?i)lambda"):
+            kra.inject(model, kra.LoRA(2), targets)
+        assert kra.sites(model) == {}
+        assert "_randadapt" not in vars(model)
+        model.compile("sgd", "mse")
+        kra.inject(model, kra.LoRA(2), targets)
+
+    def test_names_of_another_type(self):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        for call, names in (
+            (kra.set_active, None),
+            (kra.set_active, [3]),
+            (kra.eject, ["default"]),
+        ):
+            with pytest.raises(TypeError, match="must be strings. Received"):
+                call(model, names)
+        assert kra.sites(model)
 
     def test_template_is_left_alone(self):
         template = kra.LoRA(2)
@@ -693,6 +748,66 @@ class TestTraining:
             "transformer_layer_0/self_attention_layer/query/adapter/default/"
             "lora_a" in paths
         )
+
+
+class TestThreads:
+    def test_quantized_products(self, monkeypatch):
+        """Bias and activation are set aside for the length of a product."""
+        model, x, targets = zoo.dense_int8()
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        layer = model.get_layer("site")
+        layer.bias.assign(zoo.normal(*layer.bias.shape))
+        layer.activation = keras.activations.tanh
+        expected = zoo.outputs(model, x)
+        product = layers.Dense.quantized_call
+        inside = threading.Event()
+
+        def slow_product(self, *args, **kwargs):
+            inside.set()
+            time.sleep(0.2)
+            return product(self, *args, **kwargs)
+
+        monkeypatch.setattr(layers.Dense, "quantized_call", slow_product)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(zoo.outputs, model, x)
+            assert inside.wait(60)
+            second = pool.submit(zoo.outputs, model, x)
+            for one in (first, second):
+                np.testing.assert_array_equal(one.result(60), expected)
+
+    def test_classes_put_aside(self):
+        """Weights are stored by layers of Keras's own classes."""
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        layer = model.get_layer("site")
+        adapted = type(layer)
+
+        def class_inside():
+            with kra.site_classes.as_base_class(layer):
+                return type(layer)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            with kra.site_classes.as_base_class(layer):
+                other = pool.submit(class_inside)
+                with pytest.raises(concurrent.futures.TimeoutError):
+                    other.result(0.2)
+                assert type(layer) is layers.Dense
+            assert other.result(60) is layers.Dense
+        assert type(layer) is adapted
+
+    def test_reading_a_kernel_changes_no_class(self, monkeypatch):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        layer = model.get_layer("site")
+        seen = []
+        monkeypatch.setattr(
+            type(layer),
+            "_merged_or_base",
+            lambda self, kernel: seen.append(type(self)) or kernel,
+        )
+        assert layer.kernel is layer._kernel
+        assert seen == [type(layer)] != [layers.Dense]
 
 
 class TestSites:

@@ -92,6 +92,8 @@ class TestLoRA:
             ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
             ({"seed": -1}, "`seed`"),
             ({"a_initializer": "no_such"}, "`a_initializer` must be one of"),
+            # Keras would start with an update.
+            ({"b_initializer": None}, "`b_initializer` must be one of"),
         ],
         ids=str,
     )
@@ -231,7 +233,7 @@ class TestInitializations:
             ({"initialization": "svd"}, "`initialization` must be one of"),
             (
                 {"rank": 3, "initialization": "orthogonal"},
-                "needs an even rank",
+                "needs even ranks",
             ),
             ({"initialization": "pissa", "scaling": 0}, "must not be 0"),
         ],

@@ -107,6 +107,10 @@ class TestTargets:
                 {"targets": "self_attention_layer_norm"},
                 "matches only layers of classes .*LayerNormalization",
             ),
+            (
+                {"targets": ["query", "self_attention_layer_norm"]},
+                "target 'self_attention_layer_norm' matches only layers",
+            ),
             ({"exclude": "valeu"}, "`exclude` matches no layer"),
             (
                 {"targets": "query", "exclude": "query"},

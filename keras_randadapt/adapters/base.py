@@ -21,8 +21,8 @@ class Adapter(AdapterVariables):
         seed: int in `[0, 2**64)`. Gives the frozen bases, which no file
             stores, and the initial trainables.
         dropout: float in `[0, 1)`. The fraction of a site's inputs that the
-            delta does not see in training. Embeddings, whose inputs are ids,
-            ignore it.
+            delta does not see in training. Lookups of embeddings, whose inputs
+            are ids, ignore it.
         dtype: The dtype of the trainable weights, whatever the model's policy.
             Products run in the site's compute dtype.
         name: Optional string.
@@ -111,6 +111,13 @@ class Adapter(AdapterVariables):
 
     def check(self, kernel_view):
         """Raises `ValueError` if the method can't take this kernel view."""
+
+    def check_addresses(self, addresses):
+        """Raises `ValueError` if the template can't serve these sites.
+
+        Args:
+            addresses: Structural addresses of all sites of an injection.
+        """
 
     def training_delta_kernel(self):
         """The update as a training step uses it, if that differs.

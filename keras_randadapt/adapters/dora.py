@@ -100,6 +100,9 @@ class DoRA(base.Adapter):
     def check(self, kernel_view):
         self.inner.check(kernel_view)
 
+    def check_addresses(self, addresses):
+        self.inner.check_addresses(addresses)
+
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view
         self.inner.build(kernel_view)

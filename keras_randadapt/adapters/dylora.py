@@ -76,6 +76,11 @@ class DyLoRA(lora.LoRA):
         frozen: bool = False,
         **kwargs,
     ):
+        if kwargs.get("site_ranks"):
+            raise ValueError(
+                "`DyLoRA` draws one rank for all sites and takes no "
+                f"`site_ranks`. Received: site_ranks={kwargs['site_ranks']!r}"
+            )
         super().__init__(rank, **kwargs)
         self.min_rank = arguments.check_rank(min_rank, "min_rank")
         if self.min_rank > self.rank:

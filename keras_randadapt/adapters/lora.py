@@ -115,10 +115,12 @@ class LoRA(base.Adapter):
         if not self.starts_from_kernel:
             choices = ("default",)
         arguments.check_choice(initialization, choices, "initialization")
-        if initialization == "orthogonal" and self.rank % 2:
+        ranks = [self.rank, *self.site_ranks.values()]
+        odd = [rank for rank in ranks if rank % 2]
+        if initialization == "orthogonal" and odd:
             raise ValueError(
-                '`initialization="orthogonal"` needs an even rank. '
-                f"Received: rank={self.rank}"
+                '`initialization="orthogonal"` needs even ranks. '
+                f"Received: {odd[0]}"
             )
         if initialization in _FROM_KERNEL and self.scaling == 0:
             raise ValueError(
@@ -129,14 +131,33 @@ class LoRA(base.Adapter):
 
     def for_site(self, address, name):
         clone = super().for_site(address, name)
-        for key, rank in self.site_ranks.items():
-            # A file of a task loads into its backbone, and the reverse: one
-            # address then has a prefix more.
-            if f"/{address}".endswith(f"/{key}") or f"/{key}".endswith(
-                f"/{address}"
-            ):
-                clone.rank = rank
+        key = self._key_of_rank(address)
+        if key is not None:
+            clone.rank = self.site_ranks[key]
         return clone
+
+    def check_addresses(self, addresses):
+        used = set(map(self._key_of_rank, addresses))
+        unused = [key for key in self.site_ranks if key not in used]
+        if unused:
+            raise ValueError(
+                f"`site_ranks` has keys that mean no site: {unused[:5]}. "
+                f"Sites: {list(addresses)[:5]}"
+            )
+
+    def _key_of_rank(self, address):
+        """The key of `site_ranks` that means the site at an address."""
+        # A file of a task loads into its backbone, and the reverse: one
+        # address then has a prefix more.
+        keys = [
+            key
+            for key in self.site_ranks
+            if f"/{address}".endswith(f"/{key}")
+            or f"/{key}".endswith(f"/{address}")
+        ]
+        return min(
+            keys, key=lambda key: abs(len(key) - len(address)), default=None
+        )
 
     def check(self, kernel_view):
         arguments.check_rank_fits(self.rank, kernel_view)

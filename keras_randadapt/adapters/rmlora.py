@@ -114,10 +114,11 @@ class RMLoRA(lora.LoRA):
         if update_rank is None:
             update_rank = max(1, self.rank // 2)
         self.update_rank = arguments.check_rank(update_rank, "update_rank")
-        if self.update_rank > self.rank:
+        smallest = min([self.rank, *self.site_ranks.values()])
+        if self.update_rank > smallest:
             raise ValueError(
-                f"`update_rank` must be at most {self.rank}, the rank; equal "
-                "to it, nothing is masked. "
+                f"`update_rank` must be at most {smallest}, the smallest rank "
+                "of a site; equal to the rank, nothing is masked. "
                 f"Received: update_rank={self.update_rank}"
             )
         self.mask_updates = bool(mask_updates)

@@ -98,7 +98,7 @@ def check_measurable(model, name):
         )
     for one in state.active if name is None else [name]:
         template = state.records[one].template
-        if not template.mergeable:
+        if not (template.mergeable and template.adapts_kernel):
             raise ValueError(
                 f"The adapter '{one}' is a `{type(template).__name__}`, which "
                 "adds no delta to a kernel that could be measured. Name "

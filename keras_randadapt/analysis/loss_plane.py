@@ -106,9 +106,11 @@ def kernels(model: keras.Model, keys=None) -> dict[str, np.ndarray]:
         model: A built Keras model, adapted or not.
         keys: Which to copy: such as the keys of another model's copies. Under
             a structural address there is that layer's kernel view, under
-            `"address#i"` weight `i` of the layer `address`. By default the
-            kernel views of an adapted model's sites and all weights of the
-            layers that the active adapters keep trainable.
+            `"address#i"` weight `i` of the layer `address`, under
+            `"address#bias"` its bias as adapters leave it. By default the
+            kernel views of an adapted model's sites, the biases that an active
+            adapter adapts, and all weights of the layers that the active
+            adapters keep trainable.
 
     Returns:
         dict from key to float32 array; a kernel view has shape `(input_dim,
@@ -422,16 +424,28 @@ def _file_values(model, path):
 
 
 def _default_keys(state):
-    kept = {a for name in state.active for a in state.records[name].kept}
-    return [
-        *state.site_addresses,
-        *(
-            f"{address}#{i}"
-            for address in state.layers
-            if address in kept
-            for i in range(len(state.layers[address].weights))
-        ),
-    ]
+    active = [state.records[name] for name in state.active]
+    kept = {address for record in active for address in record.kept}
+    with_bias = {
+        address
+        for record in active
+        if record.template.adapts_bias
+        for address in record.addresses
+    }
+    keys = []
+    for address, layer in zip(state.site_addresses, state.site_layers):
+        if site_layers.kernel_variable(layer) is not None:
+            keys.append(address)
+        if (
+            address in with_bias
+            and site_layers.bias_variable(layer) is not None
+        ):
+            keys.append(f"{address}#bias")
+    for address in state.layers:
+        if address in kept:
+            number = len(state.layers[address].weights)
+            keys += [f"{address}#{i}" for i in range(number)]
+    return keys
 
 
 def _check_keys(layers, keys):
@@ -440,7 +454,11 @@ def _check_keys(layers, keys):
         layer = layers.get(address)
         if layer is None:
             raise ValueError(f"The model has no layer at '{address}'.")
-        if index:
+        if index == "bias":
+            supported = site_layers.looks_supported(layer, any_kind=True)
+            if not supported or site_layers.bias_variable(layer) is None:
+                raise ValueError(f"Layer '{address}' has no bias.")
+        elif index:
             if not index.isdigit() or int(index) >= len(layer.weights):
                 raise ValueError(
                     f"'{key}' means no weight: layer '{address}' has "
@@ -463,6 +481,8 @@ def _check_keys(layers, keys):
 
 def _variable(layers, key):
     address, _, index = key.partition("#")
+    if index == "bias":
+        return site_layers.bias_variable(layers[address])
     if index:
         return layers[address].weights[int(index)]
     return site_layers.kernel_variable(layers[address])
@@ -475,9 +495,12 @@ def _shape(layers, key):
 
 
 def _read(layers, key):
-    if "#" in key:
+    address, _, index = key.partition("#")
+    layer = layers[address]
+    if index == "bias" and isinstance(layer, site_classes.Site):
+        return _numpy(layer.merged_bias()).astype("float32")
+    if index:
         return _numpy(_variable(layers, key)).astype("float32")
-    layer = layers[key]
     if not isinstance(layer, site_classes.Site):
         view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
         return _numpy(view).astype("float32")

@@ -1,5 +1,7 @@
 """The budget of AdaLoRA, from the first step to the last."""
 
+import numbers
+
 import keras
 
 from keras_randadapt import arguments
@@ -163,7 +165,7 @@ def _check_length(value, argument):
             f"`{argument}` must be a share below 1, or an integer number of "
             f"updates. Received: {argument}={value}"
         )
-    return value if isinstance(value, int) else number
+    return int(value) if isinstance(value, numbers.Integral) else number
 
 
 def _updates(length, total):

@@ -5,6 +5,7 @@ import re
 import keras
 
 from keras_randadapt import root
+from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
 
@@ -48,10 +49,10 @@ def learning_rate_groups(
 
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
-        ValueError: If the model has no adapter, if `optimizer` is built, or
-            if `adapter` is left out and the active adapters recommend
-            different rates, or none, or if `lora_b` is given and no active
-            adapter has such matrices.
+        ValueError: If the model has no adapter, if `optimizer` is built or
+            wraps or holds other optimizers, or if `adapter` is left out and
+            the active adapters recommend different rates, or none, or if
+            `lora_b` is given and no active adapter has such matrices.
         NotImplementedError: If this Keras has no `MultiOptimizer`.
 
     Example:
@@ -86,6 +87,11 @@ def learning_rate_groups(
             "`optimizer` must be a plain optimizer: `compile` adds loss "
             "scaling by itself where the model's dtype policy asks for it. "
             f"Received a {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, OptimizerWrapper):
+        raise ValueError(
+            "`optimizer` must be a plain optimizer: put the "
+            f"`{type(optimizer).__name__}` around the result instead."
         )
     if optimizer.built:
         raise ValueError(

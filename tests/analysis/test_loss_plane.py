@@ -221,6 +221,49 @@ class TestKernels:
             beta, _numpy(model.get_layer("norm").beta)
         )
 
+    @pytest.mark.parametrize(
+        "adapter, keys",
+        [
+            (kra.Hydra(2), ["layers/dense", "layers/dense#bias"]),
+            (kra.BitFit(), ["layers/dense", "layers/dense#bias"]),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_of_adapted_biases(self, adapter, keys):
+        model = _model()
+        model.get_layer("hidden").bias.assign(zoo.normal(8, seed=3))
+        points, losses = [], []
+        for seed in range(3):
+            kra.inject(model, adapter, "hidden")
+            zoo.randomize(model, seed=seed)
+            points.append(kra.analysis.kernels(model))
+            losses.append(model.evaluate(X, Y, verbose=0)[0])
+            if seed < 2:
+                kra.eject(model)
+        assert list(points[0]) == keys
+        with Unchanged(model):
+            plane = kra.analysis.mode_connectivity(
+                model, points, X, Y, resolution=2
+            )
+        np.testing.assert_allclose(plane.point_losses, losses, rtol=1e-5)
+        kra.merge(model)
+        again = kra.analysis.kernels(model, points[2])
+        for key in keys:
+            np.testing.assert_allclose(again[key], points[2][key], rtol=1e-6)
+
+    def test_of_a_normalization(self):
+        """It has a bias and no kernel."""
+        model = _model()
+        kra.inject(model, kra.BitFit(), "norm")
+        (key,) = kra.analysis.kernels(model)
+        assert key == "layers/batch_normalization#bias"
+
+    def test_layer_without_a_bias(self):
+        model = keras.Sequential([keras.layers.Dense(2, use_bias=False)])
+        model.build((None, 3))
+        with pytest.raises(ValueError, match="'layers/dense' has no bias"):
+            kra.analysis.kernels(model, ["layers/dense#bias"])
+
     @pytest.mark.parametrize("adapted", [False, True])
     def test_of_different_methods(self, adapted):
         model = _model()

@@ -162,6 +162,10 @@ class TestLearningRateGroups:
                 keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
                 **rates,
             )
+        with pytest.raises(ValueError, match="put the `GaLore` around"):
+            learning_rate_groups(
+                model, kra.optimizers.GaLore("adam", 2), **rates
+            )
         kra.eject(model)
         with pytest.raises(ValueError, match="no adapter attached"):
             learning_rate_groups(model, "adam", **rates)
