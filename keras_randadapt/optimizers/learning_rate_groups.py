@@ -9,6 +9,7 @@ from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
 
+_ADAPTER = r"(.*/)?adapter/.*"
 _LORA_B = r"(.*/)?adapter/.*/lora_b"
 
 
@@ -50,7 +51,8 @@ def learning_rate_groups(
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
         ValueError: If the model has no adapter, if `optimizer` is built or
-            wraps or holds other optimizers, or if `adapter` is left out and
+            wraps or holds other optimizers, if a layer of the model's own is
+            called "adapter" and trained, or if `adapter` is left out and
             the active adapters recommend different rates, or none, or if
             `lora_b` is given and no active adapter has such matrices.
         NotImplementedError: If this Keras has no `MultiOptimizer`.
@@ -101,8 +103,9 @@ def learning_rate_groups(
         adapter = _recommended_rate(state)
     # By path rather than by variable: paths survive saving and loading. No
     # path matches two of them.
+    _check_paths(model, state)
     if lora_b is None:
-        rates = {r"(.*/)?adapter/.*": adapter}
+        rates = {_ADAPTER: adapter}
     else:
         _check_has_lora_b(model)
         rates = {
@@ -115,6 +118,22 @@ def learning_rate_groups(
             {path: _with_rate(optimizer, rate) for path, rate in rates.items()},
         )
     )
+
+
+def _check_paths(model, state):
+    ours = {
+        id(variable)
+        for name in state.records
+        for adapter in state.adapters(name).values()
+        for variable in adapter.variables
+    }
+    for variable in model.trainable_variables:
+        if id(variable) not in ours and re.fullmatch(_ADAPTER, variable.path):
+            raise ValueError(
+                f"The weight '{variable.path}' belongs to no adapter, but a "
+                "layer of its path is called 'adapter', by which adapters' "
+                "weights are known: it would get their rate. Rename the layer."
+            )
 
 
 def _check_has_lora_b(model):

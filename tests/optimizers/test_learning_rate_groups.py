@@ -81,6 +81,18 @@ class TestLearningRateGroups:
         with pytest.raises(ValueError, match="no active adapter of this model"):
             learning_rate_groups(model, adapter=0.1, lora_b=1.0)
 
+    def test_own_layer_called_adapter(self):
+        inputs = keras.Input((4,))
+        x = keras.layers.Dense(3, name="hidden")(inputs)
+        outputs = keras.layers.Dense(2, name="adapter")(x)
+        model = keras.Model(inputs, outputs)
+        kra.inject(model, kra.LoRA(2), "hidden")
+        learning_rate_groups(model, "adam", adapter=0.1)
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2), "hidden", keep_trainable="adapter")
+        with pytest.raises(ValueError, match="'adapter/kernel' belongs to no"):
+            learning_rate_groups(model, "adam", adapter=0.1)
+
     def test_settings_of_the_optimizer_are_kept(self):
         model, _ = _model()
         optimizer = learning_rate_groups(
