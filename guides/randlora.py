@@ -14,7 +14,7 @@ update has full rank, at the number of trained weights of a low-rank LoRA.
 better: vision models and long instruction tuning, says the paper. A smaller
 `rank` means more terms, more trained weights and a richer update.
 
-**Choose another one** for a handful of examples (RLoRA trains 25 times less at
+**Choose another one** for a handful of examples (RLoRA trains 12 times less at
 its usual rank) or where the last bit of speed counts.
 
 The bases may be Gaussian, uniform or sparse, as in the paper, or `"hadamard"`:

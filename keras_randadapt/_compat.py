@@ -21,6 +21,7 @@ __all__ = [
     "attach_sublayer",
     "calls_in_graph",
     "compiled_functions",
+    "copy_weight_decay_exclusions",
     "detach_sublayer",
     "exclude_from_weight_decay",
     "flatten_layers",
@@ -230,6 +231,17 @@ def exclude_from_weight_decay(optimizer, variables):
     excluded.update(optimizer._var_key(variable) for variable in variables)
     optimizer._exclude_from_weight_decay = excluded
     optimizer._exclude_from_weight_decay_cache = {}
+
+
+def copy_weight_decay_exclusions(source, target):
+    """What an optimizer's config does not say of its weight decay."""
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+    target._exclude_from_weight_decay_cache = {}
 
 
 def weight_decay(optimizer, variable):

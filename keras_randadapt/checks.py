@@ -1,5 +1,6 @@
 """What must hold of arguments, models and sites before anything changes."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -231,17 +232,35 @@ def check_called(template, address, layers):
         missed = "what is added to its output"
     elif template.dropout:
         missed = "the adapter's `dropout`"
-    elif any(
-        type(part).training_delta_kernel is not Adapter.training_delta_kernel
-        for part in _compat.flatten_layers(template)
-        if isinstance(part, Adapter)
-    ):
+    elif _has_training_delta(template):
         missed = "what the method does in training only"
     if missed:
         raise ValueError(
             f"KerasHub's {type(parent).__name__} does not call "
             f"'{layers[address].name}' but reads its kernel, so {missed} would "
             "be missed. Leave it out with `exclude`."
+        )
+
+
+def _has_training_delta(template):
+    return any(
+        type(part).training_delta_kernel is not Adapter.training_delta_kernel
+        for part in _compat.flatten_layers(template)
+        if isinstance(part, Adapter)
+    )
+
+
+def warn_of_inference_in_fit(model, template):
+    """A warning if `fit` will not tell the adapter that it is training."""
+    if "training" in inspect.signature(model.call).parameters:
+        return
+    if template.dropout or _has_training_delta(template):
+        warnings.warn(
+            f"`{type(model).__name__}.call` takes no `training` argument, so "
+            "Keras's `fit` runs the model as in inference: without dropout, "
+            "and without what a method does in training only. Add the "
+            "argument to `call`.",
+            stacklevel=3,
         )
 
 

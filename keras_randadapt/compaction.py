@@ -94,7 +94,7 @@ def _replace(model, name, low_rank):
     template = LoRA(
         largest,
         scaling=scaling,
-        site_ranks={a: ranks[a] for a in addresses},
+        site_ranks={a: ranks[a] for a in addresses if ranks[a] < largest},
         seed=record.template.seed,
         dropout=record.template.dropout,
         dtype=record.template.dtype,

@@ -118,6 +118,7 @@ def inject(
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
+    checks.warn_of_inference_in_fit(model, adapter)
     sources = adapter.sources(layers, chosen)
     built = build_adapters(adapter, name, layers, chosen, sources)
     attach(model, adapter, name, chosen, kept, layers, built, sources)
@@ -465,12 +466,12 @@ def _before_change(model):
     A fresh optimizer is made now: where its config can't be read back, the
     error comes before anything has changed.
     """
+    from keras_randadapt.optimizers import wrapper
+
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        optimizer = type(optimizer).from_config(optimizer.get_config())
-    else:
-        optimizer = None
-    return list(map(id, model.trainable_variables)), optimizer
+    is_built = optimizer is not None and optimizer.built
+    fresh = wrapper.fresh(optimizer) if is_built else None
+    return list(map(id, model.trainable_variables)), fresh
 
 
 def _forget_compiled(model):

@@ -285,6 +285,15 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
             # What a file holds of the optimizer needs variables to go to.
             wrapped.build(self.trainable_variables)
 
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "Keras's legacy HDF5 files can't hold adapters: save to a "
+                "'.keras' file, or `merge` first. "
+                f"Received: filepath={filepath}"
+            )
+        return self._root_base.save(self, filepath, *args, **kwargs)
+
     def get_config(self):
         state = self._randadapt
         if state.block == "merged":

@@ -137,6 +137,28 @@ class TestSiteRanks:
         adapters = backbone._randadapt.adapters("default").values()
         assert [a.rank for a in adapters] == [3, 2, 3, 3]
 
+    def test_a_key_means_one_site(self):
+        """Also where its address is the end of another one."""
+        inner = keras.Sequential([keras.layers.Dense(6)])
+        model = keras.Sequential([inner, keras.layers.Dense(4)])
+        model.build((None, 6))
+        ranks = {"layers/dense": 1}
+        kra.inject(model, kra.LoRA(3, site_ranks=ranks), "all-linear")
+        adapters = model._randadapt.adapters("default")
+        assert {a: one.rank for a, one in adapters.items()} == {
+            "layers/sequential/layers/dense": 3,
+            "layers/dense": 1,
+        }
+
+    def test_masks_of_larger_ranks(self):
+        ranks = {"layers/dense": 3}
+        template = kra.RMLoRA(2, update_rank=2, site_ranks=ranks)
+        optimizer = keras.optimizers.SGD()
+        wrapped = template.wrap_optimizer(optimizer, "default")
+        assert isinstance(wrapped, kra.optimizers.MaskedGradient)
+        template = kra.RMLoRA(2, update_rank=2)
+        assert template.wrap_optimizer(optimizer, "default") is optimizer
+
     def test_nested_site_of_the_same_name(self):
         """The address of one site is the end of another's."""
         inner = keras.Sequential(

@@ -233,6 +233,20 @@ class TestDoRA:
         expected = x @ kernel + dropped @ (c * (kernel + delta) - kernel)
         methods.close(y, expected)
 
+    def test_inner_adapters_know_their_sites(self):
+        """SAID's map is another at each site."""
+        model, _, _ = zoo.bert()
+        kra.inject(model, kra.DoRA(kra.SAID(10)), ["query", "value"])
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.inner.site_number for a in adapters] == [0, 1, 2, 3]
+        zoo.randomize(model)
+        for adapter in adapters:
+            adapter.inner.said_scale.assign(1.0)
+        deltas = [methods.numpy(a.inner.delta_kernel()) for a in adapters]
+        for i, one in enumerate(deltas):
+            for other in deltas[:i]:
+                assert np.abs(one - other).max() > 1e-2
+
     def test_beside_another_adapter(self):
         model, adapter, kernel = _model(kra.DoRA(kra.LoRA(3)))
         values, magnitude = _randomize(adapter)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -331,6 +332,29 @@ class TestBadInput:
         assert "_randadapt" not in vars(model)
         model.compile("sgd", "mse")
         kra.inject(model, kra.LoRA(2), targets)
+
+    @pytest.mark.parametrize(
+        "adapter, warns",
+        [
+            (kra.LoRA(2, dropout=0.5), True),
+            (kra.DyLoRA(2), True),
+            (kra.LoRA(2), False),
+        ],
+        ids=["dropout", "DyLoRA", "LoRA"],
+    )
+    def test_call_without_a_training_argument(self, adapter, warns):
+        model, x, targets = zoo.subclassed()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kra.inject(model, adapter, targets)
+        found = [w for w in caught if "`training` argument" in str(w.message)]
+        assert len(found) == warns
+        if warns:
+            assert found[0].filename == __file__
+        model, x, targets = zoo.dense()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kra.inject(model, adapter, targets)
 
     def test_names_of_another_type(self):
         model, _, targets = zoo.dense()

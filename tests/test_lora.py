@@ -119,6 +119,19 @@ class TestLoRA:
         assert np.abs(noisy - again).max() > 1e-3
         zoo.fit(model, x)
 
+    def test_dropout_of_each_site_is_its_own(self):
+        model, x, _ = zoo.bert()
+        kra.inject(model, kra.LoRA(2, dropout=0.5), ["query", "value"])
+        ones = keras.ops.ones((16, 8))
+        masks = [
+            _numpy(adapter.drop(ones, True))
+            for adapter in model._randadapt.adapters("default").values()
+        ]
+        for i, one in enumerate(masks):
+            assert set(np.unique(one)) == {0.0, 2.0}
+            for other in masks[:i]:
+                assert 0.2 < np.mean(one != other) < 0.8
+
     def test_dropout_in_a_convolution(self):
         model, x, targets = zoo.conv2d_grouped()
         kra.inject(model, kra.LoRA(2, dropout=0.5), targets)

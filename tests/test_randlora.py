@@ -577,6 +577,38 @@ class TestCompute:
             )
 
     @pytest.mark.parametrize("compute", ["factored", "materialized"])
+    @pytest.mark.parametrize("view", [(16, 8), (8, 16)], ids=str)
+    def test_float16_keeps_first_values(self, view, compute):
+        """lambda times gamma is below what float16 can hold."""
+        model, layer, adapter = _dense_model(
+            view,
+            kra.RandLoRA(4, compute=compute),
+            "mixed_float16",
+            kernel=np.zeros(view),
+        )
+        lambdas, gamma = _randomize(adapter)
+        adapter.randlora_lambda.assign(1e-4 * lambdas)
+        adapter.randlora_gamma.assign(1e-5 * gamma)
+        delta = dense_delta(adapter, view, 1e-4 * lambdas, 1e-5 * gamma)
+        # Half of the smallest positive number is rounded to zero.
+        assert np.abs(delta).max() < 2.0**-25
+        for product, matrix in (
+            (adapter.delta, delta),
+            (adapter.delta_transpose, delta.T),
+        ):
+            x = np.full((1, matrix.shape[0]), 6e4, "float16")
+            got = product(keras.ops.convert_to_tensor(x))
+            assert keras.backend.standardize_dtype(got.dtype) == "float16"
+            want = x.astype("float64") @ matrix
+            assert np.abs(want).max() > 1e-5
+            np.testing.assert_allclose(
+                _numpy(keras.ops.cast(got, "float32")),
+                want,
+                rtol=2e-3,
+                atol=1e-7,
+            )
+
+    @pytest.mark.parametrize("compute", ["factored", "materialized"])
     def test_dropout_leaves_the_base_product_alone(self, compute):
         model, layer, adapter = _dense_model(
             (64, 8), kra.RandLoRA(4, compute=compute, dropout=0.5, seed=1)

@@ -1,6 +1,8 @@
 """What every adapter has in common: the contract, and all that a method need
 not say again."""
 
+import hashlib
+
 import keras
 from keras import ops
 
@@ -118,6 +120,14 @@ class Adapter(AdapterVariables):
         Args:
             addresses: Structural addresses of all sites of an injection.
         """
+
+    def relocated(self, rename):
+        """The template for a model in which layers have other addresses.
+
+        Args:
+            rename: Function from an address to that of the same layer.
+        """
+        return self
 
     def training_delta_kernel(self):
         """The update as a training step uses it, if that differs.
@@ -312,8 +322,11 @@ class Adapter(AdapterVariables):
     def prepare_dropout(self):
         """Creates the state of dropout. Call it at the end of `build`."""
         if self.dropout:
+            # Each site has its own: all of a model are called in each step.
+            text = f"dropout/{self.seed}/{self._address}"
+            key = hashlib.sha256(text.encode()).digest()
             self.dropout_seed_generator = keras.random.SeedGenerator(
-                self.seed % 2**31
+                int.from_bytes(key[:4], "little") % 2**31
             )
 
     def drop(self, x, training):

@@ -88,14 +88,14 @@ class DoRA(base.Adapter):
         self.recommended_learning_rate = adapter.recommended_learning_rate
 
     def for_site(self, address, name):
-        clone = type(self)(
-            self.inner.for_site(address, "inner"),
-            detach_norm=self.detach_norm,
-            dtype=self.dtype,
-            name=name,
-        )
+        clone = self._around(self.inner.for_site(address, "inner"), name)
         clone._address = address
         return clone
+
+    def _around(self, inner, name):
+        return type(self)(
+            inner, detach_norm=self.detach_norm, dtype=self.dtype, name=name
+        )
 
     def check(self, kernel_view):
         self.inner.check(kernel_view)
@@ -103,8 +103,15 @@ class DoRA(base.Adapter):
     def check_addresses(self, addresses):
         self.inner.check_addresses(addresses)
 
+    def relocated(self, rename):
+        return self._around(self.inner.relocated(rename), self.name)
+
     def build(self, kernel_view):
         self.input_dim, self.output_dim = kernel_view
+        # What else an adapter knows of its site when it is built.
+        self.inner.site_number = self.site_number
+        self.inner.bias_shape = self.bias_shape
+        self.inner.source_dim = self.source_dim
         self.inner.build(kernel_view)
         self.step_counter = self.inner.step_counter
         self.magnitude = self.add_trainable(

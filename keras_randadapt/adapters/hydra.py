@@ -21,7 +21,9 @@ class Hydra(base.Adapter):
 
     A merge changes the kernel, by `scaling * (A B + W C D)` in the orientation
     of the kernel view, and the bias, by `scaling * b C D`. The update depends
-    on the base kernel, and is added to those of other active adapters.
+    on the base kernel, and is added to those of other active adapters. In a
+    grouped convolution, or an einsum that is no plain matrix product, `W` is
+    the kernel view, so `D` mixes kernels and not outputs.
 
     The paper adapts the second dense layer of each feed-forward network. Train
     it at a learning rate of 4e-4 to 8e-4 (AdamW).

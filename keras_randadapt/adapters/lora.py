@@ -48,7 +48,8 @@ class LoRA(base.Adapter):
             `keras_randadapt.regularizers.Orthogonality(0.1)`. It is part of
             the model's losses, so plain `fit` applies it.
         site_ranks: Optional dict from structural addresses, the keys of
-            `keras_randadapt.sites(model)`, to ranks of their own.
+            `keras_randadapt.sites(model)`, to ranks of their own. `scaling`
+            is the same for all.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -131,33 +132,25 @@ class LoRA(base.Adapter):
 
     def for_site(self, address, name):
         clone = super().for_site(address, name)
-        key = self._key_of_rank(address)
-        if key is not None:
-            clone.rank = self.site_ranks[key]
+        clone.rank = self.site_ranks.get(address, self.rank)
         return clone
 
+    def relocated(self, rename):
+        config = self.get_config()
+        if self.site_ranks:
+            config["site_ranks"] = {
+                rename(address): rank
+                for address, rank in self.site_ranks.items()
+            }
+        return type(self).from_config(config)
+
     def check_addresses(self, addresses):
-        used = set(map(self._key_of_rank, addresses))
-        unused = [key for key in self.site_ranks if key not in used]
+        unused = [key for key in self.site_ranks if key not in addresses]
         if unused:
             raise ValueError(
                 f"`site_ranks` has keys that mean no site: {unused[:5]}. "
                 f"Sites: {list(addresses)[:5]}"
             )
-
-    def _key_of_rank(self, address):
-        """The key of `site_ranks` that means the site at an address."""
-        # A file of a task loads into its backbone, and the reverse: one
-        # address then has a prefix more.
-        keys = [
-            key
-            for key in self.site_ranks
-            if f"/{address}".endswith(f"/{key}")
-            or f"/{key}".endswith(f"/{address}")
-        ]
-        return min(
-            keys, key=lambda key: abs(len(key) - len(address)), default=None
-        )
 
     def check(self, kernel_view):
         arguments.check_rank_fits(self.rank, kernel_view)

@@ -187,13 +187,18 @@ class RandLoRA(base.Adapter):
     def lookup(self, ids, dtype, training=None):
         if self._wide:
             rows = ops.take(self._mixing(), ids, axis=0)
-            return self.basis_b.matvec(ops.cast(rows, dtype))
+            return ops.cast(self.basis_b.matvec(rows), dtype)
         if self.basis == "hadamard":
             # A transform gives all rows or none.
             return super().lookup(ids, dtype, training)
-        return self._mix(self.basis_b.take(ids, dtype, axis=0), wide=False)
+        rows = self.basis_b.take(ids, "float32", axis=0)
+        return ops.cast(self._mix(rows, wide=False), dtype)
 
     def _product(self, x, training, wide):
+        if keras.backend.standardize_dtype(x.dtype) == "float16":
+            # N's first values, lambda times gamma, are below its range.
+            x = ops.cast(x, "float32")
+            return ops.cast(self._product(x, training, wide), "float16")
         if self._materializes(x, training, False):
             return self._materialized(x, wide)
         if wide:

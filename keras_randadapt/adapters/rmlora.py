@@ -124,7 +124,8 @@ class RMLoRA(lora.LoRA):
         self.mask_updates = bool(mask_updates)
 
     def wrap_optimizer(self, optimizer, name):
-        if self.update_rank == self.rank or wrapper.chosen_by_user(
+        largest = max([self.rank, *self.site_ranks.values()])
+        if self.update_rank == largest or wrapper.chosen_by_user(
             optimizer, masked_gradient.MaskedGradient
         ):
             return optimizer

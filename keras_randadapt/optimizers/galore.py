@@ -37,7 +37,10 @@ class GaLore(wrapper.OptimizerWrapper):
 
     Args:
         optimizer: The optimizer to wrap: any Keras optimizer without
-            `use_ema`, not built, or a name. 3e-5 to 1e-2 are usual rates.
+            `use_ema` but `Ftrl` and `ScheduleFreeAdamW`, not built, or a
+            name. 3e-5 to 1e-2 are usual rates. `Lamb` and `Adafactor`, which
+            scale steps by the size of what they change, see a kernel of
+            zeros.
         rank: int. Kernels whose shorter side is not longer are projected
             onto all of it, which loses nothing.
         update_interval: int. Updates from one `P` to the next.
@@ -85,6 +88,13 @@ class GaLore(wrapper.OptimizerWrapper):
                 "`optimizer` is built already, with state of full size: give "
                 "a fresh one, or its name."
             )
+        for one in wrapper.walk(self.inner_optimizer):
+            if type(one).__name__ in _ABSOLUTE:
+                raise ValueError(
+                    f"`{type(one).__name__}` sets variables to values of its "
+                    "own reckoning instead of changing them by a step, which "
+                    "is what `GaLore` projects back. Use another optimizer."
+                )
         self.rank = arguments.check_rank(rank)
         self.update_interval = arguments.check_rank(
             update_interval, "update_interval"
@@ -167,6 +177,8 @@ class GaLore(wrapper.OptimizerWrapper):
                     decayed = ops.where(is_update, decayed, 0.0)
                 change = change - decayed
             variable.assign_add(ops.cast(change, variable.dtype))
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
             update = projection.update
             update.assign(ops.zeros(update.shape, update.dtype))
 
@@ -185,6 +197,10 @@ class GaLore(wrapper.OptimizerWrapper):
             "scale": self.scale,
             "paths": self.paths,
         }
+
+
+#: Keras's optimizers that keep a position apart from the variable's value.
+_ABSOLUTE = ("Ftrl", "ScheduleFreeAdamW")
 
 
 class _Projection:

@@ -4,6 +4,7 @@ import re
 
 import keras
 
+from keras_randadapt import _compat
 from keras_randadapt import root
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
@@ -166,4 +167,6 @@ def _with_rate(optimizer, learning_rate):
     ):
         learning_rate = keras.optimizers.schedules.serialize(learning_rate)
     config["learning_rate"] = learning_rate
-    return type(optimizer).from_config(config)
+    result = type(optimizer).from_config(config)
+    _compat.copy_weight_decay_exclusions(optimizer, result)
+    return result

@@ -127,11 +127,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         inner_variables = self.inner_variables(variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(inner_variables)
-        leaves = [
-            one
-            for one in walk(self.inner_optimizer)
-            if not _inner_optimizers(one)
-        ]
+        leaves = _leaves(self.inner_optimizer)
         accumulations = {o.gradient_accumulation_steps or 1 for o in leaves}
         if len(accumulations) > 1:
             raise ValueError(
@@ -221,10 +217,14 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list):
+        if self.built:
+            var_list = self.inner_variables(list(var_list))
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+        # Of a `MultiOptimizer`, only the leaves decay weights.
+        for leaf in _leaves(self.inner_optimizer):
+            leaf.exclude_from_weight_decay(var_list, var_names)
 
     def set_weights(self, weights):
         own = len(super().variables)
@@ -280,6 +280,22 @@ def walk(optimizer):
     yield optimizer
     for inner in _inner_optimizers(optimizer):
         yield from walk(inner)
+
+
+def _leaves(optimizer):
+    return [one for one in walk(optimizer) if not _inner_optimizers(one)]
+
+
+def fresh(optimizer):
+    """An optimizer of the same settings, without state.
+
+    Raises:
+        ValueError: If Keras can't read back what it writes of the settings.
+    """
+    other = type(optimizer).from_config(optimizer.get_config())
+    for old, new in zip(walk(optimizer), walk(other), strict=True):
+        _compat.copy_weight_decay_exclusions(old, new)
+    return other
 
 
 def chosen_by_user(optimizer, cls):

@@ -115,6 +115,7 @@ def load_adapter(
     checks.check_model(model)
     layers = root.layers_of(model)
     rename = _relocation(filepath, metadata, tensors, model, layers)
+    template = template.relocated(rename)
     _check_base(filepath, metadata, model, preset)
 
     addresses = [rename(key) for key in _site_keys(tensors)]

@@ -81,6 +81,27 @@ class TestLearningRateGroups:
         with pytest.raises(ValueError, match="no active adapter of this model"):
             learning_rate_groups(model, adapter=0.1, lora_b=1.0)
 
+    def test_exclusions_from_weight_decay(self):
+        """They are in no config."""
+        model, x = _model()
+        optimizer = keras.optimizers.AdamW(weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        groups = learning_rate_groups(model, optimizer, adapter=0.1)
+        zoo.fit(model, x, steps=1, optimizer=groups)
+        # Its optimizer is made anew.
+        kra.inject(model, kra.LoRA(1, seed=3), "query", name="second")
+        kra.set_active(model, ["default", "second"])
+        assert model.optimizer is not groups
+        for one in (groups, model.optimizer):
+            decays = {
+                variable.path.rpartition("/")[2]: {
+                    leaf._use_weight_decay(variable) for leaf in one.optimizers
+                }
+                for variable in model.trainable_variables
+            }
+            assert decays["bias"] == {False}
+            assert decays["kernel"] == decays["lora_a"] == {True}
+
     def test_own_layer_called_adapter(self):
         inputs = keras.Input((4,))
         x = keras.layers.Dense(3, name="hidden")(inputs)

@@ -566,6 +566,21 @@ class TestFit:
         model, x, y = _model()
         inner = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
         model.compile(MaskedGradient(inner, 1), "mse")
+        trained, averages, validated = [], [], []
+
+        def values(variables):
+            return [np.array(_numpy(v)) for v in variables]
+
+        def keep(logs):
+            trained.append(values(model.trainable_variables))
+            averages.append(values(inner._model_variables_moving_average))
+
+        before = keras.callbacks.LambdaCallback(on_test_begin=keep)
+        after = keras.callbacks.LambdaCallback(
+            on_test_begin=lambda logs: validated.append(
+                values(model.trainable_variables)
+            )
+        )
         model.fit(
             x,
             y,
@@ -573,8 +588,15 @@ class TestFit:
             epochs=2,
             verbose=0,
             validation_data=(x, y),
-            callbacks=[keras.callbacks.SwapEMAWeights()],
+            callbacks=[before, keras.callbacks.SwapEMAWeights(), after],
         )
+        assert len(validated) == 2
+        for one, two in zip(averages, validated, strict=True):
+            for average, value in zip(one, two, strict=True):
+                np.testing.assert_allclose(value, average, rtol=1e-5, atol=1e-6)
+        # After the first update the average is that of one value.
+        last = zip(trained[-1], validated[-1], strict=True)
+        assert all(np.any(a != b) for a, b in last)
 
     @pytest.mark.parametrize("name", ["sgd", "adamw"])
     def test_training_resumes_bit_for_bit(self, name, tmp_path):

@@ -204,6 +204,18 @@ class TestWholeModelFiles:
         assert kra.sites(model)
 
 
+class TestLegacyFiles:
+    def test_hdf5_is_refused(self, tmp_path):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        for name in ("model.h5", "model.hdf5"):
+            with pytest.raises(ValueError, match="legacy HDF5 files"):
+                model.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
+        kra.eject(model)
+        model.save(tmp_path / "model.keras")
+
+
 class TestExport:
     @pytest.mark.skipif(
         BACKEND == "torch",
@@ -311,7 +323,8 @@ class TestAcrossBackends:
 
 
 def test_first_values_are_equal_on_every_backend():
-    # What a fresh adapter of each method computes with, in golden numbers.
+    # All methods draw them from `random`, whose golden values are tested
+    # there: here is one that has come all the way into a model.
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3, name="d")(inputs))
     kra.inject(model, kra.RLoRA(4, seed=11), "d")
