@@ -233,14 +233,22 @@ def exclude_from_weight_decay(optimizer, variables):
     optimizer._exclude_from_weight_decay_cache = {}
 
 
-def copy_weight_decay_exclusions(source, target):
-    """What an optimizer's config does not say of its weight decay."""
-    for name in (
-        "_exclude_from_weight_decay",
-        "_exclude_from_weight_decay_pattern",
-    ):
-        if hasattr(source, name):
-            setattr(target, name, getattr(source, name))
+def copy_weight_decay_exclusions(source, target, variables):
+    """What an optimizer's config does not say of its weight decay.
+
+    Args:
+        source: An optimizer.
+        target: Another one.
+        variables: The model's variables. Keras knows them by their `id`,
+            which of others might soon be that of a new variable.
+    """
+    excluded = getattr(source, "_exclude_from_weight_decay", set())
+    target._exclude_from_weight_decay = {
+        key for key in map(target._var_key, variables) if key in excluded
+    }
+    target._exclude_from_weight_decay_pattern = getattr(
+        source, "_exclude_from_weight_decay_pattern", None
+    )
     target._exclude_from_weight_decay_cache = {}
 
 

@@ -466,12 +466,13 @@ def _before_change(model):
     A fresh optimizer is made now: where its config can't be read back, the
     error comes before anything has changed.
     """
-    from keras_randadapt.optimizers import wrapper
-
     optimizer = getattr(model, "optimizer", None)
-    is_built = optimizer is not None and optimizer.built
-    fresh = wrapper.fresh(optimizer) if is_built else None
-    return list(map(id, model.trainable_variables)), fresh
+    if optimizer is not None and optimizer.built:
+        fresh = type(optimizer).from_config(optimizer.get_config())
+    else:
+        fresh = None
+    # The variables and not their ids, which new ones could get.
+    return model.trainable_variables, fresh
 
 
 def _forget_compiled(model):
@@ -487,11 +488,15 @@ def _refresh(model, before):
         model: An adapted model.
         before: What `_before_change` gave.
     """
-    trainable, optimizer = before
+    from keras_randadapt.optimizers import wrapper
+
+    trained_before, fresh = before
     _forget_compiled(model)
-    changed = list(map(id, model.trainable_variables)) != trainable
-    if changed and optimizer is not None:
-        model.optimizer = optimizer
+    trained = model.trainable_variables
+    changed = list(map(id, trained)) != list(map(id, trained_before))
+    if changed and fresh is not None:
+        wrapper.copy_exclusions(model.optimizer, fresh, model.variables)
+        model.optimizer = fresh
     root.wrap_optimizer(model)
 
 

@@ -303,6 +303,22 @@ def test_weight_decay_and_exclusion_from_it():
     assert _compat.weight_decay(_optimizer([one]), one) == 0.0
 
 
+def test_copy_weight_decay_exclusions():
+    one, two, gone = (keras.Variable(np.ones(2), name=n) for n in "abc")
+    source = _optimizer([one, two, gone], weight_decay=0.5)
+    _compat.exclude_from_weight_decay(source, [one, gone])
+    target = _optimizer([one, two], weight_decay=0.5)
+    _compat.copy_weight_decay_exclusions(source, target, [one, two])
+    assert _compat.weight_decay(target, one) == 0.0
+    assert _compat.weight_decay(target, two) == 0.5
+    assert target._exclude_from_weight_decay == {id(one)}
+    source = keras.optimizers.AdamW(weight_decay=0.5)
+    source.exclude_from_weight_decay(var_names=["b"])
+    _compat.copy_weight_decay_exclusions(source, target, [one, two])
+    assert _compat.weight_decay(target, one) == 0.5
+    assert _compat.weight_decay(target, two) == 0.0
+
+
 def test_track_optimizer_variable():
     variable = keras.Variable(np.ones(2))
     optimizer = _optimizer([variable])

@@ -115,8 +115,11 @@ def learning_rate_groups(
         }
     return keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(
-            _with_rate(optimizer, head),
-            {path: _with_rate(optimizer, rate) for path, rate in rates.items()},
+            _with_rate(optimizer, head, model),
+            {
+                path: _with_rate(optimizer, rate, model)
+                for path, rate in rates.items()
+            },
         )
     )
 
@@ -160,7 +163,7 @@ def _recommended_rate(state):
     return rates.pop()
 
 
-def _with_rate(optimizer, learning_rate):
+def _with_rate(optimizer, learning_rate, model):
     config = optimizer.get_config()
     if isinstance(
         learning_rate, keras.optimizers.schedules.LearningRateSchedule
@@ -168,5 +171,5 @@ def _with_rate(optimizer, learning_rate):
         learning_rate = keras.optimizers.schedules.serialize(learning_rate)
     config["learning_rate"] = learning_rate
     result = type(optimizer).from_config(config)
-    _compat.copy_weight_decay_exclusions(optimizer, result)
+    _compat.copy_weight_decay_exclusions(optimizer, result, model.variables)
     return result

@@ -286,16 +286,16 @@ def _leaves(optimizer):
     return [one for one in walk(optimizer) if not _inner_optimizers(one)]
 
 
-def fresh(optimizer):
-    """An optimizer of the same settings, without state.
+def copy_exclusions(source, target, variables):
+    """Excludes from weight decay what another optimizer does.
 
-    Raises:
-        ValueError: If Keras can't read back what it writes of the settings.
+    Args:
+        source: An optimizer.
+        target: Another one, made from its config.
+        variables: The model's variables.
     """
-    other = type(optimizer).from_config(optimizer.get_config())
-    for old, new in zip(walk(optimizer), walk(other), strict=True):
-        _compat.copy_weight_decay_exclusions(old, new)
-    return other
+    for old, new in zip(walk(source), walk(target), strict=True):
+        _compat.copy_weight_decay_exclusions(old, new, variables)
 
 
 def chosen_by_user(optimizer, cls):

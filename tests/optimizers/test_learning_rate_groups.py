@@ -102,6 +102,24 @@ class TestLearningRateGroups:
             assert decays["bias"] == {False}
             assert decays["kernel"] == decays["lora_a"] == {True}
 
+    def test_exclusions_are_of_living_variables(self):
+        """Keras knows them by `id`, which a new variable might get."""
+        model, x = _model()
+        optimizer = keras.optimizers.AdamW(weight_decay=0.5)
+        mine = [v for v in model.trainable_variables if "lora" in v.path]
+        optimizer.exclude_from_weight_decay(mine)
+        zoo.fit(model, x, steps=1, optimizer=optimizer)
+        kra.inject(model, kra.LoRA(1), "query", name="second")
+        kra.set_active(model, "second")
+        kra.set_active(model, ["default", "second"])
+        assert model.optimizer is not optimizer
+        for variable in model.trainable_variables:
+            decays = model.optimizer._use_weight_decay(variable)
+            assert decays != any(variable is one for one in mine)
+        kra.eject(model, "default")
+        excluded = model.optimizer._exclude_from_weight_decay
+        assert excluded <= set(map(id, model.variables))
+
     def test_own_layer_called_adapter(self):
         inputs = keras.Input((4,))
         x = keras.layers.Dense(3, name="hidden")(inputs)
