@@ -471,8 +471,8 @@ def _before_change(model):
         fresh = type(optimizer).from_config(optimizer.get_config())
     else:
         fresh = None
-    # The variables and not their ids, which new ones could get.
-    return model.trainable_variables, fresh
+    # All variables and not their ids, which new ones could get.
+    return model.variables, model.trainable_variables, fresh
 
 
 def _forget_compiled(model):
@@ -490,13 +490,17 @@ def _refresh(model, before):
     """
     from keras_randadapt.optimizers import wrapper
 
-    trained_before, fresh = before
+    _, trained_before, fresh = before
     _forget_compiled(model)
     trained = model.trainable_variables
     changed = list(map(id, trained)) != list(map(id, trained_before))
-    if changed and fresh is not None:
-        wrapper.copy_exclusions(model.optimizer, fresh, model.variables)
-        model.optimizer = fresh
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        if not changed or fresh is None:
+            fresh = optimizer
+        wrapper.copy_exclusions(optimizer, fresh, model.variables)
+        if fresh is not optimizer:
+            model.optimizer = fresh
     root.wrap_optimizer(model)
 
 
