@@ -136,10 +136,7 @@ class TestAdapter:
             ({"orthogonality": -0.1}, "`orthogonality` must be at least 0"),
             ({"orthogonality": float("inf")}, "`orthogonality` must be a fin"),
             ({"update_rank": 0}, "`update_rank` must be at least 1"),
-            (
-                {"update_rank": 5},
-                "`update_rank` must be at most 4",
-            ),
+            ({"update_rank": 5}, "`update_rank` must be at most 4"),
             ({"update_rank": 2.0}, "`update_rank` must be an integer"),
             ({"regularizer": "l2"}, "has a regularizer of its own"),
             ({"rank": 0}, "`rank` must be at least 1"),
