@@ -3,6 +3,7 @@
 import keras
 
 from keras_randadapt import arguments
+from keras_randadapt import building
 from keras_randadapt import checks
 from keras_randadapt import injection
 from keras_randadapt import report as report_lib
@@ -99,9 +100,7 @@ def _replace(model, name, low_rank):
         dropout=record.template.dropout,
         dtype=record.template.dtype,
     )
-    built = injection.build_adapters(
-        template, name, state.layers, addresses, {}
-    )
+    built = building.build_adapters(template, name, state.layers, addresses, {})
     for address in addresses:
         a, b, _ = found[address]
         built[address].lora_a.assign(a)

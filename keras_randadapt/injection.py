@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import adapter_stack
+from keras_randadapt import building
 from keras_randadapt import checks
 from keras_randadapt import quantized_kernels
 from keras_randadapt import report as report_lib
@@ -27,7 +28,6 @@ from keras_randadapt import site_classes
 from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
 from keras_randadapt.adapters import base as adapter_base
-from keras_randadapt.adapters import variables as adapter_variables
 from keras_randadapt.adapters.base import Adapter
 
 #: What `targets`, `exclude` and `keep_trainable` may be.
@@ -120,7 +120,7 @@ def inject(
     checks.check_attachable(model, layers, chosen, kept)
     checks.warn_of_inference_in_fit(model, adapter)
     sources = adapter.sources(layers, chosen)
-    built = build_adapters(adapter, name, layers, chosen, sources)
+    built = building.build_adapters(adapter, name, layers, chosen, sources)
     attach(model, adapter, name, chosen, kept, layers, built, sources)
     return report_lib.Report(model, name)
 
@@ -209,7 +209,7 @@ def attach_from_config(model, config):
     checks.check_new_name(model, name)
     checks.check_attachable(model, layers, addresses, kept)
     sources = config.get("sources", {})
-    built = build_adapters(template, name, layers, addresses, sources)
+    built = building.build_adapters(template, name, layers, addresses, sources)
     attach(model, template, name, addresses, kept, layers, built, sources)
 
 
@@ -502,85 +502,6 @@ def _refresh(model, before):
         if fresh is not optimizer:
             model.optimizer = fresh
     root.wrap_optimizer(model)
-
-
-def build_adapters(template, name, layers, addresses, sources):
-    """Built adapters by address, attached to nothing yet."""
-    template.check_addresses(addresses)
-    paths = [layers[address].path for address in addresses]
-    built = {}
-    for address in addresses:
-        try:
-            _check_kind(template, layers[address])
-            checks.check_called(template, address, layers)
-            if address in sources:
-                _check_source(sources[address], address, layers)
-            template.check(tuple(site_layers.view_of(layers[address])))
-        except ValueError as error:
-            raise ValueError(f"At '{address}': {error}") from error
-    with adapter_variables.shared_bases():
-        for number, address in enumerate(addresses):
-            layer = layers[address]
-            # Two layers of one path would give two variables of one path,
-            # which torch's parameter lists confuse.
-            path = layer.path
-            if not path or paths.count(path) > 1:
-                path = address
-            view = site_layers.view_of(layer)
-            clone = template.for_site(address, name)
-            clone.site_number = number
-            bias = site_layers.bias_variable(layer)
-            clone.bias_shape = None if bias is None else tuple(bias.shape)
-            source = layers[sources.get(address, address)]
-            clone.source_dim = site_layers.view_of(source).input_dim
-            with keras.name_scope("adapter", override_parent=path):
-                clone.build(tuple(view))
-            built[address] = clone
-    return built
-
-
-def _check_kind(template, layer):
-    if site_layers.kind_of(layer) not in template.site_kinds:
-        raise ValueError(
-            f"`{type(template).__name__}` does not adapt a "
-            f"{type(layer).__name__}. Leave it out with `exclude`."
-        )
-    if template.adapts_output and not site_layers.is_matrix_product(layer):
-        raise ValueError(
-            f"`{type(template).__name__}` adapts outputs of matrix products, "
-            f"and the equation '{layer.equation}' is none. Leave the layer "
-            "out with `exclude`."
-        )
-
-
-def _check_source(address, site_address, layers):
-    layer = layers.get(address)
-    if (
-        layer is None
-        or site_layers.supported_class(layer, ("product",)) is None
-        or not site_layers.is_matrix_product(layer)
-    ):
-        raise ValueError(
-            f"Its input comes from '{address}', which must be a Dense or "
-            f"EinsumDense layer. Received: {layer}. Leave the site out with "
-            "`exclude`."
-        )
-    site_layers.check_site(address, layer)
-    for one in (layer, layers[site_address]):
-        if _compat.calls_in_graph(one) > 1:
-            raise ValueError(
-                f"It gets the input of '{address}', and '{one.name}' is used "
-                "several times in the model's graph, so it is not known which "
-                "input belongs to which output. Leave the site out with "
-                "`exclude`."
-            )
-        if _compat.may_rematerialize(one):
-            raise ValueError(
-                f"It gets the input of '{address}', and '{one.name}' was made "
-                "in a `keras.RematScope`, which lets nothing else out of a "
-                "layer than its output. Build the model outside of the scope, "
-                "or leave the site out with `exclude`."
-            )
 
 
 def _with_bias(layers, chosen):

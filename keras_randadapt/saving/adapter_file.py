@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_randadapt import building
 from keras_randadapt import checks
 from keras_randadapt import file_format
 from keras_randadapt import injection
@@ -135,7 +136,7 @@ def load_adapter(
         built = model._randadapt.adapters(name)
     else:
         checks.check_new_name(model, name)
-        built = injection.build_adapters(
+        built = building.build_adapters(
             template, name, layers, addresses, sources
         )
     _check_bases(filepath, metadata, built)
