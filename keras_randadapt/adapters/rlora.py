@@ -7,6 +7,8 @@ from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.bases import randomized_hadamard
+from keras_randadapt.ops import fence
+from keras_randadapt.ops import with_gradient
 
 _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
 
@@ -130,8 +132,30 @@ class RLoRA(base.Adapter):
         )
 
     def delta(self, x, training=None):
-        u = self.basis_a.matvec(x) * ops.cast(self.alpha, x.dtype)
-        return self.basis_b.matvec(u) * self._scaled_beta(x.dtype)
+        return with_gradient(
+            self._expand,
+            self._expand_gradient,
+            self.basis_a.matvec(x),
+            ops.cast(self.alpha, x.dtype),
+            self._scaled_beta(x.dtype),
+        )
+
+    # The gradient of `beta` needs the expanded features, `output_dim` numbers
+    # a token. They are computed anew from the `rank` that are kept.
+
+    def _expand(self, z, alpha, beta):
+        return self.basis_b.matvec(z, before=alpha, after=beta)
+
+    def _expand_gradient(self, kept, upstream):
+        z, alpha, beta = kept
+        z, alpha = fence(upstream, z, alpha)
+        pulled = self.basis_b.adjoint(upstream, before=beta)
+        tokens = tuple(range(len(upstream.shape) - 1))
+        return (
+            pulled * alpha,
+            ops.sum(pulled * z, tokens),
+            ops.sum(upstream * self.basis_b.matvec(z, before=alpha), tokens),
+        )
 
     def delta_transpose(self, x, training=None):
         v = self.basis_b.adjoint(x * self._scaled_beta(x.dtype))

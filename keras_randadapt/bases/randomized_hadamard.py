@@ -84,21 +84,23 @@ class RandomizedHadamard:
         """None: nothing is kept. See `RandomMatrix.operands`."""
         return ()
 
-    def matvec(self, x, operands=()):
+    def matvec(self, x, operands=(), before=None, after=None):
         """The product with `x`, on its last axis.
 
         Args:
             x: Tensor `(..., dim)`, or `(..., rank)` with `expand`.
             operands: Nothing; what other bases take.
+            before: Optional vector to multiply `x` by, of its dtype.
+            after: Optional vector to multiply the result by.
 
         Returns:
             Tensor `(..., rank)`, or `(..., dim)` with `expand`.
         """
-        return self._apply(x, adjoint=False, split=self.expand)
+        return self._apply(x, False, self.expand, before, after)
 
-    def adjoint(self, x, operands=()):
+    def adjoint(self, x, operands=(), before=None, after=None):
         """The product with the transpose; shapes of `matvec` swapped."""
-        return self._apply(x, adjoint=True, split=not self.expand)
+        return self._apply(x, True, not self.expand, before, after)
 
     def matrix(self, operands=()):
         """The matrix as a float32 tensor."""
@@ -116,9 +118,12 @@ class RandomizedHadamard:
         """A short hash of the random draws."""
         return _digest(self._plans)
 
-    def _apply(self, x, adjoint, split):
+    def _apply(self, x, adjoint, split, before, after):
         if len(self._plans) == 1:
-            return randomized_transform(x, self._plans[0], adjoint)
+            (plan,) = self._plans
+            return randomized_transform(x, plan, adjoint, before, after)
+        if before is not None:
+            x = x * before
         parts = [x] * len(self._plans)
         if split:
             parts = ops.split(x, self._splits, axis=-1)
@@ -126,7 +131,8 @@ class RandomizedHadamard:
             randomized_transform(part, plan, adjoint)
             for part, plan in zip(parts, self._plans)
         ]
-        return sum(parts[1:], parts[0]) if split else ops.concatenate(parts, -1)
+        y = sum(parts[1:], parts[0]) if split else ops.concatenate(parts, -1)
+        return y if after is None else y * after
 
 
 def _cost(plan):

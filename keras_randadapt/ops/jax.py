@@ -27,6 +27,7 @@ def compile_time(function):
     return function
 
 
+@steps.scaled
 def apply(x, program):
     """Applies a program to the last axis of an array.
 
@@ -64,7 +65,7 @@ def _run_on_cpu(x, program):
         part = _run_rows(part, program)
         return jax.lax.dynamic_update_slice_in_dim(y, part, start, 0)
 
-    dim = program.steps[-1].output_dim
+    dim = program.output_dim
     y = jnp.empty((rows, dim), x.dtype)
     y = jax.lax.fori_loop(0, -(-rows // block), body, y)
     return y.reshape(*batch, dim)
@@ -119,7 +120,7 @@ def _dot(a, b):
 
 
 def _abstract(x, program):
-    return x.update(shape=(*x.shape[:-1], program.steps[-1].output_dim))
+    return x.update(shape=(*x.shape[:-1], program.output_dim))
 
 
 def _transpose(cotangent, x, program):

@@ -11,6 +11,7 @@ def compile_time(function):
     return function
 
 
+@steps.scaled
 def apply(x, program):
     """Applies a program to the last axis of an array."""
     batch = x.shape[:-1]

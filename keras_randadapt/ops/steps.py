@@ -185,6 +185,14 @@ class Program:
     def __iter__(self):
         return iter(self.steps)
 
+    @property
+    def input_dim(self):
+        return self.steps[0].input_dim
+
+    @property
+    def output_dim(self):
+        return self.steps[-1].output_dim
+
     @functools.cached_property
     def largest_dim(self):
         return max(max(s.input_dim, s.output_dim) for s in self.steps)
@@ -198,6 +206,22 @@ class Program:
         """The program of the transposed map."""
         steps = [step.transpose for step in reversed(self.steps)]
         return _of_transpose(self, Program(steps))
+
+
+def scaled(apply):
+    """Lets a backend's `apply(x, program)` multiply before and after.
+
+    Where nothing does it in one pass, it is two products more.
+    """
+
+    @functools.wraps(apply)
+    def apply_scaled(x, program, before=None, after=None):
+        if before is not None:
+            x = x * before
+        y = apply(x, program)
+        return y if after is None else y * after
+
+    return apply_scaled
 
 
 def hadamard_steps(order, normalize=True):

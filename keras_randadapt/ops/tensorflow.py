@@ -18,6 +18,7 @@ def compile_time(function):
     return function
 
 
+@steps.scaled
 def apply(x, program):
     """Applies a program to the last axis of a tensor.
 

@@ -1,5 +1,7 @@
 """PyTorch: eager, `torch.func`, `torch.compile`, and the meta device."""
 
+import importlib.util
+import os
 import weakref
 
 import torch
@@ -16,10 +18,33 @@ _PASS_COST = 36
 # Elements a block of rows, on a CPU: what is between steps stays in cache,
 # and is not asked from the system, which costs more than the arithmetic.
 _BLOCK = 1 << 19
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def apply(x, program):
-    """Applies a program to the last axis of a tensor."""
+def apply(x, program, before=None, after=None):
+    """Applies a program to the last axis of a tensor.
+
+    Args:
+        x: Tensor `(..., input_dim)`.
+        program: `steps.Program`.
+        before: Optional tensor `(input_dim,)` to multiply by first.
+        after: Optional tensor `(output_dim,)` to multiply by last.
+    """
+    is_traced = torch.compiler.is_dynamo_compiling()
+    is_scaled = before is not None or after is not None
+    if (is_traced or is_scaled) and _kernel_takes(
+        program.key, x.device.type, x.dtype
+    ):
+        from keras_randadapt.ops import triton
+
+        if is_traced:
+            return triton.transform_by_key(x, program.key, before, after)
+        return triton.apply(x, program, before, after)
+    return _apply_steps(x, program, before, after)
+
+
+@steps.scaled
+def _apply_steps(x, program):
     if torch.compiler.is_dynamo_compiling():
         return _apply_by_key(x, program.key)
     return _Linear.apply(x, program)
@@ -55,13 +80,29 @@ def _apply_by_key(x, key):
     return _Linear.apply(x, steps.Program.from_key(key))
 
 
+@compile_time
+def _kernel_takes(key, device_type, dtype):
+    """Whether a CUDA kernel applies the program, not matrix products."""
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    if not _HAS_TRITON:
+        return False
+    from keras_randadapt.ops import triton
+
+    return triton.takes(steps.Program.from_key(key), dtype)
+
+
 def _run(x, program):
     batch = x.shape[:-1]
     if len(batch) != 1:
         x = x.reshape(batch.numel(), x.shape[-1])
     block = max(1, _BLOCK // program.largest_dim)
-    if x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
-        y = x.new_empty(len(x), program.steps[-1].output_dim)
+    if _kernel_takes(program.key, x.device.type, x.dtype):
+        from keras_randadapt.ops import triton
+
+        y = triton.apply(x, program)
+    elif x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
+        y = x.new_empty(len(x), program.output_dim)
         *head, last = program
         for part, out in zip(x.split(block), y.split(block)):
             part = _run_rows(part, head)
@@ -137,34 +178,37 @@ def _product(x, matrix, right, out=None):
 
 
 def _constants(step, x):
-    """The arrays of a step as tensors, kept for the next call."""
-    if torch.compiler.is_compiling():
-        return _make_constants(step, x)
-    known = _known_constants.setdefault(step, {})
-    key = x.device, x.dtype
-    if key not in known:
-        constants = _make_constants(step, x)
-        if not all(type(c) is torch.Tensor for c in constants):
-            # Fake tensors must not outlive the trace that made them.
-            return constants
-        known[key] = constants
-    return known[key]
-
-
-_known_constants = weakref.WeakKeyDictionary()
-
-
-def _make_constants(step, x):
-    dtype = x.dtype
+    """The arrays of a step as tensors."""
     match step:
         case steps.Kronecker():
-            arrays = [matrix for matrix, _ in _grouped(step, dtype)]
+            matrices = [matrix for matrix, _ in _grouped(step, x.dtype)]
+            return as_tensors(step, matrices, x.dtype, x.device)
         case steps.Multiply():
-            arrays = (step.vector,)
+            return as_tensors(step, (step.vector,), x.dtype, x.device)
         case steps.Take():
-            arrays, dtype = (step.index,), torch.int32
+            return as_tensors(step, (step.index,), torch.int32, x.device)
+
+
+_known_tensors = weakref.WeakKeyDictionary()
+
+
+def as_tensors(owner, arrays, dtype, device):
+    """Arrays as tensors, kept for the next call as long as `owner` lives."""
+    if torch.compiler.is_compiling():
+        return _copies(arrays, dtype, device)
+    known = _known_tensors.setdefault(owner, {})
+    if (device, dtype) not in known:
+        tensors = _copies(arrays, dtype, device)
+        if not all(type(tensor) is torch.Tensor for tensor in tensors):
+            # Fake tensors must not outlive the trace that made them.
+            return tensors
+        known[device, dtype] = tensors
+    return known[device, dtype]
+
+
+def _copies(arrays, dtype, device):
     # `torch.tensor` copies: read-only arrays are not for sharing.
-    return tuple(torch.tensor(a, dtype=dtype, device=x.device) for a in arrays)
+    return tuple(torch.tensor(a, dtype=dtype, device=device) for a in arrays)
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

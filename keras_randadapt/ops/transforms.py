@@ -68,7 +68,7 @@ def fwht(x, axis=-1, normalize=True, transpose=False):
     return keras.ops.moveaxis(_backend.apply(x, program), -1, axis)
 
 
-def randomized_transform(x, plan, adjoint=False):
+def randomized_transform(x, plan, adjoint=False, before=None, after=None):
     """Multiplies the last axis by a frozen random matrix.
 
     See `RandomizedTransform` for the matrix `T`. The gradient is the adjoint,
@@ -80,10 +80,14 @@ def randomized_transform(x, plan, adjoint=False):
             `(..., plan.output_dim)` with `adjoint=True`.
         plan: A `RandomizedTransform`.
         adjoint: Whether to multiply by the transpose of `T`.
+        before: Optional vector of the dtype of `x`, to multiply `x` by first.
+            PyTorch does so in the same pass over memory on a GPU.
+        after: Optional vector like it, to multiply the result by.
 
     Returns:
         `T x`, a tensor of the dtype of `x` and shape `(..., plan.output_dim)`;
-        or `T' x` of shape `(..., plan.input_dim)` with `adjoint=True`.
+        or `T' x` of shape `(..., plan.input_dim)` with `adjoint=True`. With
+        vectors, `after * T (before * x)`.
 
     Raises:
         TypeError: If `plan` is not a `RandomizedTransform`, or `x` not of a
@@ -96,11 +100,20 @@ def randomized_transform(x, plan, adjoint=False):
             f"Received: plan={plan!r} of type {type(plan).__name__}"
         )
     if keras.utils.is_keras_tensor(x):
-        return RandomizedTransformOperation(plan, adjoint).symbolic_call(x)
+        operation = RandomizedTransformOperation(plan, adjoint)
+        x = x if before is None else x * before
+        y = operation.symbolic_call(x)
+        return y if after is None else y * after
     x = _as_tensor(x)
     _check_input(x, plan, adjoint)
     program = plan.adjoint_program if adjoint else plan.program
-    return _backend.apply(x, program) if program.steps else x
+    apply = _backend.apply if program.steps else _leave
+    return apply(x, program, before, after)
+
+
+@steps.scaled
+def _leave(x, program):
+    return x
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")

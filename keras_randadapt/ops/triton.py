@@ -1,0 +1,614 @@
+"""A CUDA kernel for the transforms of the PyTorch backend, in Triton.
+
+A program of `steps.py` is applied to a block of rows in one pass over memory:
+the rows are read once, held on chip through all stages of signs and Hadamard
+transforms, and written once. The factors of a transform are matrix products,
+padded to the power-of-two sizes that Triton's tiles have; each is followed by a
+rotation of the axes, after which the next one is the fastest.
+
+Products accumulate in float32, whatever the dtype of the data. Tensor cores
+take the 11 leading bits of a number: as many as float16 has, and more than
+bfloat16. For float32 data a second product adds the bits that follow; the
+factors' entries are +- powers of two, or else (Hartley cores) a third product
+adds their other bits.
+
+Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
+CPU; slowly, for tests.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import weakref
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from keras_randadapt.ops import steps
+from keras_randadapt.ops.torch import as_tensors
+
+# Elements that one program holds on chip: at least so many, in several rows if
+# need be, and at most so many, in one.
+_TILE = 4096
+_LARGEST_TILE = 32768
+# The least size of a product on tensor cores.
+_LEAST_SIZE = 16
+# What rotating the axes after a product costs, in multiply-adds an element.
+_ROTATION_COST = 32
+_MAX_FACTORS = 3
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Those of a float32 that tensor cores do not take.
+_OTHER_BITS = np.uint32(0x1FFF)
+
+
+def takes(program, dtype):
+    """Whether the kernel can apply a program to tensors of a dtype.
+
+    Not to other dtypes, nor windows, nor orders whose tile does not fit on
+    chip.
+    """
+    return dtype in _DTYPES and _description(program) is not None
+
+
+def apply(x, program, before=None, after=None):
+    """`after * T (before * x)`, on the last axis.
+
+    Args:
+        x: Tensor of shape `(..., input_dim)`.
+        program: One that `takes` takes.
+        before: `None`, or tensor of shape `(input_dim,)`.
+        after: `None`, or tensor of shape `(output_dim,)`.
+
+    Returns:
+        Tensor of shape `(..., output_dim)`, of the dtype of `x`.
+    """
+    description, adjoint = _description(program)
+    arrays = (
+        description.matrices,
+        description.signs,
+        description.source,
+        description.target,
+    )
+    y = transform(
+        x.reshape(-1, program.input_dim),
+        *as_tensors(description, arrays, None, x.device),
+        before,
+        after,
+        description.sizes,
+        description.dims,
+        description.scale,
+        description.exact,
+        adjoint,
+    )
+    return y.reshape(*x.shape[:-1], program.output_dim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Description:
+    """A program as the kernel wants it.
+
+    Coordinates are numbered by their position in a tile of `sizes`, whose
+    axes are padded to powers of two.
+
+    Args:
+        sizes: Tuple of three integers, powers of two; 1 for no factor.
+        dims: `(input_dim, output_dim)`.
+        scale: What the result is multiplied by.
+        exact: Whether all bits of the matrices are leading ones.
+        matrices: float32 array of shape `(stages, s1**2 + s2**2 + s3**2)`:
+            the factors of each stage, row by row, padded with zeros.
+        signs: int8 array of shape `(stages + 1, s1 * s2 * s3)`: signs before
+            each stage and after the last, 0 where no coordinate is. No rows if
+            there are no signs.
+        source: int32 array `(s1 * s2 * s3,)`: which coordinate of the input
+            goes to each position, or -1. Empty if they are in order.
+        target: The same for the output.
+    """
+
+    sizes: tuple
+    dims: tuple
+    scale: float
+    exact: bool
+    matrices: np.ndarray
+    signs: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+
+_known_descriptions = weakref.WeakKeyDictionary()
+
+
+def _description(program):
+    """`(description, adjoint)`, or `None` if the kernel can't apply it.
+
+    A program and its transpose have one description.
+    """
+    if program not in _known_descriptions:
+        description = _describe(program)
+        for adjoint, key in enumerate((program, program.transpose)):
+            _known_descriptions[key] = description and (
+                description,
+                bool(adjoint),
+            )
+    return _known_descriptions[program]
+
+
+def _describe(program):
+    """A `_Description`, or `None`."""
+    program = list(program)
+    places = [
+        place
+        for place, step in enumerate(program)
+        if isinstance(step, steps.Kronecker)
+    ]
+    if not places:
+        return None
+    before, after = program[: places[0]], program[places[-1] + 1 :]
+    middle = program[places[0] : places[-1] + 1]
+    kinds = [steps.Kronecker, steps.Multiply]
+    if any(
+        isinstance(step, (steps.Window, steps.Kronecker))
+        for step in (*before, *after)
+    ) or any(type(step) not in kinds for step in middle):
+        return None
+    # Backwards, what comes after the last stage is what comes before it.
+    after = [step.transpose for step in reversed(after)]
+    source = _selection(before, program[0].input_dim)
+    target = _selection(after, program[-1].output_dim)
+    dims = program[0].input_dim, program[-1].output_dim
+    if any(
+        np.count_nonzero(columns >= 0) < dim
+        for (columns, _), dim in zip((source, target), dims)
+    ):
+        return None
+    stages = [step for step in middle if isinstance(step, steps.Kronecker)]
+
+    sizes = [
+        max(max(stage.matrices[i].shape) for stage in stages)
+        for i in range(len(stages[0].matrices))
+    ]
+    groups = _groups(tuple(sizes))
+    if groups is None:
+        return None
+    sizes = [math.prod(sizes[group]) for group in groups]
+    padded = [_padded(size) for size in sizes]
+    tile = math.prod(padded)
+    missing = _MAX_FACTORS - len(padded)
+    position = np.ravel_multi_index(
+        np.unravel_index(np.arange(math.prod(sizes)), sizes), padded
+    )
+    signs = np.zeros((len(stages) + 1, tile), np.int8)
+    vectors = [source[1], *_between(middle), target[1]]
+    for row, vector in zip(signs, vectors, strict=True):
+        row[position[: len(vector)]] = vector
+    if not np.any(signs < 0):
+        signs = signs[:0]
+    matrices = np.stack(
+        [
+            np.concatenate(
+                [np.ones(missing, np.float32)]
+                + [
+                    _flat(stage.matrices[group], size)
+                    for group, size in zip(groups, padded)
+                ]
+            )
+            for stage in stages
+        ]
+    )
+    return _Description(
+        # Axes that are not there come first.
+        sizes=(1,) * missing + tuple(padded),
+        dims=dims,
+        scale=math.prod(stage.scale for stage in stages),
+        exact=not np.any(matrices.view(np.uint32) & _OTHER_BITS),
+        matrices=matrices,
+        signs=signs,
+        source=_table(source[0], position, tile),
+        target=_table(target[0], position, tile),
+    )
+
+
+def _selection(selecting, dim):
+    """The column that goes to each coordinate, or -1, and its sign."""
+    columns, signs = np.arange(dim), np.ones(dim, np.int8)
+    for step in selecting:
+        match step:
+            case steps.Multiply():
+                signs = signs * step.vector
+            case steps.Take():
+                columns = np.append(columns, -1)[step.index]
+                signs = np.append(signs, 0)[step.index]
+            case steps.Resize():
+                more = max(0, step.output_dim - step.input_dim)
+                columns = np.pad(columns, (0, more), constant_values=-1)
+                columns = columns[: step.output_dim]
+                signs = np.pad(signs, (0, more))[: step.output_dim]
+    return columns, signs
+
+
+def _between(middle):
+    """The signs between each two stages."""
+    for step, following in itertools.pairwise(middle):
+        if isinstance(step, steps.Multiply):
+            yield step.vector
+        elif isinstance(following, steps.Kronecker):
+            yield np.ones(step.output_dim, np.int8)
+
+
+@functools.lru_cache(maxsize=None)
+def _groups(sizes):
+    """Slices of consecutive cores to multiply out, or `None`."""
+    best, least = None, math.inf
+    for parts in range(1, _MAX_FACTORS + 1):
+        for cuts in itertools.combinations(range(1, len(sizes)), parts - 1):
+            groups = [
+                slice(*ends)
+                for ends in itertools.pairwise((0, *cuts, len(sizes)))
+            ]
+            padded = [_padded(math.prod(sizes[group])) for group in groups]
+            tile = math.prod(padded)
+            cost = tile * sum(size + _ROTATION_COST for size in padded)
+            # Tiles of larger matrices don't leave room for the data.
+            if tile <= _LARGEST_TILE and max(padded) <= 256 and cost < least:
+                best, least = groups, cost
+    return best
+
+
+def _padded(size):
+    return max(_LEAST_SIZE, 1 << (size - 1).bit_length())
+
+
+def _flat(matrices, size):
+    matrix = functools.reduce(np.kron, matrices, np.ones((1, 1)))
+    rows, columns = matrix.shape
+    padding = ((0, size - rows), (0, size - columns))
+    return np.pad(matrix, padding).astype(np.float32).ravel()
+
+
+def _table(columns, position, tile):
+    """Columns by position; empty if they are in order and come first."""
+    table = np.full(tile, -1, np.int32)
+    table[position[: len(columns)]] = columns
+    dim = columns.max() + 1
+    if np.array_equal(table[:dim], np.arange(dim)) and (table[dim:] < 0).all():
+        return table[:0]
+    return table
+
+
+@torch.library.custom_op("keras_randadapt::transform", mutates_args=())
+def transform(
+    x: torch.Tensor,
+    matrices: torch.Tensor,
+    signs: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    before: torch.Tensor | None,
+    after: torch.Tensor | None,
+    sizes: list[int],
+    dims: list[int],
+    scale: float,
+    exact: bool,
+    adjoint: bool,
+) -> torch.Tensor:
+    """`after * T (before * x)` for the rows of a matrix.
+
+    Args:
+        x: Tensor of shape `(rows, dims[0])`.
+        matrices: See `_Description`, as all that is not said here.
+        signs: See there.
+        source: See there.
+        target: See there.
+        before: `None`, or tensor of shape `(dims[0],)`.
+        after: `None`, or tensor of shape `(dims[1],)`.
+        sizes: See there.
+        dims: See there.
+        scale: See there.
+        exact: See there.
+        adjoint: Whether to multiply by the transpose of `T`. All arguments
+            but `before`, `after` and `x` stay what they are.
+
+    Returns:
+        Tensor of shape `(rows, dims[1])`, of the dtype of `x`; with
+        `adjoint`, `dims` change places.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows = x.shape[0]
+    if adjoint:
+        source, target = target, source
+        dims = dims[::-1]
+    y = x.new_empty(rows, dims[1])
+    if rows == 0:
+        return y
+    tile = math.prod(sizes)
+    tile_rows = max(1, _TILE // tile)
+    _kernel[triton.cdiv(rows, tile_rows),](
+        x,
+        y,
+        matrices,
+        signs,
+        source,
+        target,
+        before,
+        after,
+        rows,
+        x.stride(0),
+        scale,
+        INPUT_DIM=dims[0],
+        OUTPUT_DIM=dims[1],
+        STAGES=len(matrices),
+        SIZE_1=sizes[0],
+        SIZE_2=sizes[1],
+        SIZE_3=sizes[2],
+        ROWS=tile_rows,
+        HAS_SIGNS=len(signs) > 0,
+        HAS_SOURCE=len(source) > 0,
+        HAS_TARGET=len(target) > 0,
+        HAS_BEFORE=before is not None,
+        HAS_AFTER=after is not None,
+        ADJOINT=adjoint,
+        PRODUCTS=1 if x.dtype.itemsize < 4 else 2 if exact else 3,
+        num_warps=min(16, max(4, tile * tile_rows // 1024)),
+    )
+    return y
+
+
+@transform.register_fake
+def _(x, *arguments):
+    *_, dims, _, _, adjoint = arguments
+    return x.new_empty(x.shape[0], dims[0 if adjoint else 1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, *constants = inputs[:5]
+    before, after, *ctx.rest, ctx.adjoint = inputs[5:]
+    # The data only where a scale is trained.
+    is_scaled = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+    x = x if is_scaled else None
+    ctx.save_for_backward(x, before, after, *constants)
+
+
+def _backward(ctx, upstream):
+    x, before, after, *constants = ctx.saved_tensors
+
+    def apply_again(x, before, after, transpose):
+        return transform(
+            x,
+            *constants,
+            before,
+            after,
+            *ctx.rest,
+            ctx.adjoint != transpose,
+        )
+
+    needed = ctx.needs_input_grad
+    gradient, *of_scales = _gradients(
+        apply_again, (needed[0], *needed[5:7]), x, before, after, upstream
+    )
+    return gradient, None, None, None, None, *of_scales, *[None] * 5
+
+
+transform.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _gradients(apply, needed, x, before, after, upstream):
+    """Of `after * T (before * x)` with respect to `x`, `before`, `after`.
+
+    Args:
+        apply: Function of `x, before, after, transpose`.
+        needed: Which gradients to compute; the others are `None`.
+        x: The data, if a scale's gradient is needed.
+        before: As it was given.
+        after: As it was given.
+        upstream: The gradient of the output.
+    """
+    gradients = [None] * 3
+    if needed[0]:
+        gradients[0] = apply(upstream, after, before, True)
+    if needed[1]:
+        pulled = apply(upstream, after, None, True) * x
+        gradients[1] = _sum_of_rows(pulled).to(before.dtype)
+    if needed[2]:
+        pushed = apply(x, before, None, False) * upstream
+        gradients[2] = _sum_of_rows(pushed).to(after.dtype)
+    return gradients
+
+
+def _sum_of_rows(x):
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+@torch.library.custom_op("keras_randadapt::transform_by_key", mutates_args=())
+def transform_by_key(
+    x: torch.Tensor,
+    key: int,
+    before: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> torch.Tensor:
+    """`apply`, as one node of the graph that `torch.compile` makes.
+
+    The kernel's constants are neither constants of that graph nor arguments:
+    they are found at run time, by the key of the program.
+    """
+    return apply(x, steps.Program.from_key(key), before, after)
+
+
+# A compiled graph knows programs by their keys alone, so they must live on.
+_compiled_programs = set()
+
+
+@transform_by_key.register_fake
+def _(x, key, before, after):
+    program = steps.Program.from_key(key)
+    _compiled_programs.update((program, program.transpose))
+    return x.new_empty(*x.shape[:-1], program.output_dim)
+
+
+def _setup_context_by_key(ctx, inputs, output):
+    x, ctx.key, before, after = inputs
+    is_scaled = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(x if is_scaled else None, before, after)
+
+
+def _backward_by_key(ctx, upstream):
+    program = steps.Program.from_key(ctx.key)
+
+    def apply_again(x, before, after, transpose):
+        key = program.transpose.key if transpose else program.key
+        return transform_by_key(x, key, before, after)
+
+    needed = ctx.needs_input_grad
+    gradient, *of_scales = _gradients(
+        apply_again, (needed[0], *needed[2:]), *ctx.saved_tensors, upstream
+    )
+    return gradient, None, *of_scales
+
+
+transform_by_key.register_autograd(
+    _backward_by_key, setup_context=_setup_context_by_key
+)
+
+
+def _vmap_rows(operator):
+    """The batching rule of an operator on rows, its other tensors shared."""
+
+    def rule(info, in_dims, x, *arguments):
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(
+                "The transform's scales can't be batched; multiply by them "
+                f"outside. Received: in_dims={in_dims}"
+            )
+        x = x.movedim(in_dims[0], 0)
+        y = operator(x.reshape(-1, x.shape[-1]), *arguments)
+        return y.reshape(*x.shape[:-1], y.shape[-1]), 0
+
+    operator.register_vmap(rule)
+
+
+_vmap_rows(transform)
+_vmap_rows(transform_by_key)
+
+
+@triton.jit
+def _kernel(
+    x_pointer,
+    y_pointer,
+    matrices,
+    signs,
+    source,
+    target,
+    before,
+    after,
+    rows,
+    row_stride,
+    scale,
+    INPUT_DIM: tl.constexpr,
+    OUTPUT_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    SIZE_1: tl.constexpr,
+    SIZE_2: tl.constexpr,
+    SIZE_3: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_SIGNS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    SIZE: tl.constexpr = SIZE_1 * SIZE_2 * SIZE_3
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    position = tl.arange(0, SIZE)
+    is_row = (row < rows)[:, None]
+
+    column = position
+    if HAS_SOURCE:
+        column = tl.load(source + position)
+    is_column = (column >= 0) & (column < INPUT_DIM)
+    x = tl.load(
+        x_pointer + row[:, None] * row_stride + column[None, :],
+        mask=is_row & is_column[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    if HAS_BEFORE:
+        factor = tl.load(before + column, mask=is_column, other=0.0)
+        x *= factor.to(tl.float32)[None, :]
+
+    for i in tl.static_range(STAGES):
+        stage = STAGES - 1 - i if ADJOINT else i
+        if HAS_SIGNS:
+            place = STAGES - i if ADJOINT else i
+            sign = tl.load(signs + place * SIZE + position)
+            x *= sign.to(tl.float32)[None, :]
+        # Each product is by the fastest axis, which then becomes the slowest.
+        factor = matrices + stage * (
+            SIZE_1 * SIZE_1 + SIZE_2 * SIZE_2 + SIZE_3 * SIZE_3
+        )
+        if SIZE_3 > 1:
+            factor_3 = factor + SIZE_1 * SIZE_1 + SIZE_2 * SIZE_2
+            x = _product(x, factor_3, ROWS, SIZE, SIZE_3, ADJOINT, PRODUCTS)
+        if SIZE_2 > 1:
+            factor_2 = factor + SIZE_1 * SIZE_1
+            x = _product(x, factor_2, ROWS, SIZE, SIZE_2, ADJOINT, PRODUCTS)
+        if SIZE_1 > 1:
+            x = _product(x, factor, ROWS, SIZE, SIZE_1, ADJOINT, PRODUCTS)
+
+    if HAS_SIGNS:
+        place = 0 if ADJOINT else STAGES
+        sign = tl.load(signs + place * SIZE + position)
+        x *= sign.to(tl.float32)[None, :]
+    x *= scale
+    column = position
+    if HAS_TARGET:
+        column = tl.load(target + position)
+    is_column = (column >= 0) & (column < OUTPUT_DIM)
+    if HAS_AFTER:
+        factor = tl.load(after + column, mask=is_column, other=0.0)
+        x *= factor.to(tl.float32)[None, :]
+    tl.store(
+        y_pointer + row[:, None] * OUTPUT_DIM + column[None, :],
+        x.to(y_pointer.dtype.element_ty),
+        mask=is_row & is_column[None, :],
+    )
+
+
+@triton.jit
+def _product(
+    x,
+    factor,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    AXIS: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """Multiplies along the fastest axis, and makes it the slowest."""
+    i = tl.arange(0, AXIS)
+    if ADJOINT:
+        offsets = i[:, None] * AXIS + i[None, :]
+    else:
+        offsets = i[None, :] * AXIS + i[:, None]
+    x = tl.reshape(x, (ROWS * SIZE // AXIS, AXIS))
+    factor = tl.load(factor + offsets)
+    leading = _rounded(x)
+    y = tl.dot(leading, _rounded(factor), input_precision="tf32")
+    if PRODUCTS > 1:
+        y = tl.dot(x - leading, _rounded(factor), y, input_precision="tf32")
+    if PRODUCTS > 2:
+        rest = factor - _rounded(factor)
+        y = tl.dot(leading, rest, y, input_precision="tf32")
+    x = tl.permute(tl.reshape(y, (ROWS, SIZE // AXIS, AXIS)), (0, 2, 1))
+    return tl.reshape(x, (ROWS, SIZE))
+
+
+@triton.jit
+def _rounded(x):
+    """What tensor cores take of a float32: sign, exponent, 10 bits."""
+    bits = x.to(tl.uint32, bitcast=True) + 0x1000 & 0xFFFFE000
+    # The bits of a NaN may overflow.
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
