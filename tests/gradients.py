@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+import keras_randadapt as kra
+
 
 def gradients(function, x, variables, upstream):
     """Of `function(x)` by `x` and variables, given that of its output."""
@@ -38,7 +40,7 @@ def gradients(function, x, variables, upstream):
 def kept_for_backward(function, x, variables):
     """Shapes and dtypes of the tensors that wait for the backward pass.
 
-    Each tensor once. In TensorFlow: in a traced function, as in `fit`.
+    Each tensor once. In TensorFlow: in a traced step, as in `fit`.
     """
     backend = keras.config.backend()
     if backend == "torch":
@@ -64,21 +66,66 @@ def kept_for_backward(function, x, variables):
     else:
         import tensorflow as tf
 
-        traced = tf.function(function, autograph=False)
-        traced = traced.get_concrete_function(tf.constant(x))
-        rewrite = traced._delayed_rewrite_functions
-        forward, _ = rewrite.forward_backward(1)
-        # The first output is the function's own. IdentityN is how TensorFlow
-        # marks a gradient of one's own.
-        kept = {}
-        for tensor in forward.graph.outputs[1:]:
+        before = []
+
+        @tf.function(autograph=False)
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = function(x)
+            before.extend(x.graph.get_operations())
+            values = [x, *[v.value for v in variables]]
+            return tape.gradient(y, values)
+
+        graph = step.get_concrete_function(tf.constant(x)).graph
+        # From the gradients back to what was there when the tape ended: that
+        # waits for them. Other operations of the backward pass never run.
+        names = {op.name for op in before}
+        kept, seen, waiting = {}, set(), list(graph.outputs)
+        while waiting:
+            tensor = waiting.pop()
+            # IdentityN is how TensorFlow marks a gradient of one's own.
             while tensor.op.type in ("Identity", "IdentityN"):
                 tensor = tensor.op.inputs[tensor.value_index]
-            kept[tensor.name] = tensor
+            if tensor.op.name in names:
+                if tensor.op.type != "Const":
+                    kept[tensor.name] = tensor
+            elif tensor.op.name not in seen:
+                seen.add(tensor.op.name)
+                waiting.extend(tensor.op.inputs)
         kept = kept.values()
     return [
         (tuple(t.shape), keras.backend.standardize_dtype(t.dtype)) for t in kept
     ]
+
+
+def compiled_bytes_a_layer(adapter, dim, rows):
+    """Memory that XLA sets aside for one more layer of a deep model.
+
+    Of `Dense(dim, "tanh")` layers that an adapter template is injected into,
+    for the gradient of a loss on `rows` inputs. JAX only.
+    """
+    import jax
+
+    def memory(depth):
+        inputs = x = keras.Input((dim,))
+        for _ in range(depth):
+            x = keras.layers.Dense(dim, "tanh", use_bias=False)(x)
+        model = keras.Model(inputs, x)
+        kra.inject(model, adapter, "all-linear")
+
+        def loss(trained, frozen, x):
+            y, _ = model.stateless_call(trained, frozen, x, training=True)
+            return keras.ops.sum(y**2)
+
+        gradient = jax.jit(jax.grad(loss)).lower(
+            [v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            np.zeros((rows, dim), "float32"),
+        )
+        return gradient.compile().memory_analysis().temp_size_in_bytes
+
+    return (memory(6) - memory(2)) / 4
 
 
 def _stateless(function, variables):

@@ -1,6 +1,5 @@
 """LoRA-FA against dense matrices written from the paper."""
 
-import keras
 import numpy as np
 import pytest
 
@@ -89,10 +88,6 @@ class TestLoRAFA:
             )
         methods.close(of_b, expected, 2e-5)
 
-    @pytest.mark.skipif(
-        keras.config.backend() == "tensorflow",
-        reason="a gradient of one's own in TensorFlow refers to its inputs",
-    )
     def test_x_is_not_kept_for_the_backward_pass(self):
         adapter = _built((40, 60))
         kept = gradients.kept_for_backward(

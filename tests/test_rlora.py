@@ -12,6 +12,7 @@ import pytest
 import keras_randadapt as kra
 from keras_randadapt import hadamard
 from keras_randadapt import random
+from tests import gradients
 from tests import methods
 from tests import zoo
 
@@ -169,6 +170,29 @@ class TestRLoRA:
             beta @ (beta - _numpy(adapter.beta)),
             rtol=1e-3,
         )
+
+    def test_keeps_rank_numbers_a_token(self):
+        """Neither the inputs nor anything of their size."""
+        adapter = _built((48, 40), rank=8)
+        methods.randomize(adapter)
+        kept = gradients.kept_for_backward(
+            lambda x: adapter.delta(x, True),
+            zoo.normal(64, 48),
+            [adapter.alpha, adapter.beta],
+        )
+        assert (64, 8) in [shape for shape, _ in kept]
+        assert max(np.prod(shape) for shape, _ in kept) == 64 * 8
+
+    @pytest.mark.skipif(
+        keras.config.backend() != "jax",
+        reason="XLA tells JAX how much memory a program takes",
+    )
+    def test_compiled_memory_of_deep_models(self):
+        """The layer's own activation and the rank's. Without `fence` also the
+        features that beta multiplies."""
+        dim, rows = 128, 512
+        layer = gradients.compiled_bytes_a_layer(kra.RLoRA(16), dim, rows)
+        assert layer < 1.5 * 4 * rows * dim
 
     def test_literal_padding_is_rank_deficient(self):
         # What the paper's letter gives for 768: two stages, leading rows.

@@ -19,7 +19,7 @@ class LoRAFA(base.Adapter):
     matrix that a seed gives and no file stores, and `B`, `(rank,
     output_dim)`, is trained: `rank * output_dim` weights a site. `B` starts
     at zero, so the delta does. The backward pass needs `x A` of a site's
-    input `x`, and not `x` itself (though TensorFlow holds on to it).
+    input `x`, and not `x` itself.
 
     Layers of one name and shape share one `A`: the queries of all blocks of a
     transformer, say, but not a block's query and value.
