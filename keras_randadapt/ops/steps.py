@@ -171,7 +171,7 @@ def _of_transpose(step, transpose):
 class Program:
     """Steps to apply first to last.
 
-    `key` finds the program again, where only a number can be passed on.
+    `key` finds the program again, where only a string can be passed on.
     """
 
     _by_key = weakref.WeakValueDictionary()
@@ -179,7 +179,8 @@ class Program:
 
     def __init__(self, steps):
         self.steps = tuple(steps)
-        self.key = next(self._counter)
+        # Not a number: `torch.compile` makes symbols of numbers that change.
+        self.key = str(next(self._counter))
         self._by_key[self.key] = self
 
     def __iter__(self):

@@ -32,22 +32,28 @@ def apply(x, program, before=None, after=None):
     """
     is_traced = torch.compiler.is_dynamo_compiling()
     is_scaled = before is not None or after is not None
-    if (is_traced or is_scaled) and _kernel_takes(
-        program.key, x.device.type, x.dtype
-    ):
-        from keras_randadapt.ops import triton
+    if is_traced or is_scaled:
+        key = _key(program)
+        if _kernel_takes(key, x.device.type, x.dtype):
+            from keras_randadapt.ops import triton
 
-        if is_traced:
-            return triton.transform_by_key(x, program.key, before, after)
-        return triton.apply(x, program, before, after)
+            if is_traced:
+                return triton.transform_by_key(x, key, before, after)
+            return triton.apply(x, program, before, after)
     return _apply_steps(x, program, before, after)
 
 
 @steps.scaled
 def _apply_steps(x, program):
     if torch.compiler.is_dynamo_compiling():
-        return _apply_by_key(x, program.key)
+        return _apply_by_key(x, _key(program))
     return _Linear.apply(x, program)
+
+
+def _key(program):
+    # Only what is computed is a constant to `torch.compile` and guarded; an
+    # attribute as such is neither yet.
+    return program.key + ""
 
 
 class _Linear(torch.autograd.Function):
@@ -193,13 +199,16 @@ _known_tensors = weakref.WeakKeyDictionary()
 
 
 def as_tensors(owner, arrays, dtype, device):
-    """Arrays as tensors, kept for the next call as long as `owner` lives."""
+    """Arrays as tensors, kept for the next call as long as `owner` lives.
+
+    `None` stays `None`.
+    """
     if torch.compiler.is_compiling():
         return _copies(arrays, dtype, device)
     known = _known_tensors.setdefault(owner, {})
     if (device, dtype) not in known:
         tensors = _copies(arrays, dtype, device)
-        if not all(type(tensor) is torch.Tensor for tensor in tensors):
+        if {type(t) for t in tensors} - {torch.Tensor, type(None)}:
             # Fake tensors must not outlive the trace that made them.
             return tensors
         known[device, dtype] = tensors
@@ -208,7 +217,10 @@ def as_tensors(owner, arrays, dtype, device):
 
 def _copies(arrays, dtype, device):
     # `torch.tensor` copies: read-only arrays are not for sharing.
-    return tuple(torch.tensor(a, dtype=dtype, device=device) for a in arrays)
+    return tuple(
+        None if a is None else torch.tensor(a, dtype=dtype, device=device)
+        for a in arrays
+    )
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

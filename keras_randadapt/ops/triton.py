@@ -51,7 +51,21 @@ def takes(program, dtype):
     Not to other dtypes, nor windows, nor orders whose tile does not fit on
     chip.
     """
-    return dtype in _DTYPES and _description(program) is not None
+    if dtype not in _DTYPES or _description(program) is None:
+        return False
+    description, _ = _description(program)
+    return math.prod(description.sizes) <= _room()
+
+
+@functools.cache
+def _room():
+    """The elements of a tile for which the GPU has room."""
+    if triton.knobs.runtime.interpret:
+        return _LARGEST_TILE
+    # Products exchange whole tiles through shared memory, padded by a quarter
+    # at most.
+    properties = torch.cuda.get_device_properties()
+    return getattr(properties, "shared_memory_per_block_optin", 49152) // 5
 
 
 def apply(x, program, before=None, after=None):
@@ -102,10 +116,10 @@ class _Description:
         matrices: float32 array of shape `(stages, s1**2 + s2**2 + s3**2)`:
             the factors of each stage, row by row, padded with zeros.
         signs: int8 array of shape `(stages + 1, s1 * s2 * s3)`: signs before
-            each stage and after the last, 0 where no coordinate is. No rows if
-            there are no signs.
+            each stage and after the last, 0 where no coordinate is. `None`
+            if all are positive.
         source: int32 array `(s1 * s2 * s3,)`: which coordinate of the input
-            goes to each position, or -1. Empty if they are in order.
+            goes to each position, or -1. `None` if they are in order.
         target: The same for the output.
     """
 
@@ -114,9 +128,9 @@ class _Description:
     scale: float
     exact: bool
     matrices: np.ndarray
-    signs: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
+    signs: np.ndarray | None
+    source: np.ndarray | None
+    target: np.ndarray | None
 
 
 _known_descriptions = weakref.WeakKeyDictionary()
@@ -186,7 +200,7 @@ def _describe(program):
     for row, vector in zip(signs, vectors, strict=True):
         row[position[: len(vector)]] = vector
     if not np.any(signs < 0):
-        signs = signs[:0]
+        signs = None
     matrices = np.stack(
         [
             np.concatenate(
@@ -270,12 +284,12 @@ def _flat(matrices, size):
 
 
 def _table(columns, position, tile):
-    """Columns by position; empty if they are in order and come first."""
+    """Columns by position; `None` if they are in order and come first."""
     table = np.full(tile, -1, np.int32)
     table[position[: len(columns)]] = columns
     dim = columns.max() + 1
     if np.array_equal(table[:dim], np.arange(dim)) and (table[dim:] < 0).all():
-        return table[:0]
+        return None
     return table
 
 
@@ -283,9 +297,9 @@ def _table(columns, position, tile):
 def transform(
     x: torch.Tensor,
     matrices: torch.Tensor,
-    signs: torch.Tensor,
-    source: torch.Tensor,
-    target: torch.Tensor,
+    signs: torch.Tensor | None,
+    source: torch.Tensor | None,
+    target: torch.Tensor | None,
     before: torch.Tensor | None,
     after: torch.Tensor | None,
     sizes: list[int],
@@ -324,9 +338,11 @@ def transform(
     y = x.new_empty(rows, dims[1])
     if rows == 0:
         return y
-    tile = math.prod(sizes)
-    tile_rows = max(1, _TILE // tile)
-    _kernel[triton.cdiv(rows, tile_rows),](
+    settings, warps = launch_settings(
+        len(matrices), sizes, dims, exact, adjoint, x.dtype
+    )
+    blocks = triton.cdiv(rows, settings["ROWS"])
+    _kernel[blocks,](
         x,
         y,
         matrices,
@@ -338,23 +354,28 @@ def transform(
         rows,
         x.stride(0),
         scale,
-        INPUT_DIM=dims[0],
-        OUTPUT_DIM=dims[1],
-        STAGES=len(matrices),
-        SIZE_1=sizes[0],
-        SIZE_2=sizes[1],
-        SIZE_3=sizes[2],
-        ROWS=tile_rows,
-        HAS_SIGNS=len(signs) > 0,
-        HAS_SOURCE=len(source) > 0,
-        HAS_TARGET=len(target) > 0,
-        HAS_BEFORE=before is not None,
-        HAS_AFTER=after is not None,
-        ADJOINT=adjoint,
-        PRODUCTS=1 if x.dtype.itemsize < 4 else 2 if exact else 3,
-        num_warps=min(16, max(4, tile * tile_rows // 1024)),
+        **settings,
+        num_warps=warps,
     )
     return y
+
+
+def launch_settings(stages, sizes, dims, exact, adjoint, dtype):
+    """What is constant when the kernel is compiled, and the warps to run."""
+    tile = math.prod(sizes)
+    tile_rows = max(1, _TILE // tile)
+    settings = {
+        "INPUT_DIM": dims[0],
+        "OUTPUT_DIM": dims[1],
+        "STAGES": stages,
+        "SIZE_1": sizes[0],
+        "SIZE_2": sizes[1],
+        "SIZE_3": sizes[2],
+        "ROWS": tile_rows,
+        "ADJOINT": adjoint,
+        "PRODUCTS": 1 if dtype.itemsize < 4 else 2 if exact else 3,
+    }
+    return settings, min(16, max(4, tile * tile_rows // 1024))
 
 
 @transform.register_fake
@@ -425,7 +446,7 @@ def _sum_of_rows(x):
 @torch.library.custom_op("keras_randadapt::transform_by_key", mutates_args=())
 def transform_by_key(
     x: torch.Tensor,
-    key: int,
+    key: str,
     before: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -477,7 +498,7 @@ def _vmap_rows(operator):
     """The batching rule of an operator on rows, its other tensors shared."""
 
     def rule(info, in_dims, x, *arguments):
-        if any(dim is not None for dim in in_dims[1:]):
+        if any(isinstance(dim, int) for dim in in_dims[1:]):
             raise NotImplementedError(
                 "The transform's scales can't be batched; multiply by them "
                 f"outside. Received: in_dims={in_dims}"
@@ -513,11 +534,6 @@ def _kernel(
     SIZE_2: tl.constexpr,
     SIZE_3: tl.constexpr,
     ROWS: tl.constexpr,
-    HAS_SIGNS: tl.constexpr,
-    HAS_SOURCE: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    HAS_BEFORE: tl.constexpr,
-    HAS_AFTER: tl.constexpr,
     ADJOINT: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
@@ -527,7 +543,7 @@ def _kernel(
     is_row = (row < rows)[:, None]
 
     column = position
-    if HAS_SOURCE:
+    if source is not None:
         column = tl.load(source + position)
     is_column = (column >= 0) & (column < INPUT_DIM)
     x = tl.load(
@@ -535,13 +551,13 @@ def _kernel(
         mask=is_row & is_column[None, :],
         other=0.0,
     ).to(tl.float32)
-    if HAS_BEFORE:
+    if before is not None:
         factor = tl.load(before + column, mask=is_column, other=0.0)
         x *= factor.to(tl.float32)[None, :]
 
     for i in tl.static_range(STAGES):
         stage = STAGES - 1 - i if ADJOINT else i
-        if HAS_SIGNS:
+        if signs is not None:
             place = STAGES - i if ADJOINT else i
             sign = tl.load(signs + place * SIZE + position)
             x *= sign.to(tl.float32)[None, :]
@@ -558,16 +574,16 @@ def _kernel(
         if SIZE_1 > 1:
             x = _product(x, factor, ROWS, SIZE, SIZE_1, ADJOINT, PRODUCTS)
 
-    if HAS_SIGNS:
+    if signs is not None:
         place = 0 if ADJOINT else STAGES
         sign = tl.load(signs + place * SIZE + position)
         x *= sign.to(tl.float32)[None, :]
     x *= scale
     column = position
-    if HAS_TARGET:
+    if target is not None:
         column = tl.load(target + position)
     is_column = (column >= 0) & (column < OUTPUT_DIM)
-    if HAS_AFTER:
+    if after is not None:
         factor = tl.load(after + column, mask=is_column, other=0.0)
         x *= factor.to(tl.float32)[None, :]
     tl.store(

@@ -658,6 +658,23 @@ def test_torch_compile(inner):
 
 
 @only_torch
+def test_torch_compile_with_another_plan():
+    """The second time, what differed between the plans would be dynamic."""
+    import torch
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def apply(x, plan):
+        return randomized_transform(x, plan)
+
+    for order in (24, 28, 20):
+        plan, matrix = make(order, 2, 20, 12)
+        x = torch.randn(3, 20)
+        np.testing.assert_allclose(
+            apply(x, plan), x.numpy() @ matrix.T, atol=1e-5
+        )
+
+
+@only_torch
 def test_torch_meta_and_fake_tensors():
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
