@@ -11,7 +11,8 @@ def main(description, columns, rows, **options):
 
     Args:
         description: string. The benchmark's docstring.
-        columns: `(heading, format)` pairs.
+        columns: `(heading, format)` pairs, or a function of the parsed
+            arguments that gives them.
         rows: Function of the parsed arguments that yields rows of figures.
             Called when Keras is imported, and its backend known.
         **options: What `add_argument` takes, by the name of the option; a dash
@@ -36,6 +37,8 @@ def main(description, columns, rows, **options):
 
     import keras
 
+    if callable(columns):
+        columns = columns(arguments)
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     print(

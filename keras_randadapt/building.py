@@ -30,15 +30,16 @@ def build_adapters(template, name, layers, addresses, sources):
             path = layer.path
             if not path or paths.count(path) > 1:
                 path = address
-            view = site_layers.view_of(layer)
+            view = tuple(site_layers.view_of(layer))
             clone = template.for_site(address, name)
+            clone.input_dim, clone.output_dim = view
             clone.site_number = number
             bias = site_layers.bias_variable(layer)
             clone.bias_shape = None if bias is None else tuple(bias.shape)
             source = layers[sources.get(address, address)]
             clone.source_dim = site_layers.view_of(source).input_dim
             with keras.name_scope("adapter", override_parent=path):
-                clone.build(tuple(view))
+                clone.build(view)
             built[address] = clone
     return built
 

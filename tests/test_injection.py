@@ -24,6 +24,34 @@ def _numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
+class _RowSums(kra.Adapter):
+    """What a user may write: build, the delta, and no more."""
+
+    def build(self, kernel_view):
+        self.gains = self.add_trainable("gains", kernel_view[1:], "zeros")
+
+    def delta(self, x, training=None):
+        total = keras.ops.sum(x, axis=-1, keepdims=True)
+        return total * keras.ops.cast(self.gains, x.dtype)
+
+    def delta_kernel(self):
+        return keras.ops.ones((self.input_dim, 1)) * self.gains
+
+
+class TestMethodOfOnesOwn:
+    def test_has_all_that_injection_gives(self, tmp_path):
+        model, x, targets = zoo.bert()
+        kra.inject(model, _RowSums(), targets)
+        zoo.fit(model, x)
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        kra.save_adapter(model, tmp_path / "own.safetensors")
+        kra.merge(model)
+        np.testing.assert_allclose(
+            zoo.outputs(model, x), out, rtol=1e-5, atol=1e-5
+        )
+
+
 class TestReport:
     def test_numbers_and_text(self):
         model, _, _ = zoo.bert_classifier()

@@ -73,6 +73,8 @@ class Adapter(AdapterVariables):
             )
         self.dropout = float(dropout)
         self.dropout_seed_generator = None
+        #: The shape of the kernel view; known when `inject` calls `build`.
+        self.input_dim = self.output_dim = None
         #: Shape of the site's bias, or `None`; known when `build` is called.
         self.bias_shape = None
         #: The number of features of what `adapt_output` gets as `x`; known

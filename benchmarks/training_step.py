@@ -1,0 +1,396 @@
+"""What an adapter adds to a training step, and to its memory.
+
+    KERAS_BACKEND=jax python benchmarks/training_step.py            # times
+    KERAS_BACKEND=jax python benchmarks/training_step.py --memory   # bytes
+    python benchmarks/training_step.py --all --model llama --targets all-linear
+
+Forward pass, backward pass and optimizer step (AdamW) of a KerasHub backbone
+in the shape of RoBERTa-base, or of a small Llama, with random weights and
+4,096 tokens. Every method is a model of its own; their steps take turns in one
+loop, and the table has the medians of that loop, divided by
+
+- the floor: the same model with one trainable vector at the first site, so
+  that the backward pass goes through all layers and nothing else is trained;
+- Keras's own `enable_lora(8)` on the same layers.
+
+With PyTorch and `pip install peft`, Hugging Face PEFT's methods on the model
+of the same shape in `transformers` follow, over that model's own floor.
+
+`--memory` runs two steps of each method in a process of its own, and gives the
+most memory that process had during the second: on a CPU the resident set, with
+the weights and the framework, and without what it held before the step; on a
+GPU what the framework's allocator handed out.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np  # noqa: E402
+import side_by_side  # noqa: E402
+
+RATE = 1e-3
+LENGTH = 128
+FLOOR = "one vector"
+KERAS = "enable_lora(8)"
+PEER = "PEFT: "
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A transformer's size, the vocabulary apart: lookups cost no products."""
+
+    layers: int
+    dim: int
+    heads: int
+    feed_forward: int
+    #: What `transformers` calls the query and value projections.
+    peer_query_value: tuple
+    vocabulary: int = 1000
+
+
+SHAPES = {
+    "roberta": Shape(12, 768, 12, 3072, ("query", "value")),
+    "llama": Shape(8, 512, 8, 1536, ("q_proj", "v_proj")),
+    # For a look at whether all of this runs.
+    "tiny": Shape(2, 64, 2, 128, ("query", "value")),
+}
+TARGETS = {"query-value": ["query", "value"], "all-linear": "all-linear"}
+
+
+def make_model(name):
+    """A frozen backbone, and a model of the mean of its features."""
+    import keras
+    import keras_hub
+
+    shape = SHAPES[name]
+    keras.utils.set_random_seed(0)
+    if name == "llama":
+        backbone = keras_hub.models.LlamaBackbone(
+            vocabulary_size=shape.vocabulary,
+            num_layers=shape.layers,
+            num_query_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            hidden_dim=shape.dim,
+            intermediate_dim=shape.feed_forward,
+        )
+    else:
+        backbone = keras_hub.models.RobertaBackbone(
+            vocabulary_size=shape.vocabulary,
+            num_layers=shape.layers,
+            num_heads=shape.heads,
+            hidden_dim=shape.dim,
+            intermediate_dim=shape.feed_forward,
+            max_sequence_length=LENGTH,
+            dropout=0.0,
+        )
+    backbone.trainable = False
+    features = keras.ops.mean(backbone.output, axis=1)
+    return keras.Model(backbone.input, features), backbone
+
+
+def vector():
+    """The floor's adapter: a vector that is added to what its site gives."""
+    import keras
+
+    import keras_randadapt as kra
+
+    class Vector(kra.Adapter):
+        site_kinds = ("product",)
+
+        def build(self, kernel_view):
+            self.vector = self.add_trainable("vector", kernel_view[1:], "zeros")
+
+        def delta(self, x, training=None):
+            added = keras.ops.cast(self.vector, x.dtype)
+            shape = *keras.ops.shape(x)[:-1], self.output_dim
+            return keras.ops.broadcast_to(added, shape)
+
+    return Vector()
+
+
+def adapters(shape):
+    """Templates by name; `LoRA` once more with RandLoRA's trainables."""
+    import keras_randadapt as kra
+
+    def count(adapter):
+        adapter.build((shape.dim, shape.dim))
+        return sum(int(np.prod(v.shape)) for v in adapter.trainable_variables)
+
+    rank = round(count(kra.RandLoRA(32)) / count(kra.LoRA(1)))
+    return {
+        "LoRA(8)": kra.LoRA(8),
+        "LoRA(64)": kra.LoRA(64),
+        f"LoRA({rank}), as many as RandLoRA": kra.LoRA(rank),
+        "RLoRA(512)": kra.RLoRA(512),
+        "VeRA(256)": kra.VeRA(256),
+        "RandLoRA(32)": kra.RandLoRA(32),
+        "DoRA(LoRA(8))": kra.DoRA(kra.LoRA(8)),
+    }
+
+
+def names(shape, peers):
+    """What is compared, the floors first."""
+    ours = [FLOOR, KERAS, *adapters(shape)]
+    theirs = [FLOOR, "LoRA(8)", "VeRA(256)", "RandLoRA(32)"] if peers else []
+    return ours + [PEER + name for name in theirs]
+
+
+def keras_step(name, arguments):
+    """A function that makes a step of a method of this library, or Keras's."""
+    import keras
+
+    import keras_randadapt as kra
+
+    model, backbone = make_model(arguments.model)
+    targets = TARGETS[arguments.targets]
+    if name == KERAS:
+        enable_lora(backbone, targets)
+    elif name == FLOOR:
+        first = next(iter(kra.inject(model, kra.BitFit(), targets).sites))
+        kra.eject(model)
+        kra.inject(model, vector(), [first])
+    else:
+        kra.inject(model, adapters(SHAPES[arguments.model])[name], targets)
+    model.compile(keras.optimizers.AdamW(RATE), "mse")
+    x, y = batch(arguments)
+    return lambda: model.train_on_batch(x, y)
+
+
+def enable_lora(backbone, targets):
+    """Keras's own LoRA on the layers that `targets` are to this library."""
+    import keras
+
+    kinds = keras.layers.Dense, keras.layers.EinsumDense
+    backbone.trainable = True
+    for layer in backbone._flatten_layers(include_self=False):
+        if layer._layers:
+            continue
+        chosen = targets == "all-linear" or layer.name in targets
+        if isinstance(layer, kinds) and chosen:
+            layer.enable_lora(8)
+            if layer.bias is not None:
+                layer.bias.trainable = False
+        else:
+            layer.trainable = False
+
+
+def batch(arguments):
+    shape = SHAPES[arguments.model]
+    rows = arguments.tokens // LENGTH
+    ids = np.random.default_rng(0).integers(
+        0, shape.vocabulary, (rows, LENGTH), "int32"
+    )
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids, "bool")}
+    return x, np.zeros((rows, shape.dim), "float32")
+
+
+def peer_step(name, arguments):
+    """A function that makes a step of one of PEFT's methods."""
+    import peft
+    import torch
+    import transformers
+
+    shape = SHAPES[arguments.model]
+    sizes = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.dim,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.feed_forward,
+    }
+    torch.manual_seed(0)
+    if arguments.model == "llama":
+        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+    else:
+        config = transformers.RobertaConfig(
+            **sizes,
+            max_position_embeddings=LENGTH + 2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        model = transformers.RobertaModel(config, add_pooling_layer=False)
+    targets = arguments.targets
+    if targets == "query-value":
+        targets = list(shape.peer_query_value)
+    make = {
+        "LoRA(8)": lambda: peft.LoraConfig(r=8, target_modules=targets),
+        "VeRA(256)": lambda: peft.VeraConfig(r=256, target_modules=targets),
+        "RandLoRA(32)": lambda: peft.RandLoraConfig(
+            r=32, target_modules=targets
+        ),
+    }
+    if name == FLOOR:
+        model.requires_grad_(False)
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        added = torch.nn.Parameter(torch.zeros(shape.dim))
+        layers[0].register_forward_hook(lambda layer, x, y: y + added)
+        trained = [added]
+    else:
+        model = peft.get_peft_model(model, make[name]())
+        trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    optimizer = torch.optim.AdamW(trained, RATE)
+    x, y = batch(arguments)
+    ids = torch.tensor(x["token_ids"]).long()
+    mask = torch.tensor(x["padding_mask"])
+    y = torch.tensor(y)
+    if torch.cuda.is_available():
+        model, ids, mask, y = model.cuda(), ids.cuda(), mask.cuda(), y.cuda()
+
+    def step():
+        optimizer.zero_grad()
+        features = model(input_ids=ids, attention_mask=mask)
+        loss = torch.mean((features.last_hidden_state.mean(1) - y) ** 2)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def make_step(name, arguments):
+    if name.startswith(PEER):
+        return peer_step(name.removeprefix(PEER), arguments)
+    return keras_step(name, arguments)
+
+
+def times(arguments):
+    """Rows of medians and ratios."""
+    steps = {
+        name: make_step(name, arguments)
+        for name in names(SHAPES[arguments.model], has_peers(arguments))
+    }
+    measured = {name: [] for name in steps}
+    for repeat in range(arguments.repeats + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            # The first two compile, and fill caches.
+            if repeat >= 2:
+                measured[name].append(time.perf_counter() - start)
+    medians = {n: 1e3 * statistics.median(t) for n, t in measured.items()}
+    for name, median in medians.items():
+        is_peer = name.startswith(PEER)
+        floor = medians[PEER + FLOOR if is_peer else FLOOR]
+        yield name, median, median / floor, median / medians[KERAS]
+
+
+def memory(arguments):
+    """Rows of peaks, each measured in a process of its own."""
+    peaks = {}
+    for name in names(SHAPES[arguments.model], has_peers(arguments)):
+        command = [sys.executable, *sys.argv, "--one", name]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        peaks[name] = json.loads(output.splitlines()[-1])
+    reference = peaks["LoRA(64)"]
+    for name, (peak, own) in peaks.items():
+        yield (
+            name,
+            peak / 1e6,
+            own / 1e6,
+            peak / reference[0],
+            own / reference[1],
+        )
+
+
+def peak_of_one(name, arguments):
+    """`(peak, own)` bytes of a step, own without what is there before."""
+    step = make_step(name, arguments)
+    step()
+    gc.collect()
+    before = allocated(reset_peak=True)
+    step()
+    peak = allocated(peak=True)
+    return peak, peak - before
+
+
+def allocated(peak=False, reset_peak=False):
+    """Bytes of memory that are, or at the most were, in use."""
+    import keras
+
+    backend = keras.config.backend()
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            if reset_peak:
+                torch.cuda.reset_peak_memory_stats()
+            if peak:
+                return torch.cuda.max_memory_allocated()
+            return torch.cuda.memory_allocated()
+    elif backend == "jax":
+        import jax
+
+        statistics = jax.devices()[0].memory_stats()
+        if statistics is not None:
+            # Of the whole process; JAX can't reset it.
+            return statistics["peak_bytes_in_use" if peak else "bytes_in_use"]
+    else:
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):
+            if reset_peak:
+                tf.config.experimental.reset_memory_stats("GPU:0")
+            found = tf.config.experimental.get_memory_info("GPU:0")
+            return found["peak" if peak else "current"]
+    if reset_peak:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    field = "VmHWM" if peak else "VmRSS"
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def has_peers(arguments):
+    import keras
+
+    if keras.config.backend() != "torch":
+        return False
+    return importlib.util.find_spec("peft") is not None
+
+
+TIME_COLUMNS = (
+    ("method", "{}"),
+    ("step, ms", "{:.0f}"),
+    ("over the floor", "{:.3f}"),
+    (f"over {KERAS}", "{:.3f}"),
+)
+MEMORY_COLUMNS = (
+    ("method", "{}"),
+    ("peak, MB", "{:.0f}"),
+    ("of that the step's own, MB", "{:.0f}"),
+    ("peak over LoRA(64)'s", "{:.3f}"),
+    ("own over LoRA(64)'s", "{:.3f}"),
+)
+
+
+def rows(arguments):
+    if arguments.one:
+        print(json.dumps(peak_of_one(arguments.one, arguments)))
+        return ()
+    return memory(arguments) if arguments.memory else times(arguments)
+
+
+if __name__ == "__main__":
+    side_by_side.main(
+        __doc__,
+        lambda arguments: MEMORY_COLUMNS if arguments.memory else TIME_COLUMNS,
+        rows,
+        model=dict(choices=list(SHAPES), default="roberta"),
+        targets=dict(choices=list(TARGETS), default="query-value"),
+        tokens=dict(type=int, default=4096),
+        repeats=dict(type=int, default=7),
+        memory=dict(action="store_true"),
+        one=dict(metavar="METHOD", help="print this method's memory as JSON"),
+    )
