@@ -55,33 +55,38 @@ class Shape:
     feed_forward: int
     #: What `transformers` calls the query and value projections.
     peer_query_value: tuple
+    key_value_heads: int | None = None
     vocabulary: int = 1000
 
 
 SHAPES = {
     "roberta": Shape(12, 768, 12, 3072, ("query", "value")),
     "llama": Shape(8, 512, 8, 1536, ("q_proj", "v_proj")),
+    # Llama 3.2 1B's, for a GPU.
+    "llama-1b": Shape(16, 2048, 32, 8192, ("q_proj", "v_proj"), 8),
     # For a look at whether all of this runs.
     "tiny": Shape(2, 64, 2, 128, ("query", "value")),
+    "llama-tiny": Shape(2, 64, 2, 128, ("q_proj", "v_proj"), 1),
 }
 TARGETS = {"query-value": ["query", "value"], "all-linear": "all-linear"}
 
 
-def make_model(name):
+def make_model(name, dtype):
     """A frozen backbone, and a model of the mean of its features."""
     import keras
     import keras_hub
 
     shape = SHAPES[name]
     keras.utils.set_random_seed(0)
-    if name == "llama":
+    if name.startswith("llama"):
         backbone = keras_hub.models.LlamaBackbone(
             vocabulary_size=shape.vocabulary,
             num_layers=shape.layers,
             num_query_heads=shape.heads,
-            num_key_value_heads=shape.heads,
+            num_key_value_heads=shape.key_value_heads or shape.heads,
             hidden_dim=shape.dim,
             intermediate_dim=shape.feed_forward,
+            dtype=dtype,
         )
     else:
         backbone = keras_hub.models.RobertaBackbone(
@@ -92,9 +97,11 @@ def make_model(name):
             intermediate_dim=shape.feed_forward,
             max_sequence_length=LENGTH,
             dropout=0.0,
+            dtype=dtype,
         )
     backbone.trainable = False
     features = keras.ops.mean(backbone.output, axis=1)
+    features = keras.ops.cast(features, "float32")
     return keras.Model(backbone.input, features), backbone
 
 
@@ -151,7 +158,7 @@ def keras_step(name, arguments):
 
     import keras_randadapt as kra
 
-    model, backbone = make_model(arguments.model)
+    model, backbone = make_model(arguments.model, arguments.dtype)
     targets = TARGETS[arguments.targets]
     if name == KERAS:
         enable_lora(backbone, targets)
@@ -208,8 +215,10 @@ def peer_step(name, arguments):
         "num_attention_heads": shape.heads,
         "intermediate_size": shape.feed_forward,
     }
+    if shape.key_value_heads:
+        sizes["num_key_value_heads"] = shape.key_value_heads
     torch.manual_seed(0)
-    if arguments.model == "llama":
+    if arguments.model.startswith("llama"):
         model = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
     else:
         config = transformers.RobertaConfig(
@@ -219,6 +228,7 @@ def peer_step(name, arguments):
             attention_probs_dropout_prob=0.0,
         )
         model = transformers.RobertaModel(config, add_pooling_layer=False)
+    model = model.to(getattr(torch, arguments.dtype))
     targets = arguments.targets
     if targets == "query-value":
         targets = list(shape.peer_query_value)
@@ -233,7 +243,9 @@ def peer_step(name, arguments):
         model.requires_grad_(False)
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
         added = torch.nn.Parameter(torch.zeros(shape.dim))
-        layers[0].register_forward_hook(lambda layer, x, y: y + added)
+        layers[0].register_forward_hook(
+            lambda layer, x, y: y + added.to(y.dtype)
+        )
         trained = [added]
     else:
         model = peft.get_peft_model(model, make[name]())
@@ -249,8 +261,8 @@ def peer_step(name, arguments):
 
     def step():
         optimizer.zero_grad()
-        features = model(input_ids=ids, attention_mask=mask)
-        loss = torch.mean((features.last_hidden_state.mean(1) - y) ** 2)
+        features = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        loss = torch.mean((features.mean(1).float() - y) ** 2)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -389,6 +401,7 @@ if __name__ == "__main__":
         rows,
         model=dict(choices=list(SHAPES), default="roberta"),
         targets=dict(choices=list(TARGETS), default="query-value"),
+        dtype=dict(choices=("float32", "bfloat16"), default="float32"),
         tokens=dict(type=int, default=4096),
         repeats=dict(type=int, default=7),
         memory=dict(action="store_true"),

@@ -1,0 +1,258 @@
+"""How costs grow: with the dimension, rank, tokens, sites and adapters held.
+
+    KERAS_BACKEND=jax python benchmarks/scaling.py              # one backend
+    KERAS_BACKEND=jax python benchmarks/scaling.py --picture scaling.png
+
+Every line of the table varies one size and holds the others; its exponent is
+the slope of a straight line through the logarithms of the times, and that of
+the last interval alone, where fixed costs weigh least.
+
+- The delta's forward and backward pass, for `tokens` inputs of one site.
+- What is done to a whole model of `sites` layers: to build it, without any
+  adapter, and to inject, save, load, merge and eject.
+- A prediction of a model that holds several adapters, of which one is active,
+  and the switch from one to another.
+
+Times are medians; what is compared takes turns in one loop.
+"""
+
+import itertools
+import math
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+import side_by_side
+
+DIMS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+RANKS = (8, 32, 128, 512, 2048)
+TOKENS = (64, 256, 1024, 4096)
+SITES = (28, 112, 448)
+HELD = (1, 2, 4, 8, 16)
+COLUMNS = (
+    ("what", "{}"),
+    ("over", "{}"),
+    ("sizes", "{}"),
+    ("ms", "{}"),
+    ("exponent", "{:.2f}"),
+    ("of the last interval", "{:.2f}"),
+)
+
+
+def delta_step(make, dim, tokens):
+    """Forward and backward pass of one site's delta, as a function."""
+    import keras
+
+    adapter = make()
+    adapter.build((dim, dim))
+    trained = adapter.trainable_variables
+    rng = np.random.default_rng(0)
+    for variable in trained:
+        variable.assign(0.1 * rng.standard_normal(variable.shape))
+    x = keras.ops.convert_to_tensor(
+        rng.standard_normal((tokens, dim)), "float32"
+    )
+
+    def delta(values, x):
+        with keras.StatelessScope(state_mapping=list(zip(trained, values))):
+            return adapter.delta(x, True)
+
+    values = [variable.value for variable in trained]
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        @jax.jit
+        def step(values, x):
+            y, pullback = jax.vjp(delta, values, x)
+            return pullback(y)
+
+        return lambda: jax.block_until_ready(step(values, x))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def step(values, x):
+            with tf.GradientTape() as tape:
+                tape.watch([*values, x])
+                y = delta(values, x)
+            return tape.gradient(y, [*values, x], y)
+
+        values = [tf.convert_to_tensor(value) for value in values]
+        return lambda: step(values, x)[0].numpy()
+    import torch
+
+    def step():
+        wanted = [v.detach().requires_grad_() for v in [*values, x]]
+        y = delta(wanted[:-1], wanted[-1])
+        gradients = torch.autograd.grad(y, wanted, y.detach())
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        return gradients
+
+    return step
+
+
+def medians(functions, repeats):
+    times = {key: [] for key in functions}
+    for repeat in range(repeats + 2):
+        for key, function in functions.items():
+            start = time.perf_counter()
+            function()
+            # The first two compile, and fill caches.
+            if repeat >= 2:
+                times[key].append(1e3 * (time.perf_counter() - start))
+    return {key: statistics.median(t) for key, t in times.items()}
+
+
+def delta_lines(arguments):
+    """Yields `(what, over, {size: ms})`."""
+    import keras_randadapt as kra
+
+    makers = {
+        "LoRA": kra.LoRA,
+        "RLoRA": kra.RLoRA,
+        "VeRA": kra.VeRA,
+    }
+    for name, make in makers.items():
+        fixed = {"LoRA": 8, "RLoRA": 512, "VeRA": 256}[name]
+        dims = [d for d in DIMS if fixed <= d]
+        lines = (
+            (
+                f"{name}({fixed}), 512 tokens",
+                "dimension",
+                {d: delta_step(lambda: make(fixed), d, 512) for d in dims},
+            ),
+            (
+                f"{name}, d = 2048, 512 tokens",
+                "rank",
+                {r: delta_step(lambda: make(r), 2048, 512) for r in RANKS},
+            ),
+            (
+                f"{name}({fixed}), d = 1024",
+                "tokens",
+                {t: delta_step(lambda: make(fixed), 1024, t) for t in TOKENS},
+            ),
+        )
+        for what, over, steps in lines:
+            yield what, over, medians(steps, arguments.repeats)
+
+
+def deep_model(sites, dim=64):
+    import keras
+
+    inputs = x = keras.Input((dim,))
+    for i in range(sites):
+        x = keras.layers.Dense(dim, name=f"dense_{i}")(x)
+    return keras.Model(inputs, x)
+
+
+def model_lines(arguments):
+    """Building a model, and what is done to all its sites."""
+    import keras_randadapt as kra
+
+    times = {}
+
+    def timed(what, sites, function):
+        start = time.perf_counter()
+        result = function()
+        elapsed = 1e3 * (time.perf_counter() - start)
+        times.setdefault(what, {}).setdefault(sites, []).append(elapsed)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "adapter.safetensors")
+        for _ in range(arguments.repeats):
+            for n in SITES:
+                model = timed("build the model", n, lambda: deep_model(n))
+                adapter = kra.RLoRA(64)
+                targets = "all-linear"
+                timed("inject", n, lambda: kra.inject(model, adapter, targets))
+                timed("save", n, lambda: kra.save_adapter(model, file))
+                timed("eject", n, lambda: kra.eject(model))
+                timed("load", n, lambda: kra.load_adapter(model, file))
+                timed("merge", n, lambda: kra.merge(model))
+    for what, by_sites in times.items():
+        yield (
+            what,
+            "sites",
+            {n: statistics.median(t) for n, t in by_sites.items()},
+        )
+
+
+def held_lines(arguments):
+    """One active adapter among several that a model holds."""
+    import keras_randadapt as kra
+
+    x = np.random.default_rng(0).standard_normal((64, 64), "float32")
+    predict, switch = {}, {}
+    for held in HELD:
+        model = deep_model(112)
+        for i in range(held):
+            kra.inject(model, kra.LoRA(8, seed=i), "all-linear", name=f"a{i}")
+        kra.set_active(model, "a0")
+        turns = itertools.cycle([f"a{held - 1}", "a0"])
+        predict[held] = lambda model=model: model.predict_on_batch(x)
+        switch[held] = lambda model=model, turns=turns: kra.set_active(
+            model, next(turns)
+        )
+    yield "predict, 112 sites", "adapters held", medians(predict, 9)
+    yield "set_active, 112 sites", "adapters held", medians(switch, 9)
+
+
+def exponents(times):
+    """Of all sizes, and of the last two."""
+    sizes = np.log(list(times))
+    logs = np.log(list(times.values()))
+    last = (logs[-1] - logs[-2]) / (sizes[-1] - sizes[-2])
+    return np.polyfit(sizes, logs, 1)[0], last
+
+
+def rows(arguments):
+    lines = []
+    for part in (delta_lines, model_lines, held_lines):
+        for what, over, times in part(arguments):
+            lines.append((what, over, times))
+            yield (
+                what,
+                over,
+                ", ".join(f"{size:,}" for size in times),
+                ", ".join(f"{t:.{digits(t)}f}" for t in times.values()),
+                *exponents(times),
+            )
+    if arguments.picture:
+        draw(lines, arguments.picture)
+
+
+def digits(number):
+    """After the point, for two or three figures in all."""
+    return max(0, 1 - math.floor(math.log10(number)))
+
+
+def draw(lines, path):
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(over for _, over, _ in lines))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4 * len(kinds), 4), layout="constrained"
+    )
+    for axis, kind in zip(axes, kinds):
+        for what, over, times in lines:
+            if over == kind:
+                axis.loglog(*zip(*times.items()), marker="o", label=what)
+        axis.set_xlabel(kind)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("ms")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    side_by_side.main(
+        __doc__,
+        COLUMNS,
+        rows,
+        repeats=dict(type=int, default=5),
+        picture=dict(type=pathlib.Path, help="draw the table into this file"),
+    )
