@@ -46,9 +46,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 class Device:
     """What differs between the backends."""
 
-    def __init__(self):
+    def __init__(self, quick):
         import keras
 
+        self.launches, self.rounds = (1, 1) if quick else (10, 9)
         self.backend = keras.config.backend()
         if self.backend == "torch":
             import torch
@@ -80,17 +81,18 @@ class Device:
         x = keras.random.normal((rows, columns), dtype="float32", seed=0)
         return keras.ops.cast(x, dtype)
 
-    def time(self, function, x, launches=10, rounds=9):
+    def time(self, function, x):
         """Milliseconds of a launch: medians of rounds of several."""
         times = []
-        for _ in range(rounds + 2):
+        for _ in range(self.rounds):
+            # The first time, it compiles.
             self.wait(function(x))
             start = time.perf_counter()
-            for _ in range(launches):
+            for _ in range(self.launches):
                 y = function(x)
             self.wait(y)
-            times.append(1e3 * (time.perf_counter() - start) / launches)
-        return statistics.median(times[2:])
+            times.append(1e3 * (time.perf_counter() - start) / self.launches)
+        return statistics.median(times)
 
     def wait(self, y):
         if self.backend == "jax":
@@ -162,7 +164,7 @@ def ratios(device, order, dtype, elements):
 
 def kernels(arguments):
     """Errors and ratios of one backend, printed and returned as JSON."""
-    device = Device()
+    device = Device(arguments.quick)
     if not device.is_gpu and not arguments.quick:
         sys.exit(f"{device.backend} sees no GPU; --quick runs without one.")
     orders = ORDERS[:5] if arguments.quick else ORDERS
