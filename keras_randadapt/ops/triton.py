@@ -49,7 +49,7 @@ def takes(program, dtype):
     """Whether the kernel can apply a program to tensors of a dtype.
 
     Not to other dtypes, nor windows, nor orders whose tile does not fit on
-    chip.
+    chip; and on no GPU without tensor cores for TF32.
     """
     if dtype not in _DTYPES or _description(program) is None:
         return False
@@ -62,10 +62,11 @@ def _room():
     """The elements of a tile for which the GPU has room."""
     if triton.knobs.runtime.interpret:
         return _LARGEST_TILE
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return 0
     # Products exchange whole tiles through shared memory, padded by a quarter
     # at most.
-    properties = torch.cuda.get_device_properties()
-    return getattr(properties, "shared_memory_per_block_optin", 49152) // 5
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin // 5
 
 
 def apply(x, program, before=None, after=None):
@@ -153,34 +154,10 @@ def _description(program):
 
 def _describe(program):
     """A `_Description`, or `None`."""
-    program = list(program)
-    places = [
-        place
-        for place, step in enumerate(program)
-        if isinstance(step, steps.Kronecker)
-    ]
-    if not places:
+    steps_apart = _taken_apart(list(program))
+    if steps_apart is None:
         return None
-    before, after = program[: places[0]], program[places[-1] + 1 :]
-    middle = program[places[0] : places[-1] + 1]
-    kinds = [steps.Kronecker, steps.Multiply]
-    if any(
-        isinstance(step, (steps.Window, steps.Kronecker))
-        for step in (*before, *after)
-    ) or any(type(step) not in kinds for step in middle):
-        return None
-    # Backwards, what comes after the last stage is what comes before it.
-    after = [step.transpose for step in reversed(after)]
-    source = _selection(before, program[0].input_dim)
-    target = _selection(after, program[-1].output_dim)
-    dims = program[0].input_dim, program[-1].output_dim
-    if any(
-        np.count_nonzero(columns >= 0) < dim
-        for (columns, _), dim in zip((source, target), dims)
-    ):
-        return None
-    stages = [step for step in middle if isinstance(step, steps.Kronecker)]
-
+    dims, source, stages, between, target = steps_apart
     sizes = [
         max(max(stage.matrices[i].shape) for stage in stages)
         for i in range(len(stages[0].matrices))
@@ -196,7 +173,7 @@ def _describe(program):
         np.unravel_index(np.arange(math.prod(sizes)), sizes), padded
     )
     signs = np.zeros((len(stages) + 1, tile), np.int8)
-    vectors = [source[1], *_between(middle), target[1]]
+    vectors = [source[1], *between, target[1]]
     for row, vector in zip(signs, vectors, strict=True):
         row[position[: len(vector)]] = vector
     if not np.any(signs < 0):
@@ -224,6 +201,38 @@ def _describe(program):
         source=_table(source[0], position, tile),
         target=_table(target[0], position, tile),
     )
+
+
+def _taken_apart(program):
+    """The stages of a program, and what is around and between them.
+
+    Returns:
+        `(dims, source, stages, between, target)`, or `None` if the program is
+        of another form: its input and output dimension, the `_selection`
+        before and after the stages, the `Kronecker` steps, and the signs
+        between each two.
+    """
+    places = [
+        place
+        for place, step in enumerate(program)
+        if isinstance(step, steps.Kronecker)
+    ]
+    if not places or any(isinstance(step, steps.Window) for step in program):
+        return None
+    before, after = program[: places[0]], program[places[-1] + 1 :]
+    middle = program[places[0] : places[-1] + 1]
+    if {type(step) for step in middle} - {steps.Kronecker, steps.Multiply}:
+        return None
+    dims = program[0].input_dim, program[-1].output_dim
+    source = _selection(before, dims[0])
+    # Backwards, what comes after the last stage is what comes before it.
+    after = [step.transpose for step in reversed(after)]
+    target = _selection(after, dims[1])
+    for (columns, _), dim in zip((source, target), dims):
+        if np.count_nonzero(columns >= 0) < dim:
+            return None
+    stages = [program[place] for place in places]
+    return dims, source, stages, list(_between(middle)), target
 
 
 def _selection(selecting, dim):
@@ -342,21 +351,23 @@ def transform(
         len(matrices), sizes, dims, exact, adjoint, x.dtype
     )
     blocks = triton.cdiv(rows, settings["ROWS"])
-    _kernel[blocks,](
-        x,
-        y,
-        matrices,
-        signs,
-        source,
-        target,
-        before,
-        after,
-        rows,
-        x.stride(0),
-        scale,
-        **settings,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(x):
+        _kernel[blocks,](
+            x,
+            y,
+            matrices,
+            signs,
+            source,
+            target,
+            before,
+            after,
+            rows,
+            x.stride(0),
+            scale,
+            **settings,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
     return y
 
 

@@ -70,13 +70,27 @@ class TestWhatItTakes:
             program = _cached_program(order, True, False)
             assert not kernels.takes(program, torch.float32)
 
-    def test_not_windows(self):
+    def test_not_windows(self, monkeypatch):
+        monkeypatch.setattr(kernels, "_room", lambda: 32768)
         # Of a dimension with a large prime: two transforms that overlap.
         assert not kernels.takes(plan(2 * 1031).program, torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
     def test_not_other_dtypes(self, dtype):
         assert not kernels.takes(_cached_program(64, True, False), dtype)
+
+    @pytest.mark.parametrize(
+        "hip, capability", [("6.4", (9, 0)), (None, (7, 5))]
+    )
+    def test_not_on_other_gpus(self, hip, capability, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda: capability
+        )
+        kernels._room.cache_clear()
+        program = _cached_program(64, True, False)
+        assert not kernels.takes(program, torch.float32)
+        kernels._room.cache_clear()
 
     def test_nothing_without_triton(self, monkeypatch):
         key = _cached_program(64, True, False).key
@@ -154,7 +168,7 @@ def compiled(program, dtype, capability, scaled=False):
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "enable_fp_fusion": True},
     )
 
 
