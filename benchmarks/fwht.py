@@ -154,6 +154,7 @@ if __name__ == "__main__":
         __doc__,
         COLUMNS,
         rows,
+        jit_compile=dict(action="store_true", help="XLA on TensorFlow"),
         repeats=dict(type=int, default=21),
         sizes=dict(type=int, nargs="+", default=SIZES),
     )

@@ -195,6 +195,7 @@ if __name__ == "__main__":
         __doc__,
         COLUMNS,
         rows,
+        jit_compile=dict(action="store_true", help="XLA on TensorFlow"),
         repeats=dict(type=int, default=9),
         tokens=dict(type=int, default=4096),
         dim=dict(type=int, default=1024),

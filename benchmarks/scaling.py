@@ -30,7 +30,7 @@ DIMS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 RANKS = (8, 32, 128, 512, 2048)
 TOKENS = (64, 256, 1024, 4096)
 SITES = (28, 112, 448)
-HELD = (1, 2, 4, 8, 16)
+HELD = (2, 4, 8, 16)
 COLUMNS = (
     ("what", "{}"),
     ("over", "{}"),
@@ -111,14 +111,11 @@ def delta_lines(arguments):
     """Yields `(what, over, {size: ms})`."""
     import keras_randadapt as kra
 
-    makers = {
-        "LoRA": kra.LoRA,
-        "RLoRA": kra.RLoRA,
-        "VeRA": kra.VeRA,
-    }
-    for name, make in makers.items():
-        fixed = {"LoRA": 8, "RLoRA": 512, "VeRA": 256}[name]
-        dims = [d for d in DIMS if fixed <= d]
+    methods = (("LoRA", kra.LoRA, 8), ("RLoRA", kra.RLoRA, 512))
+    dims = DIMS[:2] if arguments.quick else DIMS
+    ranks = RANKS[:2] if arguments.quick else RANKS
+    tokens = TOKENS[:2] if arguments.quick else TOKENS
+    for name, make, fixed in (*methods, ("VeRA", kra.VeRA, 256)):
         lines = (
             (
                 f"{name}({fixed}), 512 tokens",
@@ -128,12 +125,12 @@ def delta_lines(arguments):
             (
                 f"{name}, d = 2048, 512 tokens",
                 "rank",
-                {r: delta_step(lambda: make(r), 2048, 512) for r in RANKS},
+                {r: delta_step(lambda: make(r), 2048, 512) for r in ranks},
             ),
             (
                 f"{name}({fixed}), d = 1024",
                 "tokens",
-                {t: delta_step(lambda: make(fixed), 1024, t) for t in TOKENS},
+                {t: delta_step(lambda: make(fixed), 1024, t) for t in tokens},
             ),
         )
         for what, over, steps in lines:
@@ -154,18 +151,19 @@ def model_lines(arguments):
     import keras_randadapt as kra
 
     times = {}
+    sites = SITES[:2] if arguments.quick else SITES
 
-    def timed(what, sites, function):
+    def timed(what, size, function):
         start = time.perf_counter()
         result = function()
         elapsed = 1e3 * (time.perf_counter() - start)
-        times.setdefault(what, {}).setdefault(sites, []).append(elapsed)
+        times.setdefault(what, {}).setdefault(size, []).append(elapsed)
         return result
 
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "adapter.safetensors")
         for _ in range(arguments.repeats):
-            for n in SITES:
+            for n in sites:
                 model = timed("build the model", n, lambda: deep_model(n))
                 adapter = kra.RLoRA(64)
                 targets = "all-linear"
@@ -188,8 +186,8 @@ def held_lines(arguments):
 
     x = np.random.default_rng(0).standard_normal((64, 64), "float32")
     predict, switch = {}, {}
-    for held in HELD:
-        model = deep_model(112)
+    for held in HELD[:2] if arguments.quick else HELD:
+        model = deep_model(SITES[0] if arguments.quick else 112)
         for i in range(held):
             kra.inject(model, kra.LoRA(8, seed=i), "all-linear", name=f"a{i}")
         kra.set_active(model, "a0")
@@ -254,5 +252,6 @@ if __name__ == "__main__":
         COLUMNS,
         rows,
         repeats=dict(type=int, default=5),
+        quick=dict(action="store_true", help="the two smallest sizes"),
         picture=dict(type=pathlib.Path, help="draw the table into this file"),
     )

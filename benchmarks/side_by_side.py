@@ -20,7 +20,6 @@ def main(description, columns, rows, **options):
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all backends")
-    parser.add_argument("--jit-compile", action="store_true")
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     arguments = parser.parse_args()

@@ -19,7 +19,8 @@ of the same shape in `transformers` follow, over that model's own floor.
 `--memory` runs two steps of each method in a process of its own, and gives the
 most memory that process had during the second: on a CPU the resident set, with
 the weights and the framework, and without what it held before the step; on a
-GPU what the framework's allocator handed out.
+GPU what the framework's allocator handed out (with JAX, which can't reset it,
+since the process began).
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Or JAX takes most of a GPU, and the processes that measure memory the rest.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np  # noqa: E402
 import side_by_side  # noqa: E402
@@ -219,7 +222,8 @@ def peer_step(name, arguments):
         sizes["num_key_value_heads"] = shape.key_value_heads
     torch.manual_seed(0)
     if arguments.model.startswith("llama"):
-        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+        config = transformers.LlamaConfig(**sizes, use_cache=False)
+        model = transformers.LlamaModel(config)
     else:
         config = transformers.RobertaConfig(
             **sizes,
@@ -228,7 +232,8 @@ def peer_step(name, arguments):
             attention_probs_dropout_prob=0.0,
         )
         model = transformers.RobertaModel(config, add_pooling_layer=False)
-    model = model.to(getattr(torch, arguments.dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device, getattr(torch, arguments.dtype))
     targets = arguments.targets
     if targets == "query-value":
         targets = list(shape.peer_query_value)
@@ -242,22 +247,20 @@ def peer_step(name, arguments):
     if name == FLOOR:
         model.requires_grad_(False)
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        added = torch.nn.Parameter(torch.zeros(shape.dim))
+        added = torch.nn.Parameter(torch.zeros(shape.dim, device=device))
         layers[0].register_forward_hook(
             lambda layer, x, y: y + added.to(y.dtype)
         )
         trained = [added]
     else:
-        model = peft.get_peft_model(model, make[name]())
+        model = peft.get_peft_model(model, make[name]()).to(device)
         trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     optimizer = torch.optim.AdamW(trained, RATE)
     x, y = batch(arguments)
-    ids = torch.tensor(x["token_ids"]).long()
-    mask = torch.tensor(x["padding_mask"])
-    y = torch.tensor(y)
-    if torch.cuda.is_available():
-        model, ids, mask, y = model.cuda(), ids.cuda(), mask.cuda(), y.cuda()
+    ids = torch.tensor(x["token_ids"], device=device).long()
+    mask = torch.tensor(x["padding_mask"], device=device)
+    y = torch.tensor(y, device=device)
 
     def step():
         optimizer.zero_grad()
@@ -345,10 +348,10 @@ def allocated(peak=False, reset_peak=False):
     elif backend == "jax":
         import jax
 
-        statistics = jax.devices()[0].memory_stats()
-        if statistics is not None:
+        held = jax.devices()[0].memory_stats()
+        if held is not None:
             # Of the whole process; JAX can't reset it.
-            return statistics["peak_bytes_in_use" if peak else "bytes_in_use"]
+            return held["peak_bytes_in_use" if peak else "bytes_in_use"]
     else:
         import tensorflow as tf
 

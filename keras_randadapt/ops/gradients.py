@@ -12,7 +12,8 @@ def with_gradient(forward, backward, *arguments, drop=0):
 
     It works in eager execution and under `jit`, `tf.function`,
     `torch.compile`, and `vmap` of JAX and PyTorch; `backward` is
-    differentiated in turn where a second derivative is asked for.
+    differentiated in turn where a second derivative is asked for. There is no
+    forward mode (`jvp`): asking for it is an error.
 
     Args:
         forward: Function of tensors that gives one tensor. It must use no

@@ -177,10 +177,10 @@ class Program:
     _by_key = weakref.WeakValueDictionary()
     _counter = itertools.count()
 
-    def __init__(self, steps):
+    def __init__(self, steps, key=None):
         self.steps = tuple(steps)
         # Not a number: `torch.compile` makes symbols of numbers that change.
-        self.key = str(next(self._counter))
+        self.key = str(next(self._counter)) if key is None else key
         self._by_key[self.key] = self
 
     def __iter__(self):
@@ -200,13 +200,17 @@ class Program:
 
     @classmethod
     def from_key(cls, key):
+        if key.endswith("'"):
+            return cls.from_key(key[:-1]).transpose
         return cls._by_key[key]
 
     @functools.cached_property
     def transpose(self):
         """The program of the transposed map."""
         steps = [step.transpose for step in reversed(self.steps)]
-        return _of_transpose(self, Program(steps))
+        # A key that follows from this one, also in another process that finds
+        # what `torch.compile` has left on disk.
+        return _of_transpose(self, Program(steps, f"{self.key}'"))
 
 
 def scaled(apply):

@@ -30,30 +30,30 @@ def apply(x, program, before=None, after=None):
         before: Optional tensor `(input_dim,)` to multiply by first.
         after: Optional tensor `(output_dim,)` to multiply by last.
     """
-    is_traced = torch.compiler.is_dynamo_compiling()
-    is_scaled = before is not None or after is not None
-    if is_traced or is_scaled:
-        key = _key(program)
-        if _kernel_takes(key, x.device.type, x.dtype):
-            from keras_randadapt.ops import triton
+    if torch.compiler.is_dynamo_compiling():
+        # Only what is computed is a constant to `torch.compile` and guarded;
+        # an attribute as such is neither yet.
+        return _apply_by_key(x, before, after, program.key + "")
+    return _apply(x, before, after, program)
 
-            if is_traced:
-                return triton.transform_by_key(x, key, before, after)
-            return triton.apply(x, program, before, after)
-    return _apply_steps(x, program, before, after)
+
+@torch.compiler.allow_in_graph
+def _apply_by_key(x, before, after, key):
+    """What `torch.compile` puts into its graph, and later traces itself."""
+    return _apply(x, before, after, steps.Program.from_key(key))
+
+
+def _apply(x, before, after, program):
+    if before is None and after is None:
+        return _Linear.apply(x, program)
+    if _kernel(program, x) is None:
+        return _apply_around(x, program, before, after)
+    return _Scaled.apply(x, before, after, program)
 
 
 @steps.scaled
-def _apply_steps(x, program):
-    if torch.compiler.is_dynamo_compiling():
-        return _apply_by_key(x, _key(program))
+def _apply_around(x, program):
     return _Linear.apply(x, program)
-
-
-def _key(program):
-    # Only what is computed is a constant to `torch.compile` and guarded; an
-    # attribute as such is neither yet.
-    return program.key + ""
 
 
 class _Linear(torch.autograd.Function):
@@ -80,33 +80,81 @@ class _Linear(torch.autograd.Function):
         return apply(x.movedim(in_dims[0], 0), program), 0
 
 
-@torch.compiler.allow_in_graph
-def _apply_by_key(x, key):
-    """What `torch.compile` puts into its graph, and later traces itself."""
-    return _Linear.apply(x, steps.Program.from_key(key))
+class _Scaled(torch.autograd.Function):
+    """`after * T (before * x)` where the kernel does it in one pass."""
+
+    @staticmethod
+    def forward(x, before, after, program):
+        return _run(x, program, before, after)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, before, after, ctx.program = inputs
+        # The data only where a scale is trained.
+        x = x if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(x, before, after)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, before, after = ctx.saved_tensors
+        adjoint = ctx.program.transpose
+        gradients = [None] * 4
+        if ctx.needs_input_grad[0]:
+            gradients[0] = apply(upstream, adjoint, after, before)
+        if ctx.needs_input_grad[1]:
+            pulled = apply(upstream, adjoint, after) * x
+            gradients[1] = _sum_of_rows(pulled)
+        if ctx.needs_input_grad[2]:
+            pushed = apply(x, ctx.program, before) * upstream
+            gradients[2] = _sum_of_rows(pushed)
+        return tuple(gradients)
+
+    @staticmethod
+    def vmap(info, in_dims, x, before, after, program):
+        x_dim, before_dim, after_dim, _ = in_dims
+        if x_dim is None:
+            x = x.expand(info.batch_size, *x.shape)
+        else:
+            x = x.movedim(x_dim, 0)
+
+        def first(scale, dim):
+            if dim is None:
+                return scale
+            scale = scale.movedim(dim, 0)
+            return scale.reshape(len(scale), *[1] * (x.ndim - 2), -1)
+
+        if before_dim is None and after_dim is None:
+            return apply(x, program, before, after), 0
+        before, after = first(before, before_dim), first(after, after_dim)
+        return _apply_around(x, program, before, after), 0
 
 
-@compile_time
-def _kernel_takes(key, device_type, dtype):
-    """Whether a CUDA kernel applies the program, not matrix products."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    if not _HAS_TRITON:
-        return False
+def _sum_of_rows(x):
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _kernel(program, x):
+    """`triton.py`, if its kernel applies a program to a tensor, or `None`."""
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    # An exported program should run wherever PyTorch does.
+    if not _HAS_TRITON or torch.compiler.is_exporting():
+        return None
     from keras_randadapt.ops import triton
 
-    return triton.takes(steps.Program.from_key(key), dtype)
+    return triton if triton.takes(program, x.dtype, x.device) else None
 
 
-def _run(x, program):
+def _run(x, program, before=None, after=None):
     batch = x.shape[:-1]
     if len(batch) != 1:
         x = x.reshape(batch.numel(), x.shape[-1])
     block = max(1, _BLOCK // program.largest_dim)
-    if _kernel_takes(program.key, x.device.type, x.dtype):
-        from keras_randadapt.ops import triton
-
-        y = triton.apply(x, program)
+    kernel = _kernel(program, x)
+    if kernel is not None and _is_plain(x):
+        y = kernel.apply(x, program, before, after)
+    elif kernel is not None:
+        y = kernel.transform(x, program.key, before, after)
     elif x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
         y = x.new_empty(len(x), program.output_dim)
         *head, last = program
@@ -216,11 +264,13 @@ def as_tensors(owner, arrays, dtype, device):
 
 
 def _copies(arrays, dtype, device):
-    # `torch.tensor` copies: read-only arrays are not for sharing.
-    return tuple(
-        None if a is None else torch.tensor(a, dtype=dtype, device=device)
-        for a in arrays
-    )
+    # `torch.tensor` copies: read-only arrays are not for sharing. What is made
+    # in inference mode could not be kept for a backward pass later.
+    with torch.inference_mode(False):
+        return tuple(
+            None if a is None else torch.tensor(a, dtype=dtype, device=device)
+            for a in arrays
+        )
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

@@ -17,6 +17,7 @@ if keras.config.backend() not in _BACKENDS:
 _backend = importlib.import_module(
     f"keras_randadapt.ops.{keras.config.backend()}"
 )
+_SCALES = ("before", "after")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -99,6 +100,16 @@ def randomized_transform(x, plan, adjoint=False, before=None, after=None):
             "`plan` must be a `RandomizedTransform`. "
             f"Received: plan={plan!r} of type {type(plan).__name__}"
         )
+    dims = plan.input_dim, plan.output_dim
+    for vector, dim, name in zip(
+        (before, after), reversed(dims) if adjoint else dims, _SCALES
+    ):
+        if vector is not None and tuple(vector.shape) != (dim,):
+            raise ValueError(
+                f"`{name}` must be a vector of {dim} numbers with "
+                f"adjoint={bool(adjoint)}. Received: shape="
+                f"{tuple(vector.shape)}"
+            )
     if keras.utils.is_keras_tensor(x):
         operation = RandomizedTransformOperation(plan, adjoint)
         x = x if before is None else x * before

@@ -45,7 +45,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OTHER_BITS = np.uint32(0x1FFF)
 
 
-def takes(program, dtype):
+def takes(program, dtype, device):
     """Whether the kernel can apply a program to tensors of a dtype.
 
     Not to other dtypes, nor windows, nor orders whose tile does not fit on
@@ -54,52 +54,122 @@ def takes(program, dtype):
     if dtype not in _DTYPES or _description(program) is None:
         return False
     description, _ = _description(program)
-    return math.prod(description.sizes) <= _room()
+    return math.prod(description.sizes) <= _room(device)
 
 
 @functools.cache
-def _room():
-    """The elements of a tile for which the GPU has room."""
+def _room(device):
+    """The elements of a tile for which a device has room."""
+    if not hasattr(triton, "knobs"):
+        # Too old.
+        return 0
     if triton.knobs.runtime.interpret:
         return _LARGEST_TILE
-    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.hip or not torch.cuda.is_available():
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
         return 0
     # Products exchange whole tiles through shared memory, padded by a quarter
     # at most.
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin // 5
+    return properties.shared_memory_per_block_optin // 5
 
 
 def apply(x, program, before=None, after=None):
-    """`after * T (before * x)`, on the last axis.
+    """`after * T (before * x)` for the rows of a matrix.
 
     Args:
-        x: Tensor of shape `(..., input_dim)`.
+        x: Tensor of shape `(rows, input_dim)`.
         program: One that `takes` takes.
         before: `None`, or tensor of shape `(input_dim,)`.
         after: `None`, or tensor of shape `(output_dim,)`.
 
     Returns:
-        Tensor of shape `(..., output_dim)`, of the dtype of `x`.
+        Tensor of shape `(rows, output_dim)`, of the dtype of `x`. It has no
+        gradient.
     """
+    y = x.new_empty(len(x), program.output_dim)
+    if len(x) == 0:
+        return y
     description, adjoint = _description(program)
-    arrays = (
-        description.matrices,
-        description.signs,
-        description.source,
-        description.target,
+    matrices, signs, source, target = as_tensors(
+        description, description.arrays, None, x.device
     )
-    y = transform(
-        x.reshape(-1, program.input_dim),
-        *as_tensors(description, arrays, None, x.device),
-        before,
-        after,
-        description.sizes,
-        description.dims,
-        description.scale,
-        description.exact,
-        adjoint,
-    )
-    return y.reshape(*x.shape[:-1], program.output_dim)
+    if adjoint:
+        source, target = target, source
+    settings, warps = launch_settings(description, adjoint, x.dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    before = None if before is None else before.contiguous()
+    after = None if after is None else after.contiguous()
+    blocks = triton.cdiv(len(x), settings["ROWS"])
+    with torch.cuda.device_of(x):
+        _kernel[blocks,](
+            x,
+            y,
+            matrices,
+            signs,
+            source,
+            target,
+            before,
+            after,
+            len(x),
+            x.stride(0),
+            description.scale,
+            **settings,
+            num_warps=warps,
+            # Said, since Triton is about to change what it means not to say.
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def launch_settings(description, adjoint, dtype):
+    """What is constant when the kernel is compiled, and the warps to run."""
+    sizes = description.sizes
+    input_dim, output_dim = description.dims[:: -1 if adjoint else 1]
+    tile = math.prod(sizes)
+    tile_rows = max(1, _TILE // tile)
+    settings = {
+        "INPUT_DIM": input_dim,
+        "OUTPUT_DIM": output_dim,
+        "STAGES": len(description.matrices),
+        "SIZE_1": sizes[0],
+        "SIZE_2": sizes[1],
+        "SIZE_3": sizes[2],
+        "ROWS": tile_rows,
+        "ADJOINT": adjoint,
+        "PRODUCTS": (
+            1 if dtype.itemsize < 4 else 2 if description.exact else 3
+        ),
+    }
+    return settings, min(16, max(4, tile * tile_rows // 1024))
+
+
+@torch.library.custom_op("keras_randadapt::transform", mutates_args=())
+def transform(
+    x: torch.Tensor,
+    key: str,
+    before: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> torch.Tensor:
+    """`apply`, as one node of the graph that `torch.compile` makes.
+
+    The kernel's constants are neither constants of that graph nor arguments:
+    they are found at run time, by the key of the program.
+    """
+    return apply(x, steps.Program.from_key(key), before, after)
+
+
+# A compiled graph knows programs by their keys alone, so they must live on.
+_compiled_programs = set()
+
+
+@transform.register_fake
+def _(x, key, before, after):
+    program = steps.Program.from_key(key)
+    _compiled_programs.add(program)
+    return x.new_empty(x.shape[0], program.output_dim)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,6 +202,11 @@ class _Description:
     signs: np.ndarray | None
     source: np.ndarray | None
     target: np.ndarray | None
+
+    @property
+    def arrays(self):
+        """What the kernel needs on the device."""
+        return self.matrices, self.signs, self.source, self.target
 
 
 _known_descriptions = weakref.WeakKeyDictionary()
@@ -275,8 +350,8 @@ def _groups(sizes):
             padded = [_padded(math.prod(sizes[group])) for group in groups]
             tile = math.prod(padded)
             cost = tile * sum(size + _ROTATION_COST for size in padded)
-            # Tiles of larger matrices don't leave room for the data.
-            if tile <= _LARGEST_TILE and max(padded) <= 256 and cost < least:
+            # Larger matrices don't fit into shared memory.
+            if tile <= _LARGEST_TILE and max(padded) <= 128 and cost < least:
                 best, least = groups, cost
     return best
 
@@ -300,229 +375,6 @@ def _table(columns, position, tile):
     if np.array_equal(table[:dim], np.arange(dim)) and (table[dim:] < 0).all():
         return None
     return table
-
-
-@torch.library.custom_op("keras_randadapt::transform", mutates_args=())
-def transform(
-    x: torch.Tensor,
-    matrices: torch.Tensor,
-    signs: torch.Tensor | None,
-    source: torch.Tensor | None,
-    target: torch.Tensor | None,
-    before: torch.Tensor | None,
-    after: torch.Tensor | None,
-    sizes: list[int],
-    dims: list[int],
-    scale: float,
-    exact: bool,
-    adjoint: bool,
-) -> torch.Tensor:
-    """`after * T (before * x)` for the rows of a matrix.
-
-    Args:
-        x: Tensor of shape `(rows, dims[0])`.
-        matrices: See `_Description`, as all that is not said here.
-        signs: See there.
-        source: See there.
-        target: See there.
-        before: `None`, or tensor of shape `(dims[0],)`.
-        after: `None`, or tensor of shape `(dims[1],)`.
-        sizes: See there.
-        dims: See there.
-        scale: See there.
-        exact: See there.
-        adjoint: Whether to multiply by the transpose of `T`. All arguments
-            but `before`, `after` and `x` stay what they are.
-
-    Returns:
-        Tensor of shape `(rows, dims[1])`, of the dtype of `x`; with
-        `adjoint`, `dims` change places.
-    """
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    rows = x.shape[0]
-    if adjoint:
-        source, target = target, source
-        dims = dims[::-1]
-    y = x.new_empty(rows, dims[1])
-    if rows == 0:
-        return y
-    settings, warps = launch_settings(
-        len(matrices), sizes, dims, exact, adjoint, x.dtype
-    )
-    blocks = triton.cdiv(rows, settings["ROWS"])
-    with torch.cuda.device_of(x):
-        _kernel[blocks,](
-            x,
-            y,
-            matrices,
-            signs,
-            source,
-            target,
-            before,
-            after,
-            rows,
-            x.stride(0),
-            scale,
-            **settings,
-            num_warps=warps,
-            enable_fp_fusion=True,
-        )
-    return y
-
-
-def launch_settings(stages, sizes, dims, exact, adjoint, dtype):
-    """What is constant when the kernel is compiled, and the warps to run."""
-    tile = math.prod(sizes)
-    tile_rows = max(1, _TILE // tile)
-    settings = {
-        "INPUT_DIM": dims[0],
-        "OUTPUT_DIM": dims[1],
-        "STAGES": stages,
-        "SIZE_1": sizes[0],
-        "SIZE_2": sizes[1],
-        "SIZE_3": sizes[2],
-        "ROWS": tile_rows,
-        "ADJOINT": adjoint,
-        "PRODUCTS": 1 if dtype.itemsize < 4 else 2 if exact else 3,
-    }
-    return settings, min(16, max(4, tile * tile_rows // 1024))
-
-
-@transform.register_fake
-def _(x, *arguments):
-    *_, dims, _, _, adjoint = arguments
-    return x.new_empty(x.shape[0], dims[0 if adjoint else 1])
-
-
-def _setup_context(ctx, inputs, output):
-    x, *constants = inputs[:5]
-    before, after, *ctx.rest, ctx.adjoint = inputs[5:]
-    # The data only where a scale is trained.
-    is_scaled = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
-    x = x if is_scaled else None
-    ctx.save_for_backward(x, before, after, *constants)
-
-
-def _backward(ctx, upstream):
-    x, before, after, *constants = ctx.saved_tensors
-
-    def apply_again(x, before, after, transpose):
-        return transform(
-            x,
-            *constants,
-            before,
-            after,
-            *ctx.rest,
-            ctx.adjoint != transpose,
-        )
-
-    needed = ctx.needs_input_grad
-    gradient, *of_scales = _gradients(
-        apply_again, (needed[0], *needed[5:7]), x, before, after, upstream
-    )
-    return gradient, None, None, None, None, *of_scales, *[None] * 5
-
-
-transform.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _gradients(apply, needed, x, before, after, upstream):
-    """Of `after * T (before * x)` with respect to `x`, `before`, `after`.
-
-    Args:
-        apply: Function of `x, before, after, transpose`.
-        needed: Which gradients to compute; the others are `None`.
-        x: The data, if a scale's gradient is needed.
-        before: As it was given.
-        after: As it was given.
-        upstream: The gradient of the output.
-    """
-    gradients = [None] * 3
-    if needed[0]:
-        gradients[0] = apply(upstream, after, before, True)
-    if needed[1]:
-        pulled = apply(upstream, after, None, True) * x
-        gradients[1] = _sum_of_rows(pulled).to(before.dtype)
-    if needed[2]:
-        pushed = apply(x, before, None, False) * upstream
-        gradients[2] = _sum_of_rows(pushed).to(after.dtype)
-    return gradients
-
-
-def _sum_of_rows(x):
-    return x.reshape(-1, x.shape[-1]).sum(0)
-
-
-@torch.library.custom_op("keras_randadapt::transform_by_key", mutates_args=())
-def transform_by_key(
-    x: torch.Tensor,
-    key: str,
-    before: torch.Tensor | None,
-    after: torch.Tensor | None,
-) -> torch.Tensor:
-    """`apply`, as one node of the graph that `torch.compile` makes.
-
-    The kernel's constants are neither constants of that graph nor arguments:
-    they are found at run time, by the key of the program.
-    """
-    return apply(x, steps.Program.from_key(key), before, after)
-
-
-# A compiled graph knows programs by their keys alone, so they must live on.
-_compiled_programs = set()
-
-
-@transform_by_key.register_fake
-def _(x, key, before, after):
-    program = steps.Program.from_key(key)
-    _compiled_programs.update((program, program.transpose))
-    return x.new_empty(*x.shape[:-1], program.output_dim)
-
-
-def _setup_context_by_key(ctx, inputs, output):
-    x, ctx.key, before, after = inputs
-    is_scaled = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if is_scaled else None, before, after)
-
-
-def _backward_by_key(ctx, upstream):
-    program = steps.Program.from_key(ctx.key)
-
-    def apply_again(x, before, after, transpose):
-        key = program.transpose.key if transpose else program.key
-        return transform_by_key(x, key, before, after)
-
-    needed = ctx.needs_input_grad
-    gradient, *of_scales = _gradients(
-        apply_again, (needed[0], *needed[2:]), *ctx.saved_tensors, upstream
-    )
-    return gradient, None, *of_scales
-
-
-transform_by_key.register_autograd(
-    _backward_by_key, setup_context=_setup_context_by_key
-)
-
-
-def _vmap_rows(operator):
-    """The batching rule of an operator on rows, its other tensors shared."""
-
-    def rule(info, in_dims, x, *arguments):
-        if any(isinstance(dim, int) for dim in in_dims[1:]):
-            raise NotImplementedError(
-                "The transform's scales can't be batched; multiply by them "
-                f"outside. Received: in_dims={in_dims}"
-            )
-        x = x.movedim(in_dims[0], 0)
-        y = operator(x.reshape(-1, x.shape[-1]), *arguments)
-        return y.reshape(*x.shape[:-1], y.shape[-1]), 0
-
-    operator.register_vmap(rule)
-
-
-_vmap_rows(transform)
-_vmap_rows(transform_by_key)
 
 
 @triton.jit

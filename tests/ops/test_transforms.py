@@ -657,6 +657,21 @@ def test_torch_compile(inner):
         np.testing.assert_allclose(apply(x).detach(), y.detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_scales(adjoint):
+    plan, matrix = make(24, 2, 20, 12, gather=True)
+    matrix = matrix.T if adjoint else matrix
+    x, before = normal(3, matrix.shape[1]), normal(matrix.shape[1])
+    after = normal(matrix.shape[0])
+    y = randomized_transform(x, plan, adjoint, before, after)
+    np.testing.assert_allclose(
+        to_numpy(y), (x * before) @ matrix.T * after, atol=1e-5
+    )
+    for arguments, name in (((after, None), "before"), ((None, x), "after")):
+        with pytest.raises(ValueError, match=f"`{name}` must be a vector"):
+            randomized_transform(x, plan, adjoint, *arguments)
+
+
 @only_torch
 def test_torch_compile_with_another_plan():
     """The second time, what differed between the plans would be dynamic."""

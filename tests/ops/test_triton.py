@@ -14,7 +14,6 @@ import pytest
 
 from keras_randadapt import random
 from keras_randadapt.ops import RandomizedTransform
-from keras_randadapt.ops import fwht
 from keras_randadapt.ops.transforms import _cached_program
 
 if keras.config.backend() != "torch":
@@ -43,6 +42,10 @@ def test_in_the_interpreter():
     assert "skipped" not in process.stdout
 
 
+def takes(program, dtype=torch.float32):
+    return kernels.takes(program, dtype, torch.device("cuda", 0))
+
+
 def plan(order, stages=2):
     signs = random.signs(0, "test", (stages, order))
     index = np.sort(random.permutation(0, "out", order)[: order // 2])
@@ -56,64 +59,66 @@ class TestWhatItTakes:
         [1, 12, 768, 1536, 2304, 3584, 8192, 11008, 14336, 28672],
     )
     def test_orders(self, order, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda: 32768)
-        assert kernels.takes(_cached_program(order, True, False), torch.float16)
+        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        assert takes(_cached_program(order, True, False), torch.float16)
 
     def test_not_what_does_not_fit(self, monkeypatch):
         program = _cached_program(32768, True, False)
         # 99 KB of shared memory a block, as GPUs for games have.
-        monkeypatch.setattr(kernels, "_room", lambda: 101376 // 5)
-        assert not kernels.takes(program, torch.float32)
-        assert kernels.takes(_cached_program(16384, True, False), torch.float32)
+        monkeypatch.setattr(kernels, "_room", lambda device: 101376 // 5)
+        assert not takes(program, torch.float32)
+        assert takes(_cached_program(16384, True, False), torch.float32)
         monkeypatch.undo()
-        for order in (25600, 65536):
+        # Tiles beyond 32768, and factors too large for shared memory.
+        for order in (25600, 65536, 18944, 251):
             program = _cached_program(order, True, False)
-            assert not kernels.takes(program, torch.float32)
+            assert not takes(program, torch.float32)
 
     def test_not_windows(self, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda: 32768)
+        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
         # Of a dimension with a large prime: two transforms that overlap.
-        assert not kernels.takes(plan(2 * 1031).program, torch.float32)
+        assert not takes(plan(2 * 1031).program, torch.float32)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
     def test_not_other_dtypes(self, dtype):
-        assert not kernels.takes(_cached_program(64, True, False), dtype)
+        assert not takes(_cached_program(64, True, False), dtype)
 
-    @pytest.mark.parametrize(
-        "hip, capability", [("6.4", (9, 0)), (None, (7, 5))]
-    )
-    def test_not_on_other_gpus(self, hip, capability, monkeypatch):
-        monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda: capability
-        )
-        kernels._room.cache_clear()
+    @pytest.mark.parametrize("hip, major", [("6.4", 9), (None, 7)])
+    def test_not_on_other_gpus(self, hip, major, monkeypatch):
+        class Properties:
+            shared_memory_per_block_optin = 232448
+
         program = _cached_program(64, True, False)
-        assert not kernels.takes(program, torch.float32)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: Properties
+        )
+        for version, generation, expected in (
+            (None, 9, True),
+            (hip, major, False),
+        ):
+            kernels._room.cache_clear()
+            monkeypatch.setattr(torch.version, "hip", version)
+            Properties.major = generation
+            assert takes(program) is expected
         kernels._room.cache_clear()
+
+    def test_not_without_a_gpu(self):
+        assert not takes(_cached_program(64, True, False))
 
     def test_nothing_without_triton(self, monkeypatch):
-        key = _cached_program(64, True, False).key
-        takes = torch_backend._kernel_takes
+        program, x = _cached_program(64, True, False), torch.ones(3, 64)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(kernels, "_room", lambda: 32768)
-        assert takes(key, "cpu", torch.float32)
+        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        assert torch_backend._kernel(program, x) is kernels
         monkeypatch.setattr(torch_backend, "_HAS_TRITON", False)
-        assert not takes(key, "cpu", torch.float32)
-        assert not takes(key, "cuda", torch.float32)
+        assert torch_backend._kernel(program, x) is None
 
     def test_not_on_a_cpu(self, monkeypatch):
         assert os.environ.get("TRITON_INTERPRET") != "1"
-
-        def fail(*arguments):
-            raise AssertionError("the kernel was launched")
-
-        monkeypatch.setattr(kernels, "transform", fail)
-        monkeypatch.setattr(kernels, "_room", lambda: 32768)
-        fwht(torch.ones(3, 64))
-        assert torch_backend._kernel_takes(
-            _cached_program(64, True, False).key, "cuda", torch.float32
-        )
+        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        program, x = _cached_program(64, True, False), torch.ones(3, 64)
+        assert torch_backend._kernel(program, x) is None
 
 
 #: Bytes of shared memory that a block may have, by compute capability.
@@ -127,14 +132,7 @@ def compiled(program, dtype, capability, scaled=False):
     from triton.compiler import ASTSource
 
     description, adjoint = kernels._description(program)
-    settings, warps = kernels.launch_settings(
-        len(description.matrices),
-        description.sizes,
-        description.dims,
-        description.exact,
-        adjoint,
-        dtype,
-    )
+    settings, warps = kernels.launch_settings(description, adjoint, dtype)
     data = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
     signature = {
         "x_pointer": data,
@@ -181,6 +179,8 @@ def compiled(program, dtype, capability, scaled=False):
             pytest.param(program, dtype, capability, marks=pytest.mark.slow)
             for program in (
                 _cached_program(11008, True, False),
+                _cached_program(13696, True, False),
+                _cached_program(27648, True, False),
                 plan(4096).adjoint_program,
                 _cached_program(32768, True, False),
             )

@@ -6,6 +6,7 @@ when it is imported.
 
 import functools
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -165,12 +166,14 @@ def test_gradients(compiled):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_compiled_graph_has_one_operator(scaled):
+def test_compiled_graphs_have_one_operator(scaled):
+    from torch._dynamo.backends.common import aot_autograd
+
     plan = make(44, 2, 40, 30, gather=True)
-    x, after = normal(7, 40), normal(30)
+    x, after = normal(7, 40).requires_grad_(), normal(30)
     graphs = []
 
-    def backend(graph, _):
+    def compiler(graph, _):
         graphs.append(graph)
         return graph
 
@@ -178,10 +181,17 @@ def test_compiled_graph_has_one_operator(scaled):
         y = randomized_transform(x, plan, after=after if scaled else None)
         return fwht(y[:, :20])
 
-    y = torch.compile(apply, fullgraph=True, backend=backend)(x)
-    close(y, apply(x).double())
-    calls = [n for n in graphs[0].graph.nodes if "transform" in str(n.target)]
-    assert len(calls) == 2
+    compiled = torch.compile(
+        apply, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)
+    )
+    y = compiled(x)
+    close(y, apply(x).detach().double())
+    y.sum().backward()
+    assert len(graphs) == 2
+    for graph in graphs:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert targets.count("keras_randadapt.transform.default") == 2
+        assert not any("mm" in target for target in targets)
 
 
 def test_compiled_graph_outlives_its_plan():
@@ -200,9 +210,9 @@ def test_compiled_graph_outlives_its_plan():
     close(apply(x), x.double().numpy() @ matrix.T)
 
 
-def test_export(tmp_path):
-    """The exported program has the kernel as an operator, constants and all,
-    so that another process can run it."""
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_need_no_kernel(strict, tmp_path):
+    """Nor this library: they run wherever PyTorch does."""
     plan = make(44, 2, 40, 30, gather=True)
 
     class Module(torch.nn.Module):
@@ -210,11 +220,12 @@ def test_export(tmp_path):
             return randomized_transform(x, plan)
 
     x = normal(7, 40)
-    program = torch.export.export(Module(), (x,))
-    assert "keras_randadapt.transform.default" in str(program.graph)
+    y = Module()(x)
+    program = torch.export.export(Module(), (x,), strict=strict)
+    assert "keras_randadapt" not in str(program.graph)
     torch.export.save(program, tmp_path / "program.pt2")
-    program = torch.export.load(tmp_path / "program.pt2")
-    close(program.module()(x), x.double().numpy() @ plan.dense().T)
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    close(loaded.module()(x), y.double())
 
 
 def test_autocast_leaves_the_dtype():
@@ -225,25 +236,73 @@ def test_autocast_leaves_the_dtype():
     close(y, x.double().numpy() @ plan.dense().T)
 
 
-def test_vmap():
+@pytest.mark.parametrize(
+    "dims",
+    [
+        (0, None, None),
+        (1, None, None),
+        (None, 0, None),
+        (0, 0, None),
+        (1, 0, 1),
+    ],
+    ids=str,
+)
+def test_vmap(dims):
+    """Of the data, of scales, or of both."""
     plan = make(44, 2, 40, 30, gather=True)
-    x, before, after = normal(5, 7, 40), normal(40), normal(30)
+    x, before, after = (
+        array[0] if dim is None else array
+        for array, dim in zip(
+            (normal(5, 7, 40), normal(5, 40), normal(5, 30)), dims
+        )
+    )
+    y = torch.func.vmap(
+        lambda x, before, after: randomized_transform(
+            x, plan, before=before, after=after
+        ),
+        in_dims=dims,
+    )(
+        *(
+            array if dim is None else array.movedim(0, dim)
+            for array, dim in zip((x, before, after), dims)
+        )
+    )
+    x, before, after = (t.double().numpy() for t in (x, before, after))
+    # Scales of one example each go with all its rows.
+    before = before.reshape(-1, 1, 40) if before.ndim == 2 else before
+    after = after.reshape(-1, 1, 30) if after.ndim == 2 else after
+    close(y, (x * before) @ plan.dense().T * after)
 
-    def apply(x):
-        return randomized_transform(x, plan, before=before, after=after)
 
-    for dim, batched in ((0, x), (1, x.movedim(0, 1))):
-        y = torch.func.vmap(apply, in_dims=dim)(batched)
-        close(y, apply(x).double())
+def test_forward_mode_is_refused_with_scales():
+    plan = make(44, 2, 40, 30)
+    x, after = normal(7, 40), normal(30)
+    y = torch.func.jvp(lambda x: randomized_transform(x, plan), (x,), (x,))[1]
+    close(y, x.double().numpy() @ plan.dense().T)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(
+            lambda x: randomized_transform(x, plan, after=after), (x,), (x,)
+        )
+
+
+def test_constants_of_inference_mode_serve_training():
+    plan = make(52, 2, 40, 30)
+    x, after = normal(7, 40).requires_grad_(), normal(30).requires_grad_()
+    with torch.inference_mode():
+        randomized_transform(x, plan, after=after)
+    y = randomized_transform(x, plan, after=after)
+    (found,) = torch.autograd.grad(y.sum(), after)
+    close(found, np.sum(x.detach().double().numpy() @ plan.dense().T, 0))
 
 
 def test_opcheck():
-    """PyTorch's own checks of an operator: schema, fake tensors, autograd."""
+    """PyTorch's own checks of an operator: its schema, and fake tensors."""
     plan = make(44, 2, 40, 30, gather=True, scatter=True)
-    x = normal(7, 40).requires_grad_()
-    before, after = normal(40), normal(30).requires_grad_()
+    x, before, after = normal(7, 40), normal(40), normal(30)
     torch.library.opcheck(
-        kernels.transform_by_key, (x, plan.program.key, before, after)
+        kernels.transform,
+        (x, plan.program.key, before, after),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
@@ -267,3 +326,32 @@ def test_rlora():
     close(found[0], upstream @ dense)
     close(found[1], np.sum(pulled * z, 0))
     close(found[2], np.sum(z * alpha @ b.T * upstream, 0))
+
+
+def test_rlora_under_function_transforms():
+    """Gradients of single examples, stacked adapters, second derivatives."""
+    adapter = kra.RLoRA(8)
+    adapter.build((48, 40))
+    methods.randomize(adapter)
+    x = normal(5, 48)
+    alpha, beta = (v.value.detach() for v in adapter.variables)
+
+    def loss(alpha, beta, x):
+        mapping = list(zip(adapter.variables, (alpha, beta)))
+        with keras.StatelessScope(state_mapping=mapping):
+            return (adapter.delta(x, True) ** 2).sum()
+
+    grad, vmap = torch.func.grad, torch.func.vmap
+    whole = grad(loss, 1)(alpha, beta, x)
+    single = vmap(grad(loss, 1), (None, None, 0))(alpha, beta, x)
+    close(single.sum(0), whole.double())
+    stacked = vmap(grad(loss, 1), (None, 0, None))(
+        alpha, torch.stack([beta, 2 * beta]), x
+    )
+    # The loss is quadratic in beta.
+    close(stacked[0], whole.double())
+    close(stacked[1], 2 * whole.double())
+    second = grad(lambda beta: (grad(loss, 1)(alpha, beta, x) * beta).sum())
+    close(second(beta), 2 * whole.double())
+    compiled = torch.compile(grad(loss, 1), backend="aot_eager")
+    close(compiled(alpha, beta, x), whole.double())
