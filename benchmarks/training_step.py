@@ -166,7 +166,7 @@ def keras_step(name, arguments):
     if name == KERAS:
         enable_lora(backbone, targets)
     elif name == FLOOR:
-        first = next(iter(kra.inject(model, kra.BitFit(), targets).sites))
+        first = next(iter(kra.inject(model, kra.LoRA(1), targets).sites))
         kra.eject(model)
         kra.inject(model, vector(), [first])
     else:
