@@ -69,7 +69,7 @@ SHAPES = {
     "llama-1b": Shape(16, 2048, 32, 8192, ("q_proj", "v_proj"), 8),
     # For a look at whether all of this runs.
     "tiny": Shape(2, 64, 2, 128, ("query", "value")),
-    "llama-tiny": Shape(2, 64, 2, 128, ("q_proj", "v_proj"), 1),
+    "llama-tiny": Shape(2, 128, 2, 128, ("q_proj", "v_proj"), 1),
 }
 TARGETS = {"query-value": ["query", "value"], "all-linear": "all-linear"}
 
