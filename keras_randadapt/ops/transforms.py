@@ -93,7 +93,7 @@ def randomized_transform(x, plan, adjoint=False, before=None, after=None):
     Raises:
         TypeError: If `plan` is not a `RandomizedTransform`, or `x` not of a
             floating dtype.
-        ValueError: If the last axis of `x` is of another size.
+        ValueError: If the last axis of `x`, or a vector, is of another size.
     """
     if not isinstance(plan, RandomizedTransform):
         raise TypeError(
