@@ -274,12 +274,14 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
     state.block = "disabled"
     _activate(model, (), freeze=False)
     _forget_compiled(model)
+    state.functions.bring_back(model, state.shown)
     try:
         yield model
     finally:
         state.block = outer
         _activate(model, active, freeze=False)
         _forget_compiled(model)
+        state.functions.bring_back(model, state.shown)
         root.wrap_optimizer(model)
         restore_functions(functions)
 
@@ -411,8 +413,11 @@ def _leave_unused_site(state, address):
 
 def show(model, names):
     """Makes the sites compute with these adapters, and nothing else."""
-    for layer in model._randadapt.changed_layers:
-        layer.adapter.active_names = tuple(names)
+    state = model._randadapt
+    state.functions.put_away(model, state.shown)
+    state.shown = tuple(names)
+    for layer in state.changed_layers:
+        layer.adapter.active_names = state.shown
     for part in _models(model):
         _compat.reset_compiled_functions(part)
 
@@ -490,8 +495,14 @@ def _refresh(model, before):
     """
     from keras_randadapt.optimizers import wrapper
 
-    _, trained_before, fresh = before
+    variables_before, trained_before, fresh = before
     _forget_compiled(model)
+    if root.is_adapted(model):
+        state = model._randadapt
+        if list(map(id, model.variables)) == list(map(id, variables_before)):
+            state.functions.bring_back(model, state.shown)
+        else:
+            state.functions.clear()
     trained = model.trainable_variables
     changed = list(map(id, trained)) != list(map(id, trained_before))
     optimizer = getattr(model, "optimizer", None)

@@ -83,12 +83,14 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
                 before[layer] = _kernel_values(layer)
                 _write_merged(layer)
         injection.show(model, ())
+        state.functions.bring_back(model, ())
         yield model
     finally:
         state.block = None
         for layer, values in before.items():
             _restore_kernel(layer, values)
         injection.show(model, active)
+        state.functions.bring_back(model, active)
         injection.restore_functions(functions)
 
 

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt import compiled
 from keras_randadapt import site_classes
 from keras_randadapt import targets
 from keras_randadapt.adapters import base as adapter_base
@@ -61,6 +62,9 @@ class RootState:
         layers: dict from structural address to layer, of the whole model.
         records: dict from adapter name to `AdapterRecord`.
         active: tuple of the active adapters' names.
+        shown: tuple of the names of the adapters that the sites compute with:
+            none inside a block.
+        functions: `CompiledFunctions`, by `shown`.
         block: `"merged"` or `"disabled"` inside a block of that name, whose
             end restores what was at its beginning.
         layer_flags: `(layer, flag)` pairs: `trainable` as it was before
@@ -77,6 +81,8 @@ class RootState:
         self.layers = layers
         self.records = {}
         self.active = ()
+        self.shown = ()
+        self.functions = compiled.CompiledFunctions()
         self.block = None
         self.layer_flags = layer_flags
         self.variable_flags = variable_flags
@@ -267,6 +273,7 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
 
     def compile(self, *args, **kwargs):
         super().compile(*args, **kwargs)
+        self._randadapt.functions.clear()
         wrap_optimizer(self)
 
     def compile_from_config(self, config):
