@@ -137,10 +137,10 @@ class RandomizedHadamard:
 
 def _cost(plan):
     products = [
-        (step.output_dim, matrix.shape[1])
+        (step.output_dim, factor.matrix.shape[1])
         for step in (getattr(s, "step", s) for s in plan.program)
         if isinstance(step, steps.Kronecker)
-        for matrix, _ in step.grouped(hadamard_lib.PASS_COST, exact=False)
+        for factor in step.grouped(hadamard_lib.PASS_COST, exact=False)
     ]
     return sum(math.prod(product) for product in products)
 

@@ -1,5 +1,6 @@
 """JAX: a linear primitive, so that every transformation composes."""
 
+import functools
 import math
 
 import jax
@@ -16,7 +17,7 @@ from keras_randadapt.ops import steps
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
 # In multiply-adds an element, see benchmarks/README.md.
-_PASS_COST = 20
+_PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
 # fifth, but leaves the other cores idle.
 _BLOCK = 1 << 19
@@ -52,35 +53,65 @@ def _run_on_cpu(x, program):
     """
     batch = x.shape[:-1]
     rows = math.prod(batch)
-    block = max(1, _BLOCK // program.largest_dim)
+    limit = max(1, _BLOCK // program.largest_dim)
     # An exported function may have a batch of unknown size.
-    if not isinstance(rows, int) or rows < 2 * block:
+    if not isinstance(rows, int) or rows < 2 * limit:
         return _run(x, program)
     x = x.reshape(rows, x.shape[-1])
+    block = _block_of(rows, limit)
+    run = functools.partial(_run_rows, program=program)
+    y = jnp.empty((rows, program.output_dim), x.dtype)
+    first = _first_product(program, x.dtype)
+    in_place = first is not None
+    if in_place:
+        # A product on the last axis alone needs no blocks, and its result is
+        # where the blocks' results can go.
+        y = x.reshape(rows, -1, first.shape[1])
+        y = _multiply_last(y, first).reshape(x.shape)
+        run = functools.partial(run, made=1)
 
-    def body(i, y):
-        # The last block overlaps the one before rather than be a short one.
-        start = jnp.minimum(i * block, rows - block)
-        part = jax.lax.dynamic_slice_in_dim(x, start, block)
-        part = _run_rows(part, program)
+    def update(y, start, size):
+        part = y if in_place else x
+        part = run(jax.lax.dynamic_slice_in_dim(part, start, size))
         return jax.lax.dynamic_update_slice_in_dim(y, part, start, 0)
 
-    dim = program.output_dim
-    y = jnp.empty((rows, dim), x.dtype)
-    y = jax.lax.fori_loop(0, -(-rows // block), body, y)
-    return y.reshape(*batch, dim)
+    count, tail = divmod(rows, block)
+    y = jax.lax.fori_loop(0, count, lambda i, y: update(y, i * block, block), y)
+    if tail:
+        y = update(y, rows - tail, tail)
+    return y.reshape(*batch, program.output_dim)
 
 
-def _run_rows(x, program):
+def _block_of(rows, limit):
+    """Rows a block: a divisor of all if there is one near the limit."""
+    divisors = (n for n in range(limit, limit // 2, -1) if rows % n == 0)
+    return next(divisors, limit)
+
+
+def _first_product(program, dtype):
+    """The matrix that a program of square factors multiplies by at first."""
+    step = program.steps[0]
+    if not isinstance(step, steps.Kronecker) or not all(
+        step.output_dim == program.output_dim for step in program
+    ):
+        return None
+    factor, *others = _factors(step, dtype)
+    if not others or any(len(f.matrix) != f.matrix.shape[1] for f in others):
+        return None
+    return factor.matrix.astype(dtype)
+
+
+def _run_rows(x, program, made=0):
     for step in program:
-        x = _apply_step(x, step)
+        x = _apply_step(x, step, made)
+        made = 0
     return x
 
 
-def _apply_step(x, step):
+def _apply_step(x, step, made=0):
     match step:
         case steps.Kronecker():
-            return _kronecker(x, step)
+            return _kronecker(x, step, made)
         case steps.Multiply():
             return x * step.vector.astype(x.dtype)
         case steps.Take():
@@ -97,26 +128,47 @@ def _apply_step(x, step):
             )
 
 
-def _kronecker(x, step):
-    low_precision = x.dtype.itemsize < 4
+def _kronecker(x, step, made=0):
+    """The product of a step.
+
+    Args:
+        x: Array `(rows, input_dim)`.
+        step: A `Kronecker`.
+        made: How many products have been made already.
+    """
     rows = x.shape[0]
-    for matrix, right in step.grouped(_PASS_COST, exact=low_precision):
-        matrix = matrix.astype(x.dtype)
-        dim = matrix.shape[1]
-        if right == 1:
-            x = _dot(x.reshape(-1, dim), matrix.T)
-        else:
-            x = _dot(matrix, x.reshape(-1, dim, right))
+    factors = _factors(step, x.dtype)
+    sizes = [0] * len(factors)
+    for i, factor in enumerate(factors):
+        sizes[factor.axis] = factor.matrix.shape[0 if i < made else 1]
+    x = x.reshape(rows, *sizes)
+    # Every axis is moved to the end for its product, where the next one finds
+    # it: XLA would transpose before and after each of them otherwise.
+    order = list(range(len(factors)))
+    for matrix, axis, _ in factors[made:]:
+        position = order.index(axis)
+        x = jnp.moveaxis(x, 1 + position, -1)
+        order.append(order.pop(position))
+        x = _multiply_last(x, matrix.astype(x.dtype))
+    x = x.transpose(0, *(1 + order.index(i) for i in range(len(order))))
     x = x.reshape(rows, step.output_dim)
-    if low_precision and step.scale != 1.0:
+    if x.dtype.itemsize < 4 and step.scale != 1.0:
         # The scale itself is not exact in `x.dtype`.
         x = (x.astype("float32") * step.scale).astype(x.dtype)
     return x
 
 
-def _dot(a, b):
+def _factors(step, dtype):
+    return step.grouped(_PASS_COST, exact=dtype.itemsize < 4)
+
+
+def _multiply_last(x, matrix):
+    """`matrix` times the last axis, of two: XLA is slower with more."""
+    *batch, dim = x.shape
+    x = x.reshape(math.prod(batch), dim)
     # The default rounds float32 factors to fewer bits on TPUs and new GPUs.
-    return jnp.matmul(a, b, precision="highest")
+    x = jnp.matmul(x, matrix.T, precision="highest")
+    return x.reshape(*batch, len(matrix))
 
 
 def _abstract(x, program):

@@ -45,7 +45,7 @@ def _kronecker(x, step):
     if dtype.itemsize < 4:
         # NumPy sums half precision in half precision.
         x = x.astype(np.float32)
-    for matrix, right in step.grouped(PASS_COST, exact=False):
+    for matrix, _, right in step.grouped(PASS_COST, exact=False):
         matrix = matrix.astype(x.dtype)
         x = matrix @ x.reshape(-1, matrix.shape[1], right)
     return x.reshape(rows, step.output_dim).astype(dtype)

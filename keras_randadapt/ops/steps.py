@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 import weakref
 
 import numpy as np
@@ -19,6 +20,20 @@ import numpy as np
 from keras_randadapt.hadamard import group_factors
 from keras_randadapt.hadamard import hadamard_cores
 from keras_randadapt.hadamard import window_order
+
+
+class Factor(typing.NamedTuple):
+    """One product of a `Kronecker`.
+
+    Attributes:
+        matrix: Array of shape `(p, q)`.
+        axis: Its position among the factors.
+        right: The product takes `(..., q, right)` to `(..., p, right)`.
+    """
+
+    matrix: np.ndarray
+    axis: int
+    right: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,9 +67,8 @@ class Kronecker:
                 end, so that entries stay exact in low precision.
 
         Returns:
-            A tuple of `(matrix, right)`. The product by a matrix of shape
-            `(p, q)` takes `(..., q, right)` to `(..., p, right)`. Matrices
-            that shrink the data come first, and those that grow it last.
+            A tuple of `Factor`. Matrices that shrink the data come first,
+            those that grow it last, and among equals the last factor.
         """
         key = pass_cost, exact
         if key not in self._grouped:
@@ -71,11 +85,13 @@ class Kronecker:
         if not exact:
             matrices[0] = matrices[0] * self.scale
         growth = [matrix.shape[0] / matrix.shape[1] for matrix in matrices]
-        products = []
-        for i in sorted(range(len(matrices)), key=growth.__getitem__):
-            products.append((matrices[i], math.prod(sizes[i + 1 :])))
+        axes = sorted(range(len(matrices)), key=lambda i: (growth[i], -i))
+        factors = []
+        for i in axes:
+            right = math.prod(sizes[i + 1 :])
+            factors.append(Factor(matrices[i], i, right))
             sizes[i] = matrices[i].shape[0]
-        return tuple(products)
+        return tuple(factors)
 
     @functools.cached_property
     def transpose(self):

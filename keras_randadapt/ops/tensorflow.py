@@ -103,7 +103,7 @@ def _apply_step(x, step):
 
 def _kronecker(x, step):
     low_precision = x.dtype.size < 4
-    for matrix, right in step.grouped(_PASS_COST, exact=low_precision):
+    for matrix, _, right in step.grouped(_PASS_COST, exact=low_precision):
         dim = matrix.shape[1]
         if right == 1:
             x = tf.reshape(x, [-1, dim])

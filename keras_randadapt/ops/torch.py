@@ -206,7 +206,7 @@ def _apply_step(x, step):
 
 def _kronecker(x, step, out=None):
     rows = x.shape[0]
-    rights = [right for _, right in _grouped(step, x.dtype)]
+    rights = [factor.right for factor in _grouped(step, x.dtype)]
     matrices = _constants(step, x)
     for matrix, right in zip(matrices[:-1], rights):
         x = _product(x, matrix, right)
@@ -235,7 +235,7 @@ def _constants(step, x):
     """The arrays of a step as tensors."""
     match step:
         case steps.Kronecker():
-            matrices = [matrix for matrix, _ in _grouped(step, x.dtype)]
+            matrices = [factor.matrix for factor in _grouped(step, x.dtype)]
             return as_tensors(step, matrices, x.dtype, x.device)
         case steps.Multiply():
             return as_tensors(step, (step.vector,), x.dtype, x.device)

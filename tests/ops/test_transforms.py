@@ -223,7 +223,7 @@ def test_leading_rows_cost_less():
     first = plan.program.steps[1]
     shapes = [m.shape for m in first.matrices]
     assert shapes == [(1, 12)] + 3 * [(1, 2)] + 3 * [(2, 2)]
-    products = [m.shape for m, _ in first.grouped(31, exact=False)]
+    products = [f.matrix.shape for f in first.grouped(31, exact=False)]
     assert products == [(8, 768)]
 
 
