@@ -10,9 +10,11 @@ import functools
 
 import keras
 from keras.src.backend import set_keras_mask
+from keras.src.backend.common import global_state
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.saving_lib import _walk_saveable
+from keras.src.saving.saving_lib import get_attr_skipset
 from keras.src.utils import naming
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
@@ -140,6 +142,12 @@ def may_rematerialize(layer):
 
 def walk_attributes(saveable):
     """`(attribute name, value)` pairs in the order of Keras's weight files."""
+    # Keras means to find out once which attributes are its own, but stores
+    # that under another name than it reads, and makes a layer every time.
+    kind = saveable._obj_type()
+    key = f"saving_attr_skiplist_{kind}"
+    if global_state.get_global_attribute(key) is None:
+        global_state.set_global_attribute(key, get_attr_skipset(kind))
     return _walk_saveable(saveable)
 
 

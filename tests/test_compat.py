@@ -100,6 +100,16 @@ def test_walk_attributes():
     assert [x.name for x in names["layers"]][1:] == ["d"]
 
 
+def test_walk_attributes_makes_no_layers(monkeypatch):
+    """As Keras does at every walk, to find out what is its own."""
+    model = _model()
+    dict(_compat.walk_attributes(model))
+    made = []
+    monkeypatch.setattr(keras.layers.Layer, "__init__", made.append)
+    dict(_compat.walk_attributes(model))
+    assert made == []
+
+
 def test_may_rematerialize():
     assert not _compat.may_rematerialize(layers.Dense(2))
     with keras.RematScope(mode="full"):

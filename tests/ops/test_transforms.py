@@ -740,17 +740,49 @@ def test_the_backend_is_the_one_asked_for():
 
 @differentiable
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("gather", [False, True])
-def test_blocks_of_rows(gather, dtype, monkeypatch):
+@pytest.mark.parametrize("rows", [11, 12, 13])
+@pytest.mark.parametrize("kind", ["fwht", "square", "gathered", "leading"])
+def test_blocks_of_rows(kind, rows, dtype, monkeypatch):
     from keras_randadapt.ops import transforms
 
-    # Four rows at a time, and eleven rows: the last block is short.
-    monkeypatch.setattr(transforms._backend, "_BLOCK", 100)
+    # Four rows at a time, or as many of up to four as divide all.
+    order = 96
+    monkeypatch.setattr(transforms._backend, "_BLOCK", 4 * order)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
-    # A last step that is a product, and one that is a selection.
-    plan, matrix = make(24, 1, 24, 24, gather=gather)
-    x = normal(11, 24).astype(dtype)
-    y = to_numpy(randomized_transform(x, plan))
-    np.testing.assert_allclose(y, x @ matrix.T, atol=tolerance)
-    gradient = vjp(lambda x: randomized_transform(x, plan), x, x)
-    np.testing.assert_allclose(to_numpy(gradient), x @ matrix, atol=tolerance)
+    if kind == "fwht":
+        # No step before the first product.
+        apply, matrix = fwht, hadamard(order)
+    else:
+        # The last step is a product, a selection, a product that shrinks.
+        outputs = 10 if kind == "leading" else order
+        plan, matrix = make(order, 1, order, outputs, gather=kind == "gathered")
+        apply = functools.partial(randomized_transform, plan=plan)
+
+    def both(x):
+        return apply(x), vjp(apply, x, apply(x))
+
+    if BACKEND == "jax":
+        import jax
+
+        # Eager calls work on all rows at once.
+        both = jax.jit(both)
+    x = normal(rows, order).astype(dtype)
+    y, gradient = map(to_numpy, both(x))
+    expected = x @ matrix.T
+    np.testing.assert_allclose(y, expected, atol=tolerance)
+    np.testing.assert_allclose(gradient, expected @ matrix, atol=tolerance)
+
+
+@only_jax
+def test_jax_compiles_eager_calls_that_are_repeated():
+    """Once a program, and not for those that are used once or twice."""
+    from keras_randadapt.ops import jax as module
+
+    before = module._compiled._cache_size()
+    for role in range(3):
+        plan, matrix = make(24, 2, 20, 12)
+        x = normal(3, 20)
+        for _ in range(8 if role == 0 else 4):
+            y = randomized_transform(x, plan)
+            np.testing.assert_allclose(y, x @ matrix.T, atol=1e-5)
+    assert module._compiled._cache_size() == before + 1
