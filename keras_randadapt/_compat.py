@@ -28,6 +28,7 @@ __all__ = [
     "exclude_from_weight_decay",
     "flatten_layers",
     "forget_jax_state",
+    "fresh_step",
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
@@ -180,6 +181,8 @@ _COMPILED_FUNCTIONS = (
     "test_function",
     "predict_function",
     "generate_function",
+    # Gemma 4's, for speculative decoding.
+    "_cached_spec_generate_fn",
 )
 
 
@@ -197,6 +200,26 @@ def reset_compiled_functions(model):
     """Drops a model's traced step functions; Keras builds them anew."""
     for attribute in compiled_functions(model):
         setattr(model, attribute, None)
+
+
+@contextlib.contextmanager
+def fresh_step(model, name):
+    """Lets Keras compile a step anew, on JAX, in a block.
+
+    Keras hands JAX the bound method, which equals itself: as long as another
+    function compiled from it lives, JAX finds that one's program, which is of
+    the adapters that were active then.
+    """
+    if keras.config.backend() != "jax":
+        yield
+        return
+    method = getattr(model, name)
+
+    def step(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    with instance_attributes(model, **{name: step}):
+        yield
 
 
 def sync_jax_state(model):

@@ -30,29 +30,37 @@ class CompiledFunctions:
             for attribute, function in _compat.compiled_functions(model).items()
             if attribute != "train_function" and function is not None
         }
-        self._kept.pop(names, None)
+        _compat.reset_compiled_functions(model)
+        variables = _variables(model)
+        key = names, _identity(variables)
+        self._kept.pop(key, None)
         if functions:
-            self._kept[names] = _variables(model), functions
+            self._kept[key] = variables, functions
         while len(self._kept) > _LIMIT:
             del self._kept[next(iter(self._kept))]
-        _compat.reset_compiled_functions(model)
 
     def bring_back(self, model, names):
         """Gives a model the functions of these adapters, if there are any.
 
-        On JAX, functions take the values of variables by their position: they
-        are good only for the same variables in the same order.
+        Args:
+            model: An adapted model.
+            names: As for `put_away`.
         """
-        variables, functions = self._kept.get(names, ((), {}))
-        if list(map(id, variables)) == list(map(id, _variables(model))):
-            for attribute, function in functions.items():
-                setattr(model, attribute, function)
+        key = names, _identity(_variables(model))
+        _, functions = self._kept.get(key, ((), {}))
+        for attribute, function in functions.items():
+            setattr(model, attribute, function)
 
     def clear(self):
         self._kept.clear()
 
 
 def _variables(model):
-    # Themselves and not their ids, which new ones could get. The split counts:
-    # the two kinds are two arguments.
+    # On JAX, functions take the values of variables by their position, in two
+    # arguments: they are good only for the same ones in the same order.
     return [*model.trainable_variables, None, *model.non_trainable_variables]
+
+
+def _identity(variables):
+    # The variables are kept as well, so that no new one gets the same.
+    return tuple(map(id, variables))

@@ -271,14 +271,34 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
             # `model.trainable = True` must not thaw the base model.
             apply_trainable(self)
 
+    def make_train_function(self, force=False):
+        with _compat.fresh_step(self, "train_step"):
+            return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        self._forget_functions_if(force)
+        with _compat.fresh_step(self, "test_step"):
+            return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        self._forget_functions_if(force)
+        return super().make_predict_function(force)
+
+    def _forget_functions_if(self, force):
+        # What makes one function obsolete does so whatever is active.
+        if force:
+            self._randadapt.functions.clear()
+
     def compile(self, *args, **kwargs):
-        super().compile(*args, **kwargs)
+        # Even if it fails half-way.
         self._randadapt.functions.clear()
+        super().compile(*args, **kwargs)
         wrap_optimizer(self)
 
     def compile_from_config(self, config):
         # Keras compiles no class from a config that has a `compile` of its
         # own, as ours: for the call, the model is of its own class.
+        self._randadapt.functions.clear()
         adapted = type(self)
         self.__class__ = adapted._root_base
         try:

@@ -322,6 +322,8 @@ class PACBayes(keras.callbacks.Callback):
             variable.regularizer = own
             _compat.detach_sublayer(stack, _ATTRIBUTE)
             _compat.reset_compiled_functions(model)
+            # Those of blocks in callbacks know the penalty's variables.
+            state.functions.clear()
 
         self._undo = undo
         self._attached_to = state

@@ -93,16 +93,18 @@ def _block_of(rows, limit):
 
 
 def _first_product(program, dtype):
-    """The matrix that a program of square factors multiplies by at first."""
+    """The matrix that a program multiplies the last axis by at first.
+
+    `None` if there is none, or if what follows changes the size.
+    """
     step = program.steps[0]
-    if not isinstance(step, steps.Kronecker) or not all(
-        step.output_dim == program.output_dim for step in program
-    ):
+    dims = {program.input_dim, *(step.output_dim for step in program)}
+    if not isinstance(step, steps.Kronecker) or len(dims) > 1:
         return None
-    factor, *others = _factors(step, dtype)
-    if not others or any(len(f.matrix) != f.matrix.shape[1] for f in others):
+    factors = _factors(step, dtype)
+    if len(factors) < 2 or any(len(set(f.matrix.shape)) > 1 for f in factors):
         return None
-    return factor.matrix.astype(dtype)
+    return factors[0].matrix.astype(dtype)
 
 
 def _run_rows(x, program, made=0):

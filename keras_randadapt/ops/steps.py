@@ -297,7 +297,8 @@ def randomized_steps(signs, embed, select):
 def _normalized(stages):
     """One `Kronecker` a stage, whose product is orthogonal.
 
-    Factors get powers of two, such that every partial product is within
+    Factors get powers of two, such that every partial product, from the last
+    factor of a stage to the first as in `Kronecker.grouped`, is within
     `sqrt(2)` of orthogonal: `float16` does not overflow inside. The last
     stage has the rest, in `[sqrt(1/2), sqrt(2)]`.
     """
@@ -305,12 +306,12 @@ def _normalized(stages):
     steps = []
     for factors in stages:
         matrices = []
-        for factor in factors:
+        for factor in reversed(factors):
             wanted += 0.5 * math.log2(len(factor))
             exponent = round(wanted - given)
             given += exponent
             matrices.append(np.ldexp(factor, -exponent))
-        steps.append(Kronecker(tuple(matrices)))
+        steps.append(Kronecker(tuple(reversed(matrices))))
     size = math.prod(len(f) for factors in stages for f in factors)
     scale = 2.0**given / math.sqrt(size)
     steps[-1] = Kronecker(steps[-1].matrices, scale)

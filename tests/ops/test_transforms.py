@@ -741,21 +741,28 @@ def test_the_backend_is_the_one_asked_for():
 @differentiable
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("rows", [11, 12, 13])
-@pytest.mark.parametrize("kind", ["fwht", "square", "gathered", "leading"])
+@pytest.mark.parametrize(
+    "kind", ["fwht", "square", "gathered", "shrinking", "growing"]
+)
 def test_blocks_of_rows(kind, rows, dtype, monkeypatch):
     from keras_randadapt.ops import transforms
 
     # Four rows at a time, or as many of up to four as divide all.
-    order = 96
+    order = 256
     monkeypatch.setattr(transforms._backend, "_BLOCK", 4 * order)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     if kind == "fwht":
         # No step before the first product.
         apply, matrix = fwht, hadamard(order)
     else:
-        # The last step is a product, a selection, a product that shrinks.
-        outputs = 10 if kind == "leading" else order
-        plan, matrix = make(order, 1, order, outputs, gather=kind == "gathered")
+        # The last step is a product, a selection, a product of another size.
+        plan, matrix = make(
+            order,
+            1,
+            128 if kind == "growing" else order,
+            128 if kind == "shrinking" else order,
+            gather=kind == "gathered",
+        )
         apply = functools.partial(randomized_transform, plan=plan)
 
     def both(x):
@@ -766,7 +773,7 @@ def test_blocks_of_rows(kind, rows, dtype, monkeypatch):
 
         # Eager calls work on all rows at once.
         both = jax.jit(both)
-    x = normal(rows, order).astype(dtype)
+    x = normal(rows, matrix.shape[1]).astype(dtype)
     y, gradient = map(to_numpy, both(x))
     expected = x @ matrix.T
     np.testing.assert_allclose(y, expected, atol=tolerance)
