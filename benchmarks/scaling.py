@@ -9,13 +9,15 @@ the last interval alone, where fixed costs weigh least.
 
 - The delta's forward and backward pass, for `tokens` inputs of one site.
 - What is done to a whole model of `sites` layers: to build it, without any
-  adapter, and to inject, save, load, merge and eject.
+  adapter, and to inject, save, load, merge and eject. Once for Dense layers of
+  64 units, which cost next to nothing to build, and once for a Llama of 1,024.
 - A prediction of a model that holds several adapters, of which one is active,
   and the switch from one to another.
 
 Times are medians; what is compared takes turns in one loop.
 """
 
+import argparse
 import itertools
 import math
 import pathlib
@@ -146,7 +148,21 @@ def deep_model(sites, dim=64):
     return keras.Model(inputs, x)
 
 
-def model_lines(arguments):
+def deep_llama(sites):
+    """Seven sites a layer; 64 layers of them have 0.8 G weights."""
+    import keras_hub
+
+    return keras_hub.models.LlamaBackbone(
+        vocabulary_size=1000,
+        num_layers=sites // 7,
+        num_query_heads=16,
+        num_key_value_heads=16,
+        hidden_dim=1024,
+        intermediate_dim=2816,
+    )
+
+
+def model_lines(arguments, make=deep_model, kind="Dense"):
     """Building a model, and what is done to all its sites."""
     import keras_randadapt as kra
 
@@ -164,7 +180,7 @@ def model_lines(arguments):
         file = pathlib.Path(folder, "adapter.safetensors")
         for _ in range(arguments.repeats):
             for n in sites:
-                model = timed("build the model", n, lambda: deep_model(n))
+                model = timed("build the model", n, lambda: make(n))
                 adapter = kra.RLoRA(64)
                 targets = "all-linear"
                 timed("inject", n, lambda: kra.inject(model, adapter, targets))
@@ -174,10 +190,16 @@ def model_lines(arguments):
                 timed("merge", n, lambda: kra.merge(model))
     for what, by_sites in times.items():
         yield (
-            what,
+            f"{kind}: {what}",
             "sites",
             {n: statistics.median(t) for n, t in by_sites.items()},
         )
+
+
+def llama_lines(arguments):
+    """The same for a model whose weights take time to be made."""
+    once = argparse.Namespace(**{**vars(arguments), "repeats": 1})
+    yield from model_lines(once, deep_llama, "Llama")
 
 
 def held_lines(arguments):
@@ -210,7 +232,7 @@ def exponents(times):
 
 def rows(arguments):
     lines = []
-    for part in (delta_lines, model_lines, held_lines):
+    for part in (delta_lines, model_lines, llama_lines, held_lines):
         for what, over, times in part(arguments):
             lines.append((what, over, times))
             yield (
