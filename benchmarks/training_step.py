@@ -46,6 +46,8 @@ LENGTH = 128
 FLOOR = "one vector"
 KERAS = "enable_lora(8)"
 PEER = "PEFT: "
+# Whose memory others' is divided by.
+REFERENCE = "LoRA(64)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +150,19 @@ def adapters(shape):
     }
 
 
-def names(shape, peers):
+def names(arguments):
     """What is compared, the floors first."""
-    ours = [FLOOR, KERAS, *adapters(shape)]
-    theirs = [FLOOR, "LoRA(8)", "VeRA(256)", "RandLoRA(32)"] if peers else []
-    return ours + [PEER + name for name in theirs]
+    ours = list(adapters(SHAPES[arguments.model]))
+    theirs = []
+    if has_peers(arguments):
+        theirs = ["LoRA(8)", "VeRA(256)", "RandLoRA(32)"]
+    if arguments.only:
+        always = {REFERENCE} if arguments.memory else {}
+        ours = [n for n in ours if arguments.only in n or n in always]
+        theirs = [name for name in theirs if arguments.only in name]
+    if theirs:
+        theirs = [PEER + name for name in (FLOOR, *theirs)]
+    return [FLOOR, KERAS, *ours, *theirs]
 
 
 def keras_step(name, arguments):
@@ -281,10 +291,7 @@ def make_step(name, arguments):
 
 def times(arguments):
     """Rows of medians and ratios."""
-    steps = {
-        name: make_step(name, arguments)
-        for name in names(SHAPES[arguments.model], has_peers(arguments))
-    }
+    steps = {name: make_step(name, arguments) for name in names(arguments)}
     measured = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 2):
         for name, step in steps.items():
@@ -303,13 +310,13 @@ def times(arguments):
 def memory(arguments):
     """Rows of peaks, each measured in a process of its own."""
     peaks = {}
-    for name in names(SHAPES[arguments.model], has_peers(arguments)):
+    for name in names(arguments):
         command = [sys.executable, *sys.argv, "--one", name]
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
         peaks[name] = json.loads(output.splitlines()[-1])
-    reference = peaks["LoRA(64)"]
+    reference = peaks[REFERENCE]
     for name, (peak, own) in peaks.items():
         yield (
             name,
@@ -408,5 +415,6 @@ if __name__ == "__main__":
         tokens=dict(type=int, default=4096),
         repeats=dict(type=int, default=7),
         memory=dict(action="store_true"),
+        only=dict(metavar="TEXT", help="methods whose names have it, alone"),
         one=dict(metavar="METHOD", help="print this method's memory as JSON"),
     )

@@ -98,13 +98,15 @@ def hadamard_cores(order):
     return _cores(_check_order(order))
 
 
-def group_factors(matrices, pass_cost=PASS_COST):
+def group_factors(matrices, pass_cost=PASS_COST, left_cost=1):
     """Multiplies Kronecker factors out into fewer, cheaper to apply.
 
     Args:
         matrices: Tuple of arrays, not always square.
         pass_cost: What a pass over the data costs in addition to its
             products, in multiply-adds an element.
+        left_cost: What a multiply-add of any factor but the last costs; one
+            of the last, which acts on what lies side by side, costs 1.
 
     Returns:
         A tuple of arrays of the same Kronecker product.
@@ -112,7 +114,7 @@ def group_factors(matrices, pass_cost=PASS_COST):
     shapes = tuple(matrix.shape for matrix in matrices)
     return tuple(
         functools.reduce(np.kron, matrices[group], np.ones((1, 1)))
-        for group in _grouping(shapes, pass_cost)
+        for group in _grouping(shapes, pass_cost, left_cost)
     )
 
 
@@ -182,13 +184,14 @@ def _cores(order):
 
 
 @functools.lru_cache(maxsize=None)
-def _grouping(shapes, pass_cost):
+def _grouping(shapes, pass_cost, left_cost):
     """Slices of consecutive factors whose products are cheapest to apply."""
 
     def cost(slices):
         rows = (math.prod(p for p, _ in shapes[s]) for s in slices)
         columns = (math.prod(q for _, q in shapes[s]) for s in slices)
-        return sum(pass_cost + min(pq) for pq in zip(rows, columns))
+        *left, last = map(min, zip(rows, columns))
+        return len(slices) * pass_cost + left_cost * sum(left) + last
 
     n = len(shapes)
     candidates = (

@@ -113,6 +113,15 @@ def test_grouping_does_not_change_the_matrix(order):
     assert 1 in sizes and len(sizes) > 1
 
 
+def test_grouping_by_the_cost_of_a_side():
+    cores = hadamard_cores(768)
+    shapes = [
+        [len(matrix) for matrix in group_factors(cores, 36, left_cost)]
+        for left_cost in (1, 3)
+    ]
+    assert shapes == [[24, 32], [12, 64]]
+
+
 @pytest.mark.parametrize(
     "order,largest",
     {1024: 32, 768: 32, 3072: 32, 4096: 16, 11008: 43, 65536: 32}.items(),

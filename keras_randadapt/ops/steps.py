@@ -58,19 +58,20 @@ class Kronecker:
     def output_dim(self):
         return math.prod(m.shape[0] for m in self.matrices)
 
-    def grouped(self, pass_cost, exact):
+    def grouped(self, pass_cost, exact, left_cost=1):
         """What to multiply by, in order.
 
         Args:
             pass_cost: See `keras_randadapt.hadamard.group_factors`.
             exact: Whether to leave `scale` out, to be multiplied by at the
                 end, so that entries stay exact in low precision.
+            left_cost: See `group_factors`.
 
         Returns:
             A tuple of `Factor`. Matrices that shrink the data come first,
             those that grow it last, and among equals the last factor.
         """
-        key = pass_cost, exact
+        key = pass_cost, exact, left_cost
         if key not in self._grouped:
             self._grouped[key] = self._group(*key)
         return self._grouped[key]
@@ -79,8 +80,8 @@ class Kronecker:
     def _grouped(self):
         return {}
 
-    def _group(self, pass_cost, exact):
-        matrices = list(group_factors(self.matrices, pass_cost))
+    def _group(self, pass_cost, exact, left_cost):
+        matrices = list(group_factors(self.matrices, pass_cost, left_cost))
         sizes = [matrix.shape[1] for matrix in matrices]
         if not exact:
             matrices[0] = matrices[0] * self.scale

@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras_randadapt.ops import steps
 
 # In multiply-adds an element, see benchmarks/README.md.
-_PASS_COST = 20
+_PASS_COST = 36
+_LEFT_COST = 3
 # Elements a block of rows, on a CPU.
 _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
@@ -103,7 +104,9 @@ def _apply_step(x, step):
 
 def _kronecker(x, step):
     low_precision = x.dtype.size < 4
-    for matrix, _, right in step.grouped(_PASS_COST, exact=low_precision):
+    for matrix, _, right in step.grouped(
+        _PASS_COST, exact=low_precision, left_cost=_LEFT_COST
+    ):
         dim = matrix.shape[1]
         if right == 1:
             x = tf.reshape(x, [-1, dim])
