@@ -11,6 +11,7 @@ import safetensors.numpy
 from keras import layers
 
 import keras_randadapt as kra
+from tests import methods
 from tests import zoo
 
 
@@ -108,6 +109,23 @@ class TestContent:
         assert (tmp_path / "again").read_bytes() == path.read_bytes()
         kra.set_active(model, "default")
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+    @pytest.mark.parametrize(
+        "adapter,targets,weights",
+        [
+            (kra.LoRA(8), ["query", "value"], 294_912),
+            (kra.RandLoRA(32), ["query", "value"], 460_800),
+            (kra.RLoRA(2048), "all-linear", 194_304),
+        ],
+        ids=["LoRA", "RandLoRA", "RLoRA"],
+    )
+    def test_size_beside_the_weights(self, adapter, targets, weights, tmp_path):
+        """At most a twentieth more, from 100,000 weights on."""
+        model = methods.roberta()
+        report = kra.inject(model, adapter, targets)
+        assert report.adapter_parameters == weights
+        kra.save_adapter(model, tmp_path / "x")
+        assert (tmp_path / "x").stat().st_size <= 1.05 * 4 * weights
 
     def test_size_of_a_deep_model(self, tmp_path):
         import keras_hub
