@@ -2,7 +2,6 @@
 
 import functools
 import math
-import weakref
 
 import jax
 import jax.extend
@@ -22,9 +21,6 @@ _PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
 # fifth, but leaves the other cores idle.
 _BLOCK = 1 << 19
-# How often an eager call runs a program's operations one by one.
-_USES_UNCOMPILED = 4
-_eager_uses = weakref.WeakKeyDictionary()
 
 
 def compile_time(function):
@@ -177,17 +173,6 @@ def _multiply_last(x, matrix):
     return x.reshape(*batch, len(matrix))
 
 
-def _run_eagerly(x, program):
-    """Compiles programs that are used again and again, and no others.
-
-    A merge uses a program of every site, and each only twice: compiling them
-    all would take minutes.
-    """
-    uses = _eager_uses[program] = _eager_uses.get(program, 0) + 1
-    run = _run if uses <= _USES_UNCOMPILED else _compiled
-    return run(x, program=program)
-
-
 def _abstract(x, program):
     return x.update(shape=(*x.shape[:-1], program.output_dim))
 
@@ -201,8 +186,9 @@ def _batch(args, axes, program):
     return apply(jnp.moveaxis(x, axis, 0), program), 0
 
 
-_transform.def_impl(_run_eagerly)
-_compiled = jax.jit(apply, static_argnames="program")
+# Eager calls run operation by operation, as all of Keras does in JAX: a merge
+# uses a program of every site twice, and compiling all would take minutes.
+_transform.def_impl(_run)
 _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch

@@ -781,15 +781,28 @@ def test_blocks_of_rows(kind, rows, dtype, monkeypatch):
 
 
 @only_jax
-def test_jax_compiles_eager_calls_that_are_repeated():
-    """Once a program, and not for those that are used once or twice."""
-    from keras_randadapt.ops import jax as module
+def test_jax_compiles_no_program_of_its_own_for_eager_calls():
+    """A merge calls a program of every site: all would take minutes."""
+    from jax import monitoring
 
-    before = module._compiled._cache_size()
-    for role in range(3):
-        plan, matrix = make(24, 2, 20, 12)
-        x = normal(3, 20)
-        for _ in range(8 if role == 0 else 4):
-            y = randomized_transform(x, plan)
-            np.testing.assert_allclose(y, x @ matrix.T, atol=1e-5)
-    assert module._compiled._cache_size() == before + 1
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    x = normal(3, 20)
+    first, _ = make(24, 2, 20, 12)
+    y = randomized_transform(x, first)
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(3):
+            # Equal to the last bit, whenever it is called.
+            np.testing.assert_array_equal(randomized_transform(x, first), y)
+            plan, matrix = make(24, 2, 20, 12)
+            np.testing.assert_allclose(
+                randomized_transform(x, plan), x @ matrix.T, atol=1e-5
+            )
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
