@@ -157,8 +157,8 @@ def names(arguments):
     if has_peers(arguments):
         theirs = ["LoRA(8)", "VeRA(256)", "RandLoRA(32)"]
     if arguments.only:
-        always = {REFERENCE} if arguments.memory else {}
-        ours = [n for n in ours if arguments.only in n or n in always]
+        always = REFERENCE if arguments.memory else None
+        ours = [n for n in ours if arguments.only in n or n == always]
         theirs = [name for name in theirs if arguments.only in name]
     if theirs:
         theirs = [PEER + name for name in (FLOOR, *theirs)]

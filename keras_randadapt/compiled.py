@@ -19,7 +19,7 @@ class CompiledFunctions:
         self._kept = {}
 
     def put_away(self, model, names):
-        """Takes the functions off a model, before it computes otherwise.
+        """Remembers a model's functions, before it computes otherwise.
 
         Args:
             model: An adapted model.
@@ -30,7 +30,6 @@ class CompiledFunctions:
             for attribute, function in _compat.compiled_functions(model).items()
             if attribute != "train_function" and function is not None
         }
-        _compat.reset_compiled_functions(model)
         variables = _variables(model)
         key = names, _identity(variables)
         self._kept.pop(key, None)

@@ -11,6 +11,7 @@ import keras_randadapt as kra
 from tests import zoo
 
 BACKEND = keras.config.backend()
+X, Y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
 
 
 class _CountsCalls(layers.Layer):
@@ -57,12 +58,11 @@ class TestSwitch:
     @pytest.mark.parametrize("step", ["predict", "evaluate"])
     def test_compiles_once_for_each_adapter(self, step):
         model, counter = _model("a", "b")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
 
         def run():
             if step == "predict":
-                return model.predict(x, verbose=0)
-            return model.evaluate(x, y, verbose=0)
+                return model.predict(X, verbose=0)
+            return model.evaluate(X, Y, verbose=0)
 
         active = ["a", "b", ["a", "b"], []]
         first = {}
@@ -79,64 +79,59 @@ class TestSwitch:
     @compiles
     def test_files_loaded_under_one_name(self, tmp_path):
         model, counter = _model("a")
-        x = zoo.normal(8, 4)
         expected = {}
         for seed in (1, 2):
             zoo.randomize(model, "a", seed=seed)
             kra.save_adapter(model, tmp_path / f"{seed}.safetensors")
-            expected[seed] = model.predict(x, verbose=0)
+            expected[seed] = model.predict(X, verbose=0)
         calls = counter.calls
         for seed in (1, 2, 1):
             kra.load_adapter(model, tmp_path / f"{seed}.safetensors", "a")
             np.testing.assert_array_equal(
-                model.predict(x, verbose=0), expected[seed]
+                model.predict(X, verbose=0), expected[seed]
             )
         assert counter.calls == calls
 
     def test_evaluate(self):
         """On JAX one bound method is compiled for all of them."""
         model, _ = _model("a", "b")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
         losses = set()
         for names in ("a", "b", ["a", "b"], [], "b", "a"):
             kra.set_active(model, names)
-            loss = model.evaluate(x, y, verbose=0)
-            np.testing.assert_allclose(loss, _loss(model, x, y), rtol=1e-5)
+            loss = model.evaluate(X, Y, verbose=0)
+            np.testing.assert_allclose(loss, _loss(model, X, Y), rtol=1e-5)
             losses.add(round(loss, 6))
         assert len(losses) == 4
 
     def test_new_values_are_seen(self):
         """Also if they were set while another adapter was active."""
         model, _ = _model("a", "b")
-        x = zoo.normal(8, 4)
         kra.set_active(model, "a")
-        before = model.predict(x, verbose=0)
+        before = model.predict(X, verbose=0)
         kra.set_active(model, "b")
-        model.predict(x, verbose=0)
+        model.predict(X, verbose=0)
         zoo.randomize(model, "a", seed=7)
         kra.set_active(model, "a")
-        after = model.predict(x, verbose=0)
+        after = model.predict(X, verbose=0)
         assert np.abs(after - before).max() > 1e-3
         np.testing.assert_allclose(
-            after, _reference(model, x), rtol=1e-5, atol=1e-6
+            after, _reference(model, X), rtol=1e-5, atol=1e-6
         )
 
     def test_after_training(self):
         model, _ = _model("a", "b")
-        x = zoo.normal(8, 4)
         for name in "abab":
             kra.set_active(model, name)
-            before = model.predict(x, verbose=0)
-            model.fit(x, zoo.normal(8, 6, seed=1), verbose=0)
-            after = model.predict(x, verbose=0)
+            before = model.predict(X, verbose=0)
+            model.fit(X, Y, verbose=0)
+            after = model.predict(X, verbose=0)
             assert np.abs(after - before).max() > 1e-4
             np.testing.assert_allclose(
-                after, _reference(model, x), rtol=1e-5, atol=1e-6
+                after, _reference(model, X), rtol=1e-5, atol=1e-6
             )
 
+    @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
     def test_torch_compile(self):
-        if BACKEND != "torch":
-            pytest.skip("of torch alone")
         import torch
 
         # Without the layer that counts, in which the compiler gives up.
@@ -155,7 +150,7 @@ class TestSwitch:
         function = torch.compile(
             lambda x: model(x, training=False), backend=backend
         )
-        x = torch.from_numpy(zoo.normal(8, 4))
+        x = torch.from_numpy(X)
         with torch.no_grad():
             for names in ("a", "b", []):
                 kra.set_active(model, names)
@@ -165,7 +160,7 @@ class TestSwitch:
                 kra.set_active(model, names)
                 np.testing.assert_allclose(
                     function(x).numpy(),
-                    _reference(model, x),
+                    _reference(model, X),
                     rtol=1e-5,
                     atol=1e-6,
                 )
@@ -177,12 +172,11 @@ class TestBlocks:
     @pytest.mark.parametrize("block", [kra.disabled, kra.merged])
     def test_compiles_once(self, block):
         model, counter = _model("a")
-        x = zoo.normal(8, 4)
 
         def outputs():
-            adapted = model.predict(x, verbose=0)
+            adapted = model.predict(X, verbose=0)
             with block(model):
-                inside = model.predict(x, verbose=0)
+                inside = model.predict(X, verbose=0)
             return adapted, inside
 
         expected = outputs()
@@ -193,33 +187,31 @@ class TestBlocks:
 
     def test_blocks_do_not_mix(self):
         model, _ = _model("a", "b")
-        x = zoo.normal(8, 4)
         with kra.disabled(model):
-            base = _reference(model, x)
+            base = _reference(model, X)
         for _ in range(2):
             for names in ("a", ["a", "b"], []):
                 kra.set_active(model, names)
-                adapted = model.predict(x, verbose=0)
+                adapted = model.predict(X, verbose=0)
                 with kra.merged(model):
                     np.testing.assert_allclose(
-                        model.predict(x, verbose=0), adapted, atol=1e-5
+                        model.predict(X, verbose=0), adapted, atol=1e-5
                     )
                 with kra.disabled(model):
                     np.testing.assert_allclose(
-                        model.predict(x, verbose=0), base, atol=1e-6
+                        model.predict(X, verbose=0), base, atol=1e-6
                     )
 
     @compiles
     def test_compiles_once_beside_each_adapter(self):
         model, counter = _model("a", "b")
-        x = zoo.normal(8, 4)
 
         def run():
             for name in ("a", "b"):
                 kra.set_active(model, name)
-                model.predict(x, verbose=0)
+                model.predict(X, verbose=0)
                 with kra.disabled(model):
-                    model.predict(x, verbose=0)
+                    model.predict(X, verbose=0)
 
         run()
         calls = counter.calls
@@ -228,40 +220,38 @@ class TestBlocks:
 
     def test_evaluate(self):
         model, _ = _model("a", "b")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
         for name in ("a", "b", "a"):
             kra.set_active(model, name)
-            adapted = _loss(model, x, y)
+            adapted = _loss(model, X, Y)
             for block in (None, kra.disabled, kra.merged, None):
                 with block(model) if block else contextlib.nullcontext():
                     np.testing.assert_allclose(
-                        model.evaluate(x, y, verbose=0),
-                        _loss(model, x, y),
+                        model.evaluate(X, Y, verbose=0),
+                        _loss(model, X, Y),
                         rtol=1e-5,
                     )
                     if block is kra.disabled:
-                        assert abs(_loss(model, x, y) - adapted) > 1e-3
+                        assert abs(_loss(model, X, Y) - adapted) > 1e-3
 
     def test_evaluate_in_callbacks(self):
         """While `fit` keeps the functions that it validates with."""
         model, _ = _model("a")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
         seen = []
 
         def look(epoch, logs):
             with kra.disabled(model):
-                off = model.evaluate(x, y, verbose=0), _loss(model, x, y)
+                off = model.evaluate(X, Y, verbose=0), _loss(model, X, Y)
             with kra.merged(model):
-                folded = model.evaluate(x, y, verbose=0), _loss(model, x, y)
-            on = model.evaluate(x, y, verbose=0), _loss(model, x, y)
+                folded = model.evaluate(X, Y, verbose=0), _loss(model, X, Y)
+            on = model.evaluate(X, Y, verbose=0), _loss(model, X, Y)
             seen.append((off, folded, on, (logs["val_loss"], on[1])))
 
         model.fit(
-            x,
-            y,
+            X,
+            Y,
             epochs=3,
             verbose=0,
-            validation_data=(x, y),
+            validation_data=(X, Y),
             callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=look)],
         )
         assert len(seen) == 3
@@ -274,17 +264,16 @@ class TestBlocks:
     def test_compiles_once_in_callbacks(self):
         """Every epoch, beside the program that trains."""
         model, counter = _model("a")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
         calls = []
 
         def look(epoch, logs):
             with kra.disabled(model):
-                model.predict(x, verbose=0)
-            model.predict(x, verbose=0)
+                model.predict(X, verbose=0)
+            model.predict(X, verbose=0)
             calls.append(counter.calls)
 
         callback = keras.callbacks.LambdaCallback(on_epoch_end=look)
-        model.fit(x, y, epochs=4, verbose=0, callbacks=[callback])
+        model.fit(X, Y, epochs=4, verbose=0, callbacks=[callback])
         assert len(set(calls)) == 1
 
 
@@ -293,24 +282,23 @@ class TestForgets:
 
     def test_other_adapters(self):
         model, _ = _model("a", "b")
-        x = zoo.normal(8, 4)
         kra.set_active(model, "b")
-        model.predict(x, verbose=0)
+        model.predict(X, verbose=0)
         kra.set_active(model, "a")
         kra.eject(model, "b")
         kra.inject(model, kra.RLoRA(3, seed=9), "site", name="b")
         kra.set_active(model, "b")
         zoo.randomize(model, "b", seed=1)
         np.testing.assert_allclose(
-            model.predict(x, verbose=0),
-            _reference(model, x),
+            model.predict(X, verbose=0),
+            _reference(model, X),
             rtol=1e-5,
             atol=1e-6,
         )
 
     def test_ejected_adapters_are_let_go(self):
         model, _ = _model("a", "b")
-        model.predict(zoo.normal(8, 4), verbose=0)
+        model.predict(X, verbose=0)
         kra.set_active(model, "b")
         kra.eject(model, "b")
         assert model._randadapt.functions._kept == {}
@@ -318,29 +306,27 @@ class TestForgets:
     @compiles
     def test_compile(self):
         model, counter = _model("a", "b")
-        x = zoo.normal(8, 4)
         kra.set_active(model, "a")
-        model.predict(x, verbose=0)
+        model.predict(X, verbose=0)
         kra.set_active(model, "b")
         model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
         kra.set_active(model, "a")
         calls = counter.calls
-        model.predict(x, verbose=0)
-        model.predict(x, verbose=0)
+        model.predict(X, verbose=0)
+        model.predict(X, verbose=0)
         assert counter.calls >= calls + 2
 
     def test_compile_from_config(self):
         model, _ = _model("a", "b")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
         kra.set_active(model, "b")
-        model.evaluate(x, y, verbose=0)
+        model.evaluate(X, Y, verbose=0)
         kra.set_active(model, "a")
         config = model.get_compile_config()
         model.compile_from_config({**config, "loss": "mae"})
         kra.set_active(model, "b")
         np.testing.assert_allclose(
-            model.evaluate(x, y, verbose=0),
-            np.mean(np.abs(_reference(model, x) - y)),
+            model.evaluate(X, Y, verbose=0),
+            np.mean(np.abs(_reference(model, X) - Y)),
             rtol=1e-5,
         )
 
@@ -348,12 +334,11 @@ class TestForgets:
     def test_forced(self, step):
         """After a change of the model that only the user knows of."""
         model, counter = _model("a", "b")
-        x, y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
 
         def run():
             if step == "predict":
-                return np.mean((model.predict(x, verbose=0) - y) ** 2)
-            return model.evaluate(x, y, verbose=0)
+                return np.mean((model.predict(X, verbose=0) - Y) ** 2)
+            return model.evaluate(X, Y, verbose=0)
 
         for name in ("a", "b"):
             kra.set_active(model, name)
@@ -362,19 +347,18 @@ class TestForgets:
         getattr(model, f"make_{step}_function")(force=True)
         for name in ("b", "a"):
             kra.set_active(model, name)
-            np.testing.assert_allclose(run(), _loss(model, x, y), rtol=1e-5)
+            np.testing.assert_allclose(run(), _loss(model, X, Y), rtol=1e-5)
 
     def test_a_limit(self):
         model, _ = _model(*(f"a{i}" for i in range(20)))
-        x = zoo.normal(8, 4)
         for i in range(20):
             kra.set_active(model, f"a{i}")
-            model.predict(x, verbose=0)
+            model.predict(X, verbose=0)
         assert len(model._randadapt.functions._kept) == 16
         kra.set_active(model, "a0")
         np.testing.assert_allclose(
-            model.predict(x, verbose=0),
-            _reference(model, x),
+            model.predict(X, verbose=0),
+            _reference(model, X),
             rtol=1e-5,
             atol=1e-6,
         )

@@ -59,8 +59,6 @@ def _run_on_cpu(x, program):
         return _run(x, program)
     x = x.reshape(rows, x.shape[-1])
     block = _block_of(rows, limit)
-    run = functools.partial(_run_rows, program=program)
-    y = jnp.empty((rows, program.output_dim), x.dtype)
     first = _first_product(program, x.dtype)
     in_place = first is not None
     if in_place:
@@ -68,7 +66,9 @@ def _run_on_cpu(x, program):
         # where the blocks' results can go.
         y = x.reshape(rows, -1, first.shape[1])
         y = _multiply_last(y, first).reshape(x.shape)
-        run = functools.partial(run, made=1)
+    else:
+        y = jnp.empty((rows, program.output_dim), x.dtype)
+    run = functools.partial(_run_rows, program=program, made=int(in_place))
 
     def update(y, start, size):
         part = y if in_place else x
@@ -165,8 +165,9 @@ def _factors(step, dtype):
 
 
 def _multiply_last(x, matrix):
-    """`matrix` times the last axis, of two: XLA is slower with more."""
+    """The product by a matrix along the last axis."""
     *batch, dim = x.shape
+    # XLA is slower with more than two axes.
     x = x.reshape(math.prod(batch), dim)
     # The default rounds float32 factors to fewer bits on TPUs and new GPUs.
     x = jnp.matmul(x, matrix.T, precision="highest")
