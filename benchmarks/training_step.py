@@ -143,6 +143,7 @@ def adapters(shape):
         "LoRA(8)": kra.LoRA(8),
         "LoRA(64)": kra.LoRA(64),
         f"LoRA({rank}), as many as RandLoRA": kra.LoRA(rank),
+        "RLoRA(64)": kra.RLoRA(64),
         "RLoRA(512)": kra.RLoRA(512),
         "VeRA(256)": kra.VeRA(256),
         "RandLoRA(32)": kra.RandLoRA(32),

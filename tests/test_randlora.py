@@ -488,16 +488,17 @@ class TestCompute:
         reason="XLA tells JAX how much memory a program takes",
     )
     @pytest.mark.parametrize("compute", ["factored", "materialized"])
-    @pytest.mark.parametrize("basis", ["uniform", "sparse"])
+    @pytest.mark.parametrize("basis", ["uniform", "sparse", "hadamard"])
     def test_compiled_memory_of_deep_models(self, basis, compute):
-        """Of a layer more, less than one delta: nothing that is formed in the
-        forward pass waits for the backward pass. Without `fence` it is three.
+        """Of a layer more, a trifle: nothing that is formed in the forward pass
+        waits for the backward pass, and nothing is formed before its turn.
+        Without `fence` it is three deltas.
         """
         dim = 256
         layer = gradients.compiled_bytes_a_layer(
             kra.RandLoRA(32, basis=basis, compute=compute), dim, rows=4
         )
-        assert layer < 4 * dim * dim
+        assert layer < 0.1 * 4 * dim * dim
 
     @pytest.mark.parametrize(
         "basis, compiled",

@@ -256,7 +256,8 @@ class RandLoRA(base.Adapter):
         mixing = self._mixing_of
 
         def forward(x, *arguments):
-            n = ops.cast(mixing.form(*arguments), x.dtype)
+            # Or XLA forms N of every layer at the start of a step.
+            n = ops.cast(mixing.form(*fence(x, *arguments)), x.dtype)
             return ops.matmul(x, n if wide else ops.transpose(n))
 
         def backward(arguments, upstream):
@@ -299,7 +300,10 @@ class RandLoRA(base.Adapter):
             return ops.cast(sum(kernels, delta), dtype)
 
         def forward(x, *arguments):
-            return ops.matmul(x, form(x.dtype, *split(arguments)))
+            kernels, of_b, of_mixing = split(arguments)
+            # Or XLA forms the deltas of many layers before it uses one.
+            of_mixing = fence(x, *of_mixing)
+            return ops.matmul(x, form(x.dtype, kernels, of_b, of_mixing))
 
         def backward(arguments, upstream):
             x, *arguments = arguments

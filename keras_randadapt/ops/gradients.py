@@ -31,18 +31,21 @@ def with_gradient(forward, backward, *arguments, drop=0):
     return _backend.with_gradient(forward, backward, *arguments, drop=drop)
 
 
-def fence(upstream, *tensors):
-    """For `backward`: the tensors, but not to a compiler's knowledge.
+def fence(awaited, *tensors):
+    """The tensors, but not to a compiler's knowledge.
 
     A compiler that sees the forward and the backward pass compute the same
-    thing would compute it once, and keep it between the two. Each tensor is
-    passed over once, so fence what is small, or is cast to something large.
+    thing would compute it once, and keep it between the two. In `forward` it
+    keeps a compiler from computing what needs no input long before its turn.
+    Each tensor is passed over once, so fence what is small, or is cast to
+    something large.
 
     Args:
-        upstream: The gradient that `backward` was given.
+        awaited: What the tensors wait for: the gradient that `backward` was
+            given, or an input of `forward`.
         *tensors: Tensors.
 
     Returns:
         A tuple of tensors of the same values.
     """
-    return _backend.fence(upstream, *tensors)
+    return _backend.fence(awaited, *tensors)

@@ -67,7 +67,9 @@ def _run_on_cpu(x, program):
         y = x.reshape(rows, -1, first.shape[1])
         y = _multiply_last(y, first).reshape(x.shape)
     else:
-        y = jnp.empty((rows, program.output_dim), x.dtype)
+        # All of it is overwritten. Of `x`, since XLA makes what depends on
+        # nothing at the start of a step, for every transform in it.
+        y = jnp.broadcast_to(x[0, 0], (rows, program.output_dim))
     run = functools.partial(_run_rows, program=program, made=int(in_place))
 
     def update(y, start, size):
@@ -215,12 +217,11 @@ def with_gradient(forward, backward, *arguments, drop=0):
     return function(*arguments)
 
 
-def fence(upstream, *tensors):
+def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`.
 
     Not `optimization_barrier`: XLA drops that on a CPU before it looks for
-    what is computed twice. A product with zero it keeps, which of infinity is
-    NaN.
+    what is computed twice. That nothing is above infinity it doesn't know.
     """
-    zero = 0 * jnp.sum(upstream[(slice(1),) * upstream.ndim])
+    zero = jnp.sum(awaited[(slice(1),) * awaited.ndim]) > jnp.inf
     return tuple(tensor + zero.astype(tensor.dtype) for tensor in tensors)

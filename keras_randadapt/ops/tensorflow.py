@@ -140,13 +140,14 @@ def with_gradient(forward, backward, *arguments, drop=0):
     return function(*map(tf.convert_to_tensor, arguments))
 
 
-def fence(upstream, *tensors):
+def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`.
 
-    Neither TensorFlow's graph optimizer nor XLA drops a product with zero,
-    which of infinity is NaN.
+    Neither TensorFlow's graph optimizer nor XLA knows that nothing is above
+    infinity.
     """
     if tf.executing_eagerly():
         return tensors
-    zero = 0 * tf.reduce_sum(upstream[(slice(1),) * upstream.shape.rank])
+    first = tf.reduce_sum(awaited[(slice(1),) * awaited.shape.rank])
+    zero = first > tf.constant(float("inf"), first.dtype)
     return tuple(tensor + tf.cast(zero, tensor.dtype) for tensor in tensors)

@@ -295,6 +295,6 @@ class _WithGradient(torch.autograd.Function):
         return None, None, None, *ctx.gradient(ctx.saved_tensors, upstream)
 
 
-def fence(upstream, *tensors):
+def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`; eager execution needs none."""
     return tensors

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from keras_randadapt import ops
 from tests import gradients
@@ -142,3 +143,25 @@ def test_compilers_do_not_see_through_a_fence():
         return
     assert _products_in_compiled_gradient(lambda _, *x: x) == 1
     assert _products_in_compiled_gradient(ops.fence) == 2
+
+
+@pytest.mark.parametrize("awaited", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_fence_passes_no_values_on(awaited, dtype):
+    """One example that overflows must not spoil the others' weights."""
+    awaited = keras.ops.full((2, 3), awaited, dtype)
+    x = zoo.normal(8, 8)
+
+    def fenced(awaited, x):
+        return ops.fence(awaited, x)[0]
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        fenced = jax.jit(fenced)
+    elif keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        fenced = tf.function(fenced)
+    got = fenced(awaited, keras.ops.convert_to_tensor(x))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(got), x)
