@@ -34,9 +34,7 @@ def load(preset, num_classes, sequence_length, seed=0):
     source = os.fspath(minilm.locate()) if is_minilm else preset
     keras.utils.set_random_seed(seed)
     backbone = keras_hub.models.Backbone.from_preset(source)
-    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-        source, sequence_length=sequence_length
-    )
+    preprocessor = _preprocessor(source, sequence_length)
     if is_minilm:
         minilm.match_original(backbone, preprocessor)
         error = minilm.check_against_reference(backbone, preprocessor)
@@ -54,9 +52,28 @@ def load(preset, num_classes, sequence_length, seed=0):
     return keras.Model(inputs, logits), backbone, preprocessor
 
 
+def _preprocessor(source, sequence_length):
+    classes = (
+        keras_hub.models.TextClassifierPreprocessor,
+        # Decoders such as GPT-2 and Gemma have no other.
+        keras_hub.models.CausalLMPreprocessor,
+    )
+    for cls in classes:
+        try:
+            return cls.from_preset(source, sequence_length=sequence_length)
+        except ValueError:
+            # There is none of this kind for the preset's family.
+            if cls is classes[-1]:
+                raise
+
+
 def tokenize(preprocessor, texts):
     """Turns a list of texts into the dict of arrays that the model takes."""
-    tokens = preprocessor(list(texts))
+    if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
+        # What calling it gives is shifted by one, and its own targets.
+        tokens = preprocessor.generate_preprocess(list(texts))
+    else:
+        tokens = preprocessor(list(texts))
     return {name: np.asarray(value) for name, value in tokens.items()}
 
 

@@ -39,7 +39,11 @@ def parse_arguments(arguments=None):
         description=f"{__doc__.splitlines()[0]} Defaults are in brackets."
     )
     add = parser.add_argument
-    add("--preset", default="minilm", help="minilm or any KerasHub preset")
+    add(
+        "--preset",
+        default="minilm",
+        help="minilm or any KerasHub preset of texts",
+    )
     add("--data", help="a CSV file with a header row (movie reviews)")
     add("--text-column", help="the column of texts (text or sentence)")
     add("--label-column", default="label", help="the column of labels (label)")

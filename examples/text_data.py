@@ -35,7 +35,8 @@ def read_csv(path, text_column=None, label_column="label"):
     Raises:
         ValueError: If a column is missing, or fewer than two labels occur.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    # Spreadsheets put a mark before the first column's name.
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if text_column is None:

@@ -29,6 +29,7 @@ __all__ = [
     "flatten_layers",
     "forget_jax_state",
     "fresh_step",
+    "has_values",
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
@@ -226,6 +227,16 @@ def sync_jax_state(model):
     """On JAX, inside `fit`, gives the variables their values of the moment."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
+
+
+def has_values(model):
+    """Whether a model's variables have values, which JAX steps take out."""
+    if keras.config.backend() != "jax":
+        return True
+    for layer in flatten_layers(model):
+        for variable in owned_variables(layer):
+            return variable._value is not None
+    return True
 
 
 def forget_jax_state(model):

@@ -43,6 +43,7 @@ def check_model(model):
             "weights yet. Call it once on data or call `model.build(...)`, "
             "then inject."
         )
+    root.check_has_values(model)
     if root.is_adapted(model):
         return
     for layer in _compat.flatten_layers(model):

@@ -40,7 +40,7 @@ PASS_COST = 31
 _MAX_FACTORS = 4
 
 
-def hadamard(order, normalize=True):
+def hadamard(order: int, normalize: bool = True) -> np.ndarray:
     """The dense Hadamard matrix of an order.
 
     For a power of two this is Sylvester's matrix in its natural order, as
@@ -71,7 +71,7 @@ def hadamard(order, normalize=True):
     return matrix / math.sqrt(order) if normalize else matrix.copy()
 
 
-def hadamard_factors(order):
+def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
     """Kronecker factors of the Hadamard matrix of an order.
 
     Multiplying by the factors one after the other costs the sum of their
@@ -93,12 +93,16 @@ def hadamard_factors(order):
     return group_factors(hadamard_cores(order))
 
 
-def hadamard_cores(order):
+def hadamard_cores(order: int) -> tuple[np.ndarray, ...]:
     """`hadamard_factors` as finely as can be: primes of the construction."""
     return _cores(_check_order(order))
 
 
-def group_factors(matrices, pass_cost=PASS_COST, left_cost=1):
+def group_factors(
+    matrices: tuple[np.ndarray, ...],
+    pass_cost: float = PASS_COST,
+    left_cost: float = 1,
+) -> tuple[np.ndarray, ...]:
     """Multiplies Kronecker factors out into fewer, cheaper to apply.
 
     Args:
@@ -118,7 +122,7 @@ def group_factors(matrices, pass_cost=PASS_COST, left_cost=1):
     )
 
 
-def is_supported(order):
+def is_supported(order: int) -> bool:
     """Whether `hadamard(order)` exists here.
 
     It does unless `order` has a prime factor above 1024.
@@ -127,7 +131,7 @@ def is_supported(order):
     return order >= 1 and _decompose(*_split_twos(order)) is not None
 
 
-def largest_order(limit):
+def largest_order(limit: int) -> int:
     """The largest order up to `limit` of a true Hadamard matrix.
 
     Only orders whose cores all have entries +-1 and sizes up to 160 count.
@@ -149,7 +153,7 @@ def largest_order(limit):
     )
 
 
-def window_order(order):
+def window_order(order: int) -> int | None:
     """The order of the windows that stand in for a Hadamard matrix.
 
     `m = window_order(d)` is for the dimensions `d` that have a large prime

@@ -21,6 +21,7 @@ import math
 import operator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _VERSION = 1
 # Elements turned into float64 at a time: bounds the memory of a large draw
@@ -80,7 +81,7 @@ _LN2 = 0.6931471805599453094
 _SQRT_HALF = 0.70710678118654752440
 
 
-def signs(seed, role, shape):
+def signs(seed: int, role: str, shape: int | tuple[int, ...]) -> np.ndarray:
     """Draws independent signs, each +1 or -1 with probability 1/2.
 
     Args:
@@ -105,7 +106,7 @@ def signs(seed, role, shape):
     return (1 - 2 * bits.astype(np.int8)).reshape(shape)
 
 
-def permutation(seed, role, n):
+def permutation(seed: int, role: str, n: int) -> np.ndarray:
     """Draws a uniform permutation of `0, ..., n - 1`.
 
     The permutation sorts `n` random 64-bit keys; a tie (probability below
@@ -124,7 +125,7 @@ def permutation(seed, role, n):
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-def uniforms(seed, role, shape):
+def uniforms(seed: int, role: str, shape: int | tuple[int, ...]) -> np.ndarray:
     """Draws independent uniforms on `[0, 1)`, multiples of `2**-24`.
 
     Args:
@@ -140,7 +141,7 @@ def uniforms(seed, role, shape):
     return ((words >> np.uint32(8)).astype(np.float32) * scale).reshape(shape)
 
 
-def normals(seed, role, shape):
+def normals(seed: int, role: str, shape: int | tuple[int, ...]) -> np.ndarray:
     """Draws independent standard normals.
 
     Each is the normal quantile (Wichura, "Algorithm AS 241", Applied
@@ -163,7 +164,9 @@ def normals(seed, role, shape):
     return out.reshape(shape)
 
 
-def ternaries(seed, role, shape, sparsity):
+def ternaries(
+    seed: int, role: str, shape: int | tuple[int, ...], sparsity: float
+) -> np.ndarray:
     """Draws independent values in `{-1, 0, 1}`, mostly zero.
 
     `P(+1) = P(-1) = 1 / (2 * sparsity)`: the sparse projections of Achlioptas
@@ -203,7 +206,7 @@ def ternaries(seed, role, shape, sparsity):
     return out.reshape(shape)
 
 
-def digest(array):
+def digest(array: ArrayLike) -> str:
     """Hashes an array's dtype, shape and values.
 
     The hash does not depend on the machine's byte order or on the array's
@@ -304,7 +307,7 @@ def _log(x):
     return e * _LN2 + 2.0 * s * series
 
 
-def check_seed(seed):
+def check_seed(seed: int) -> int:
     """Returns `seed` as a Python integer, or says why it cannot be one."""
     if isinstance(seed, (bool, np.bool_)):
         raise TypeError(

@@ -158,7 +158,26 @@ def state_of(model):
             "`keras_randadapt.inject(model, adapter)` first, on this model "
             "itself rather than on a part of it."
         )
+    check_has_values(model)
     return model._randadapt
+
+
+def check_has_values(model):
+    """Raises `RuntimeError` if a step that broke off left no values.
+
+    Keras's trainer for JAX takes the values out of a model's variables before
+    a step and puts them back after it.
+    """
+    if not _compat.has_values(model):
+        # Inside `fit` they are put back on demand.
+        _compat.sync_jax_state(model)
+    if not _compat.has_values(model):
+        raise RuntimeError(
+            f"The variables of model '{model.name}' have no values. In JAX "
+            "Keras loses them when `fit`, `evaluate` or `predict` fails "
+            "in its first step, on data of a wrong shape for one. Build the "
+            "model anew."
+        )
 
 
 def check_no_block(model):
@@ -414,7 +433,10 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
                 values[address][index] = archive[f"a{i}"]
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
-        """Saves the un-adapted preset and a file of each adapter beside it."""
+        """Saves the preset without adapters, and a file of each beside it.
+
+        Layers that the active adapters keep trainable are saved as they are.
+        """
         from keras_randadapt import saving
 
         with plain_classes(self):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_randadapt as kra
 from keras_randadapt import _compat
 
 
@@ -24,6 +25,31 @@ def test_owned_variables():
     layer.build((None, 3))
     assert len(_compat.owned_variables(layer)) == 4
     assert _compat.owned_variables(_model()) == []
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax",
+    reason="Keras takes no values out of variables on other backends",
+)
+def test_has_values(tmp_path):
+    """A first step that fails leaves none, and everything says so."""
+    model = _model()
+    kra.inject(model, kra.LoRA(2), ["d"])
+    model.compile("adam", "mse")
+    # The first `fit` of all would fail before it takes any values.
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    assert _compat.has_values(model)
+    with pytest.raises(Exception, match="shapes"):
+        model.fit(np.ones((4, 3)), np.ones((4, 7)), verbose=0)
+    assert not _compat.has_values(model)
+    for act in (
+        kra.eject,
+        kra.merge,
+        lambda model: kra.save_adapter(model, tmp_path / "a.safetensors"),
+        lambda model: kra.inject(model, kra.LoRA(2), ["d"], name="b"),
+    ):
+        with pytest.raises(RuntimeError, match="have no values"):
+            act(model)
 
 
 def test_trainable_by_nature():

@@ -773,6 +773,65 @@ class TestTraining:
                 zoo.outputs(model, x), out, rtol=5e-2, atol=5e-2
             )
 
+    @pytest.mark.parametrize(
+        "adapter",
+        [kra.LoRA(2), kra.RLoRA(5), kra.BitFit()],
+        ids=lambda adapter: type(adapter).__name__,
+    )
+    def test_fit_in_float16(self, adapter):
+        """Weights of the base and products in float16, adapters in float32."""
+        keras.config.set_dtype_policy("float16")
+        try:
+            model, x, targets = zoo.einsum_query()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        kra.inject(model, adapter, targets)
+        before = zoo.snapshot(model)
+        history = zoo.fit(model, x)
+        losses = history.history["loss"]
+        assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
+        assert {v.dtype for v in model.trainable_variables} == {"float32"}
+        for v in model.weights:
+            changed = np.any(_numpy(v) != before[id(v)][1])
+            assert changed == ("/adapter/" in v.path), v.path
+            assert np.all(np.isfinite(_numpy(v))), v.path
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_channels_first_convolution(self, groups):
+        layer = layers.Conv2D(
+            6,
+            3,
+            strides=2,
+            padding="same",
+            groups=groups,
+            data_format="channels_first",
+            activation="tanh",
+            name="site",
+        )
+        inputs = keras.Input((4, 7, 6))
+        model = zoo.set_weights(keras.Model(inputs, layer(inputs)))
+        x = zoo.normal(8, 4, 7, 6)
+        try:
+            base = zoo.outputs(model, x)
+        except Exception as error:
+            if BACKEND == "tensorflow" and "only supports the NHWC" in str(
+                error
+            ):
+                pytest.skip("TensorFlow does not compute it on this CPU")
+            raise
+        kra.inject(model, kra.LoRA(2), "site")
+        zoo.fit(model, x)
+        zoo.randomize(model)
+        out = zoo.outputs(model, x)
+        assert np.abs(out - base).max() > 1e-2
+        with kra.merged(model):
+            np.testing.assert_allclose(
+                zoo.outputs(model, x), out, rtol=1e-5, atol=1e-5
+            )
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        with kra.disabled(model):
+            np.testing.assert_allclose(zoo.outputs(model, x), base, atol=1e-6)
+
     @pytest.mark.skipif(BACKEND != "torch", reason="torch's parameter lists")
     def test_torch_parameters(self):
         model, x, targets = zoo.bert()

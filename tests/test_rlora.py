@@ -171,6 +171,33 @@ class TestRLoRA:
             rtol=1e-3,
         )
 
+    @pytest.mark.parametrize("view", [(12, 20), (20, 12), (7, 16)], ids=str)
+    @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
+    def test_gradients_of_inputs_against_dense(self, view, arguments):
+        """Those that the layers below train by, and with stacked bases."""
+        adapter = _built(view, **arguments)
+        alpha = zoo.normal(adapter.rank, seed=1).astype("float64")
+        beta = zoo.normal(view[1], seed=2).astype("float64")
+        adapter.alpha.assign(alpha)
+        adapter.beta.assign(beta)
+        dense, a, b = dense_delta(adapter, view, alpha, beta)
+        x, upstream = zoo.normal(3, 2, view[0]), zoo.normal(3, 2, view[1])
+        found = gradients.gradients(
+            lambda x: adapter.delta(x, True),
+            x,
+            [adapter.alpha, adapter.beta],
+            upstream,
+        )
+        z = x @ a.T
+        pulled = upstream * beta @ b
+        expected = (
+            upstream @ dense.T,
+            adapter.scaling * np.sum(pulled * z, (0, 1)),
+            adapter.scaling * np.sum(upstream * (z * alpha @ b.T), (0, 1)),
+        )
+        for got, gradient in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-4)
+
     def test_keeps_rank_numbers_a_token(self):
         """Neither the inputs nor anything of their size."""
         adapter = _built((48, 40), rank=8)

@@ -254,7 +254,7 @@ def publish(page, key, text):
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
-def main(name, description, settings, methods, columns, against):
+def main(name, description, settings, methods, columns, against, pairs=()):
     """The command line of an experiment.
 
     The runs of the full one go into `results/`, beside the program, and its
@@ -268,6 +268,7 @@ def main(name, description, settings, methods, columns, against):
         methods: Function of a loaded task that gives a list of `Method`.
         columns: As `table` takes them.
         against: Name of the method that the others are compared to.
+        pairs: `(name, name)` of methods, to be compared besides.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="takes minutes")
@@ -300,6 +301,16 @@ def main(name, description, settings, methods, columns, against):
         shown = {**columns, **task.score_columns}
         heading = f"{title}; {task.epochs} epochs, {setting.seeds} seeds:"
         text = f"{heading}\n\n{table(outcome, shown, against, 'test')}"
+        _, form, factor = shown["test"]
+        for ours, theirs in pairs:
+            difference = paired_difference(
+                *(
+                    [factor * run["test"] for run in outcome[method][1]]
+                    for method in (ours, theirs)
+                ),
+                form,
+            )
+            text += f"\n\n{ours} minus {theirs}: {difference}"
         print(f"\n{text}", flush=True)
         if not arguments.quick:
             publish(PAGE, f"{name}: {title}", text)

@@ -101,5 +101,11 @@ def settings(quick):
 
 if __name__ == "__main__":
     experiment.main(
-        "rlora", __doc__, settings, methods, COLUMNS, "LoRA, rank 8"
+        "rlora",
+        __doc__,
+        settings,
+        methods,
+        COLUMNS,
+        "LoRA, rank 8",
+        pairs=[("RLoRA and PAC-Bayes", f"RLoRA, rank {RANK}")],
     )

@@ -2,10 +2,16 @@
 not say again."""
 
 import hashlib
+from collections.abc import Callable
+from collections.abc import Collection
+from typing import Any
+from typing import Self
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_randadapt import adapter_stack
 from keras_randadapt import random
 from keras_randadapt.adapters.variables import AdapterVariables
 
@@ -31,7 +37,7 @@ class Adapter(AdapterVariables):
     """
 
     #: The learning rate that the method's source trains with (AdamW).
-    recommended_learning_rate = None
+    recommended_learning_rate: float | None = None
 
     #: Whether the update is a delta that does not depend on the base kernel.
     #: If not, `merged` gets the base kernel as well and `delta` is undefined.
@@ -43,7 +49,7 @@ class Adapter(AdapterVariables):
     #: What may be a site: `"product"`, Dense and EinsumDense;
     #: `"convolution"`; `"lookup"`, embeddings; `"norm"`, normalizations with
     #: an offset.
-    site_kinds = ("product", "convolution", "lookup")
+    site_kinds: tuple[str, ...] = ("product", "convolution", "lookup")
 
     #: What the method changes: kernels, biases, or what the site gives after
     #: bias and activation (see `adapt_output`).
@@ -54,7 +60,9 @@ class Adapter(AdapterVariables):
     #: Optional function of a dict from structural address to layer: the
     #: addresses that `targets=None` means, if not those of query and value
     #: projections.
-    default_targets = None
+    default_targets: (
+        Callable[[dict[str, keras.layers.Layer]], Collection[str]] | None
+    ) = None
 
     def __init__(
         self,
@@ -85,7 +93,7 @@ class Adapter(AdapterVariables):
 
     # What a method says.
 
-    def build(self, kernel_view):
+    def build(self, kernel_view: tuple[int, int]) -> None:
         """Creates the trainable weights.
 
         Args:
@@ -94,7 +102,7 @@ class Adapter(AdapterVariables):
         """
         raise NotImplementedError
 
-    def delta(self, x, training=None):
+    def delta(self, x: Any, training: bool | None = None) -> Any:
         """The update's product with inputs.
 
         Args:
@@ -107,23 +115,23 @@ class Adapter(AdapterVariables):
         """
         raise NotImplementedError
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Any:
         """The update itself: `(input_dim, output_dim)`, float32."""
         raise NotImplementedError
 
     # What a method may say better.
 
-    def check(self, kernel_view):
+    def check(self, kernel_view: tuple[int, int]) -> None:
         """Raises `ValueError` if the method can't take this kernel view."""
 
-    def check_addresses(self, addresses):
+    def check_addresses(self, addresses: Collection[str]) -> None:
         """Raises `ValueError` if the template can't serve these sites.
 
         Args:
             addresses: Structural addresses of all sites of an injection.
         """
 
-    def relocated(self, rename):
+    def relocated(self, rename: Callable[[str], str]) -> Self:
         """The template for a model in which layers have other addresses.
 
         Args:
@@ -131,7 +139,7 @@ class Adapter(AdapterVariables):
         """
         return self
 
-    def training_delta_kernel(self):
+    def training_delta_kernel(self) -> Any:
         """The update as a training step uses it, if that differs.
 
         Returns:
@@ -139,7 +147,7 @@ class Adapter(AdapterVariables):
         """
         return self.delta_kernel()
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(self, x: Any, training: bool | None = None) -> Any:
         """The product with the update's transpose, for tied output heads.
 
         Args:
@@ -152,7 +160,7 @@ class Adapter(AdapterVariables):
         kernel = ops.cast(self.delta_kernel(), x.dtype)
         return ops.matmul(x, ops.transpose(kernel))
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(self, ids: Any, dtype: str, training: bool | None = None) -> Any:
         """Rows of the update, for embeddings.
 
         Args:
@@ -165,7 +173,12 @@ class Adapter(AdapterVariables):
         """
         return ops.cast(ops.take(self.delta_kernel(), ids, axis=0), dtype)
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self,
+        x: Any,
+        linear: adapter_stack.Product,
+        training: bool | None = None,
+    ) -> Any:
         """The site's output before bias and activation.
 
         Args:
@@ -182,7 +195,7 @@ class Adapter(AdapterVariables):
         """
         return linear(x) + self.delta(self.drop(x, training), training)
 
-    def adapt_output(self, y, x, training=None):
+    def adapt_output(self, y: Any, x: Any, training: bool | None = None) -> Any:
         """What the site gives, if the method adapts outputs.
 
         Args:
@@ -197,7 +210,11 @@ class Adapter(AdapterVariables):
         """
         raise NotImplementedError
 
-    def sources(self, layers, addresses):
+    def sources(
+        self,
+        layers: dict[str, keras.layers.Layer],
+        addresses: Collection[str],
+    ) -> dict[str, str]:
         """Which layers' inputs `adapt_output` gets, if not the sites' own.
 
         Args:
@@ -210,7 +227,7 @@ class Adapter(AdapterVariables):
         """
         return {}
 
-    def merged(self, kernel):
+    def merged(self, kernel: Any) -> Any:
         """The adapted kernel: `(input_dim, output_dim)`, float32.
 
         Args:
@@ -219,7 +236,7 @@ class Adapter(AdapterVariables):
         """
         return kernel + self.delta_kernel()
 
-    def merged_bias(self, bias, base):
+    def merged_bias(self, bias: Any, base: Any) -> Any:
         """The adapted bias, if the method adapts biases.
 
         Args:
@@ -233,14 +250,14 @@ class Adapter(AdapterVariables):
         """
         return bias
 
-    def start_from(self, kernel):
+    def start_from(self, kernel: np.ndarray) -> None:
         """Sets what depends on the base kernel, when the adapter is attached.
 
         Args:
             kernel: float32 NumPy array, the base kernel view.
         """
 
-    def factors(self):
+    def factors(self) -> tuple[Any, Any] | None:
         """Two thin matrices whose product is the update, if it has such.
 
         Returns:
@@ -249,7 +266,7 @@ class Adapter(AdapterVariables):
         """
         return None
 
-    def compacted(self):
+    def compacted(self) -> tuple[np.ndarray, np.ndarray, float]:
         """The update with all that does not count left out, for `compact`.
 
         Returns:
@@ -265,7 +282,7 @@ class Adapter(AdapterVariables):
             "for methods that switch ranks off, such as `AdaLoRA` and `SoRA`."
         )
 
-    def truncated(self, rank):
+    def truncated(self, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
         """The first ranks of the update, for `truncate`.
 
         Args:
@@ -282,13 +299,13 @@ class Adapter(AdapterVariables):
             "for methods that train every rank for itself, such as `DyLoRA`."
         )
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         """A short hash of the frozen bases, or `""` where there are none."""
         return ""
 
     # What is the same for all.
 
-    def for_site(self, address, name):
+    def for_site(self, address: str, name: str) -> Self:
         """A clone of this template for the site at a structural address."""
         clone = type(self).from_config(self.get_config())
         clone.name = name
@@ -296,7 +313,7 @@ class Adapter(AdapterVariables):
         return clone
 
     @property
-    def site_role(self):
+    def site_role(self) -> str:
         """What tells a site's bases from those of its neighbours.
 
         The last part of the structural address: the layers of a deep model
@@ -304,7 +321,9 @@ class Adapter(AdapterVariables):
         """
         return self._address.rpartition("/")[2]
 
-    def wrap_optimizer(self, optimizer, name):
+    def wrap_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> keras.optimizers.Optimizer:
         """Wraps the optimizer that is to train this adapter.
 
         Asked of the template of each active adapter when the model is
@@ -321,7 +340,7 @@ class Adapter(AdapterVariables):
         """
         return optimizer
 
-    def prepare_dropout(self):
+    def prepare_dropout(self) -> None:
         """Creates the state of dropout. Call it at the end of `build`."""
         if self.dropout:
             # Each site has its own: all of a model are called in each step.
@@ -331,7 +350,7 @@ class Adapter(AdapterVariables):
                 int.from_bytes(key[:4], "little") % 2**31
             )
 
-    def drop(self, x, training):
+    def drop(self, x: Any, training: bool | None) -> Any:
         """Dropout of the delta's inputs."""
         if not self.dropout or not training:
             return x
@@ -339,13 +358,15 @@ class Adapter(AdapterVariables):
             x, self.dropout, seed=self.dropout_seed_generator
         )
 
-    def call(self, x, training=None):
+    def call(self, x: Any, training: bool | None = None) -> Any:
         return self.delta(self.drop(x, training), training)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.output_dim)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         # No name and no trainable flag: two templates of one method with
         # equal arguments have equal configs, in files as well.
         config = {"seed": self.seed, "dropout": self.dropout}
@@ -353,14 +374,14 @@ class Adapter(AdapterVariables):
             config["dtype"] = self.dtype
         return config
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(
             f"{name}={value!r}" for name, value in self.get_config().items()
         )
         return f"<{type(self).__name__} {arguments}>"
 
 
-def serialize(template):
+def serialize(template: Adapter) -> dict[str, Any]:
     """A JSON-ready description of an adapter template."""
     return {
         "class": keras.saving.get_registered_name(type(template)),
@@ -368,7 +389,7 @@ def serialize(template):
     }
 
 
-def deserialize(config):
+def deserialize(config: dict[str, Any]) -> Adapter:
     """The template that `serialize` described.
 
     Raises:

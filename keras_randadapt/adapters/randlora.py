@@ -56,7 +56,9 @@ class RandLoRA(base.Adapter):
             site's own; `"materialized"`, the delta is formed in every step
             and added to the kernel, one product with each input; or `"auto"`,
             whichever takes fewer multiply-adds for the number of inputs at
-            hand. The results are equal up to rounding.
+            hand. The results are equal up to rounding. With dropout in
+            training, or in 16 bits, where a small delta would be lost in the
+            kernel, a formed delta is multiplied apart: two products.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.

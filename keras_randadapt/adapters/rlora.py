@@ -1,5 +1,8 @@
 """RLoRA: LoRA whose projections are randomized Hadamard transforms."""
 
+from typing import Any
+from typing import TypeAlias
+
 import keras
 from keras import ops
 
@@ -10,6 +13,7 @@ from keras_randadapt.bases import randomized_hadamard
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 
+_Initializer: TypeAlias = str | dict[str, Any] | keras.initializers.Initializer
 _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
 
 
@@ -83,8 +87,8 @@ class RLoRA(base.Adapter):
         stages: int = 2,
         rows: str = "random",
         hadamard: str = "exact",
-        alpha_initializer=None,
-        beta_initializer="zeros",
+        alpha_initializer: _Initializer | None = None,
+        beta_initializer: _Initializer = "zeros",
         **kwargs,
     ):
         super().__init__(**kwargs)

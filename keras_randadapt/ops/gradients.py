@@ -1,9 +1,17 @@
 """Functions with a gradient of their own."""
 
+from collections.abc import Callable
+from typing import Any
+
 from keras_randadapt.ops.transforms import _backend
 
 
-def with_gradient(forward, backward, *arguments, drop=0):
+def with_gradient(
+    forward: Callable[..., Any],
+    backward: Callable[[tuple[Any, ...], Any], tuple[Any, ...]],
+    *arguments: Any,
+    drop: int = 0,
+) -> Any:
     """Computes `forward(*arguments)` with a gradient of one's own.
 
     For the backward pass the arguments but the first `drop` are kept and
@@ -31,7 +39,7 @@ def with_gradient(forward, backward, *arguments, drop=0):
     return _backend.with_gradient(forward, backward, *arguments, drop=drop)
 
 
-def fence(awaited, *tensors):
+def fence(awaited: Any, *tensors: Any) -> tuple[Any, ...]:
     """The tensors, but not to a compiler's knowledge.
 
     A compiler that sees the forward and the backward pass compute the same

@@ -48,12 +48,12 @@ class RandomizedTransform:
 
     def __init__(
         self,
-        order,
-        signs,
-        input_dim,
-        output_dim,
-        input_index=None,
-        output_index=None,
+        order: int,
+        signs: np.ndarray,
+        input_dim: int,
+        output_dim: int,
+        input_index: np.ndarray | None = None,
+        output_index: np.ndarray | None = None,
     ):
         self._order = _check_positive(order)
         self._signs = _check_signs(signs, self._order)

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import operator
+from typing import Any
 
 import keras
 
@@ -21,7 +23,12 @@ _SCALES = ("before", "after")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def fwht(x, axis=-1, normalize=True, transpose=False):
+def fwht(
+    x: Any,
+    axis: int = -1,
+    normalize: bool = True,
+    transpose: bool = False,
+) -> Any:
     """Multiplies by a Hadamard matrix along an axis.
 
     The matrix is `keras_randadapt.hadamard.hadamard(d)` of the size `d` of
@@ -62,14 +69,23 @@ def fwht(x, axis=-1, normalize=True, transpose=False):
         return FWHT(axis, normalize, transpose).symbolic_call(x)
     x = _as_tensor(x)
     axis = _check_fwht(x, axis)
-    program = _fwht_program(x.shape[axis], normalize, transpose)
+    # `torch.compile` makes a size that changes from call to call symbolic;
+    # this makes it a number again.
+    size = operator.index(x.shape[axis])
+    program = _fwht_program(size, normalize, transpose)
     if axis == len(x.shape) - 1:
         return _backend.apply(x, program)
     x = keras.ops.moveaxis(x, axis, -1)
     return keras.ops.moveaxis(_backend.apply(x, program), -1, axis)
 
 
-def randomized_transform(x, plan, adjoint=False, before=None, after=None):
+def randomized_transform(
+    x: Any,
+    plan: RandomizedTransform,
+    adjoint: bool = False,
+    before: Any = None,
+    after: Any = None,
+) -> Any:
     """Multiplies the last axis by a frozen random matrix.
 
     See `RandomizedTransform` for the matrix `T`. The gradient is the adjoint,

@@ -64,10 +64,19 @@ def test_scaling(tmp_path):
         "scaling.py", "--quick", "--repeats", "1", "--picture", picture
     )
     table = _table(output)
-    for what in ("inject", "merge", "LoRA(8), 512 tokens"):
+    for what in ("Dense: inject", "Llama: merge", "LoRA(8), 512 tokens"):
         assert table[what][1].count(",") >= 1
         assert float(table[what][3]) == float(table[what][4])
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_pac_bayes():
+    table = _table(_run("pac_bayes.py", "--quick", "--repeats", "1"))
+    without, with_term, estimation, share, size = map(
+        float, table["RLoRA(384)"][2:]
+    )
+    assert min(without, with_term, estimation, share, size) > 0
 
 
 @pytest.mark.slow

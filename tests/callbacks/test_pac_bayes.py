@@ -1,6 +1,7 @@
 """The PAC-Bayes callback against a simulation of its training."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.callbacks.linear_network import data_of
 from tests.callbacks.linear_network import fit
 from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
+from tests.callbacks.test_example_source import Batches
 
 
 def _check(model, callback, history, simulation, rtol=2e-4):
@@ -361,6 +363,198 @@ class TestSteps:
         assert np.abs(weights[0] - weights[1]).max() > 1e-6
 
 
+def _pipeline(kind, x, y, size):
+    """Batches of `size` in the arrays' order, and what `fit` must be told."""
+    if kind == "generator":
+        count = -(-len(x) // size)
+        parts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        batches = ((x[part], y[part]) for part in itertools.cycle(parts))
+        return batches, {"steps_per_epoch": count}
+    if kind == "tf_data":
+        import tensorflow as tf
+
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(size), {}
+    if kind == "py_dataset":
+        sizes = [len(x[i : i + size]) for i in range(0, len(x), size)]
+        # `fit` shuffles the batches of these alone, unless it is told.
+        return Batches(x, y, sizes), {"shuffle": False}
+    import torch
+
+    tensors = map(torch.from_numpy, (x, y))
+    dataset = torch.utils.data.TensorDataset(*tensors)
+    return torch.utils.data.DataLoader(dataset, batch_size=size), {}
+
+
+@functools.cache
+def _trained(of_fit, of_callback="arrays", strength=1.0):
+    """Weights after training on data of one kind, estimated from another."""
+    x, y = data_of()
+    # The last batch of an epoch is smaller.
+    data, arguments = (x, y), {"batch_size": 5, "shuffle": False}
+    if of_fit != "arrays":
+        pipeline, arguments = _pipeline(of_fit, x, y, 5)
+        data = (pipeline,)
+    drawn = (x, y)
+    if of_callback == of_fit:
+        # The very object that `fit` has, at work in both.
+        drawn = data
+    elif of_callback != "arrays":
+        drawn = _pipeline(of_callback, x, y, 5)[:1]
+    model = network()
+    callback = PACBayes(*drawn, strength=strength, samples=5)
+    model.fit(*data, epochs=3, verbose=0, callbacks=[callback], **arguments)
+    return flat(model)
+
+
+class TestPipelines:
+    @pytest.mark.parametrize(
+        "kind", ["generator", "tf_data", "py_dataset", "data_loader"]
+    )
+    def test_fit_takes_a_pipeline(self, kind):
+        expected = _trained("arrays")
+        # Else the penalty could be left out and nothing would show.
+        free = _trained("arrays", strength=0.0)
+        assert np.abs(expected - free).max() > 1e-2
+        np.testing.assert_allclose(_trained(kind), expected, 1e-5, 1e-6)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["tf_data", "py_dataset", "data_loader"])
+    def test_fit_and_the_callback_share_a_pipeline(self, kind):
+        expected = _trained("arrays", kind)
+        np.testing.assert_allclose(_trained(kind, kind), expected, 1e-5, 1e-6)
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize(
+        "mode",
+        [
+            "quadratic",
+            pytest.param("linear", marks=pytest.mark.slow),
+            "diagonal",
+        ],
+    )
+    def test_step(self, mode):
+        """One step under the penalty moves weights as in float64."""
+        x, y = data_of()
+        scale = 2.0**10
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            model = network(
+                optimizer=keras.optimizers.LossScaleOptimizer(
+                    keras.optimizers.SGD(RATE), initial_scale=scale
+                )
+            )
+        finally:
+            keras.config.set_dtype_policy("float32")
+        assert model.layers[-1].compute_dtype == "float16"
+        zoo.randomize(model)
+        options = {
+            "mode": mode,
+            "strength": 2.0,
+            "samples": 5,
+            "reference": "zero",
+        }
+        simulation = Simulation(model, x, y, **options)
+        # An epoch that only estimates, then the one that is looked at.
+        rates = keras.callbacks.LearningRateScheduler(
+            lambda epoch: RATE if epoch else 0.0
+        )
+        start = flat(model)
+        model.fit(
+            x,
+            y,
+            batch_size=len(x),
+            epochs=2,
+            verbose=0,
+            callbacks=[PACBayes(x, y, **options), rates],
+        )
+        # No step was skipped.
+        assert int(model.optimizer.inner_optimizer.iterations) == 2
+        assert float(model.optimizer.dynamic_scale) == scale
+
+        def move(function):
+            return (
+                -RATE
+                * simulation.differences(
+                    lambda w: np.atleast_1d(function(w)), start
+                ).ravel()
+            )
+
+        simulation.estimate_now()
+        expected, penalty = move(simulation.loss), move(simulation.penalty)
+        # float16 has eleven bits: a few thousandths in all, and nothing near
+        # what the penalty does.
+        tolerance = 0.01 * np.abs(expected).max()
+        assert np.abs(penalty).max() > 10 * tolerance
+        np.testing.assert_allclose(
+            flat(model) - start, expected, rtol=0, atol=tolerance
+        )
+
+
+def _rmlora_network(optimizer):
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, activation="tanh", name="first"),
+            keras.layers.Dense(4, activation="tanh", name="second"),
+            keras.layers.Dense(1, name="head"),
+        ]
+    )
+    zoo.set_weights(model)
+    kra.inject(model, kra.RMLoRA(3, update_rank=1), ["first", "second"])
+    model.compile(optimizer, "mse")
+    return model
+
+
+class TestOptimizers:
+    @pytest.mark.parametrize(
+        "builder, optimizer",
+        [
+            (network, "RMSprop"),
+            (network, "Lion"),
+            (network, "Adagrad"),
+            (_rmlora_network, "SGD"),
+            pytest.param(_rmlora_network, "RMSprop", marks=pytest.mark.slow),
+        ],
+    )
+    def test_loss_has_the_term_and_weights_feel_it(self, builder, optimizer):
+        x, y = data_of()
+        weights = []
+        for strength in (0.0, 5.0):
+            model = builder(
+                optimizer=getattr(keras.optimizers, optimizer)(0.05)
+            )
+            zoo.randomize(model)
+            callback = PACBayes(
+                x, y, strength=strength, samples=5, reference="zero"
+            )
+            # The logged loss is that before an epoch's only step, and
+            # `pac_bayes` that after it: the last one must not move.
+            rates = keras.callbacks.LearningRateScheduler(
+                lambda epoch: 0.05 if epoch < 4 else 0.0
+            )
+            history = model.fit(
+                x,
+                y,
+                batch_size=len(x),
+                epochs=5,
+                verbose=0,
+                callbacks=[callback, rates],
+            ).history
+            if builder is _rmlora_network:
+                assert isinstance(
+                    model.optimizer, kra.optimizers.MaskedGradient
+                )
+            plain = model.evaluate(x, y, verbose=0)
+            term = history["pac_bayes"][-1]
+            assert (term > 1e-3 * plain) == (strength > 0)
+            np.testing.assert_allclose(
+                history["loss"][-1] - term, plain, rtol=1e-5
+            )
+            weights.append(flat(model))
+        assert np.abs(weights[0] - weights[1]).max() > 1e-3
+
+
 class TestWithoutStrength:
     def test_training_is_bit_identical(self):
         """Dropout, shuffling and global generators go on undisturbed."""
@@ -559,6 +753,19 @@ class Break(keras.callbacks.Callback):
             raise RuntimeError("the power is out")
 
 
+class BreakAfter(keras.callbacks.Callback):
+    """Breaks off after so many steps, in the middle of an epoch."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("the power is out")
+
+
 class TestFiles:
     @pytest.mark.parametrize(
         "first, options",
@@ -601,6 +808,44 @@ class TestFiles:
             callback.information, expected.information
         )
         assert logged_after == logged[2:]
+
+    @pytest.mark.parametrize(
+        "every", [pytest.param(3, marks=pytest.mark.slow), 4]
+    )
+    def test_backup_every_steps(self, tmp_path, every):
+        """The file is of step 8; estimations are around it or at it."""
+        x, y = data_of()
+
+        def run(steps, epochs, callbacks, seed=0):
+            keras.utils.set_random_seed(seed)
+            model = network(optimizer="adam")
+            callback = PACBayes(x, y, strength=1.0, samples=5, every=every)
+            callbacks = [callback, *callbacks]
+            # All batches are the same: Keras begins the broken epoch anew,
+            # from the weights in its middle.
+            model.fit(
+                *[np.concatenate([a] * steps) for a in (x, y)],
+                batch_size=len(x),
+                shuffle=False,
+                epochs=epochs,
+                verbose=0,
+                callbacks=callbacks,
+            )
+            return flat(model), callback
+
+        def backup():
+            return keras.callbacks.BackupAndRestore(tmp_path, save_freq=4)
+
+        with pytest.raises(RuntimeError, match="power"):
+            run(6, 3, [backup(), BreakAfter(10)])
+        resumed, callback = run(6, 3, [backup()], seed=1)
+        # Eight steps from the file and two epochs after them.
+        whole, expected = run(20, 1, [])
+        assert len(expected.information) == 20 // every
+        np.testing.assert_array_equal(
+            callback.information, expected.information
+        )
+        np.testing.assert_array_equal(resumed, whole)
 
     @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
     def test_files_of_training_load_without_the_callback(

@@ -28,6 +28,14 @@ def test_csv_finds_a_sentence_column(tmp_path):
     assert text_data.read_csv(path)[0] == [("a", 0), ("b", 1)]
 
 
+def test_csv_of_a_spreadsheet(tmp_path):
+    """Which puts a byte order mark before the first column's name."""
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\nbad,0\ngood,1\n", encoding="utf-8-sig")
+    examples, _ = text_data.read_csv(path)
+    assert examples == [("bad", 0), ("good", 1)]
+
+
 def test_csv_without_the_column_lists_what_there_is(tmp_path):
     path = write(tmp_path / "a.csv", "review,label\na,0\nb,1\n")
     with pytest.raises(ValueError, match=r"\['review', 'label'\].*text_col"):

@@ -1,5 +1,7 @@
+import contextlib
 import functools
 import os
+import shutil
 
 import keras
 import numpy as np
@@ -51,6 +53,17 @@ def vjp(function, x, upstream):
     x = torch.as_tensor(x).requires_grad_()
     upstream = torch.as_tensor(upstream)
     return torch.autograd.grad(function(x), x, upstream, create_graph=True)[0]
+
+
+def compiled(function):
+    """Compiled by XLA."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True)
 
 
 @functools.lru_cache
@@ -281,14 +294,75 @@ def test_float16_does_not_overflow():
     assert np.all(y[0, 1:] == 0)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 by default")
+@pytest.mark.skipif(
+    BACKEND not in ("jax", "tensorflow"), reason="tests what XLA compiles"
+)
+@pytest.mark.parametrize(
+    "dtype,tolerance", [("float16", 3e-3), ("bfloat16", 2e-2)]
+)
+@pytest.mark.parametrize(
+    "case",
+    ["fwht", (1536, 2, 1500, 512, False, False), (257, 2, 17, 200, True, True)],
+    ids=str,
+)
+def test_low_precision_compiled(case, dtype, tolerance):
+    if case == "fwht":
+        apply, matrix = fwht, hadamard(768)
+    else:
+        plan, matrix = make(*case)
+        apply = functools.partial(randomized_transform, plan=plan)
+    x = keras.ops.cast(normal(4, matrix.shape[1]), dtype)
+    upstream = keras.ops.cast(normal(4, matrix.shape[0]), dtype)
+    gradient = compiled(functools.partial(vjp, apply))
+    for got, exact in (
+        (compiled(apply)(x), to_numpy(x) @ matrix.T),
+        (gradient(x, upstream), to_numpy(upstream) @ matrix),
+    ):
+        assert keras.backend.standardize_dtype(got.dtype) == dtype
+        error = np.linalg.norm(to_numpy(got) - exact) / np.linalg.norm(exact)
+        assert error < tolerance
+
+
+def with_float64():
+    """A context in which the backend has float64: JAX has not by default."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
 def test_float64():
     x = normal(3, 768, dtype="float64")
-    y = fwht(x)
-    assert keras.backend.standardize_dtype(y.dtype) == "float64"
-    np.testing.assert_allclose(
-        keras.ops.convert_to_numpy(y), x @ hadamard(768).T, atol=1e-12
-    )
+    with with_float64():
+        y = fwht(x)
+        assert keras.backend.standardize_dtype(y.dtype) == "float64"
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(y), x @ hadamard(768).T, atol=1e-12
+        )
+
+
+@only_jax
+@pytest.mark.parametrize("case", [CASES[6], CASES[11], CASES[16]], ids=str)
+def test_float64_in_compiled_jax(case):
+    plan, matrix = make(*case)
+    square = hadamard(plan.order)
+    x = normal(3, plan.input_dim, dtype="float64")
+    upstream = normal(3, plan.output_dim, dtype="float64")
+    z = normal(3, plan.order, dtype="float64")
+    apply = functools.partial(randomized_transform, plan=plan)
+    with with_float64():
+        for function, argument, pulled, matrix in (
+            (apply, x, upstream, matrix),
+            (fwht, z, z[::-1].copy(), square),
+        ):
+            y = compiled(function)(argument)
+            gradient = compiled(functools.partial(vjp, function))(
+                argument, pulled
+            )
+            assert y.dtype == gradient.dtype == "float64"
+            np.testing.assert_allclose(y, argument @ matrix.T, atol=1e-12)
+            np.testing.assert_allclose(gradient, pulled @ matrix, atol=1e-12)
 
 
 # Gradients.
@@ -655,6 +729,57 @@ def test_torch_compile(inner):
         )
         # What the compiled call has cached works in an ordinary one.
         np.testing.assert_allclose(apply(x).detach(), y.detach(), atol=1e-5)
+
+
+@only_torch
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_with_another_size(dynamic):
+    """A size that has changed, or is said to, is dynamic."""
+    import torch
+
+    torch.compiler.reset()
+    for axis in (-1, 0):
+        apply = torch.compile(
+            functools.partial(fwht, axis=axis),
+            fullgraph=True,
+            backend="aot_eager",
+            dynamic=dynamic,
+        )
+        for size in (12, 20, 24):
+            x, matrix = normal(size, size), hadamard(size)
+            expected = matrix @ x if axis == 0 else x @ matrix.T
+            np.testing.assert_allclose(
+                apply(torch.tensor(x)), expected, atol=1e-5
+            )
+
+
+CXX = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
+@only_torch
+@pytest.mark.slow
+@pytest.mark.skipif(CXX is None, reason="inductor needs a C++ compiler")
+def test_torch_compile_with_its_default_compiler(monkeypatch):
+    import torch
+    import torch._inductor.config as inductor
+
+    # It looks for one name only.
+    monkeypatch.setattr(inductor.cpp, "cxx", (CXX,))
+    # What an earlier run has left on the disk needs no compiler.
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch.compiler.reset()
+    compiled = torch.compile(fwht, fullgraph=True)
+    # Not symmetric, with a scale after the factors, and one factor.
+    for shape in ((3, 20), (2, 5, 768)):
+        matrix = hadamard(shape[-1])
+        x = torch.tensor(normal(*shape), requires_grad=True)
+        upstream = normal(*shape[::-1]).T.reshape(shape)
+        y = compiled(x)
+        np.testing.assert_allclose(
+            y.detach(), x.detach().numpy() @ matrix.T, atol=1e-5
+        )
+        (gradient,) = torch.autograd.grad(y, x, torch.tensor(upstream))
+        np.testing.assert_allclose(gradient, upstream @ matrix, atol=1e-5)
 
 
 @pytest.mark.parametrize("adjoint", [False, True])

@@ -31,6 +31,13 @@ OPTIMIZERS = {
     "lion": lambda **k: keras.optimizers.Lion(0.1, **k),
     "lamb": lambda **k: keras.optimizers.Lamb(0.1, **k),
 }
+# Newer than the oldest Keras that the library takes.
+if hasattr(keras.optimizers, "Muon"):
+    OPTIMIZERS["muon"] = lambda **k: keras.optimizers.Muon(0.1, **k)
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
+    OPTIMIZERS["schedule_free_adamw"] = lambda **k: (
+        keras.optimizers.ScheduleFreeAdamW(0.1, **k)
+    )
 needs_multi = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
     reason="this Keras has no MultiOptimizer",

@@ -24,6 +24,10 @@ def _adapted(builder, adapter=None, **kwargs):
     return model, x
 
 
+def _numpy(x):
+    return np.array(keras.ops.convert_to_numpy(x))
+
+
 def _run(code, *arguments, backend=BACKEND):
     environment = {**os.environ, "KERAS_BACKEND": backend}
     result = subprocess.run(
@@ -202,6 +206,51 @@ class TestWholeModelFiles:
         kra.load_adapter(plain, f"{folder}/default.adapter.safetensors")
         np.testing.assert_allclose(zoo.outputs(plain, x), out, atol=1e-6)
         assert kra.sites(model)
+
+
+class TestWeightsFiles:
+    @pytest.mark.parametrize(
+        "builder",
+        [
+            zoo.sequential,
+            pytest.param(zoo.functional, marks=pytest.mark.slow),
+            zoo.subclassed,
+            zoo.reversible_embedding,
+            pytest.param(zoo.bert_classifier, marks=pytest.mark.slow),
+        ],
+        ids=lambda b: b.__name__,
+    )
+    def test_plain_weights_load_into_an_adapted_model(self, builder, tmp_path):
+        plain, x, _ = builder()
+        zoo.set_weights(plain, seed=5)
+        plain.save_weights(tmp_path / "plain.weights.h5")
+        model, _ = _adapted(builder)
+        before = {v.path: _numpy(v) for v in model.weights}
+        model.load_weights(tmp_path / "plain.weights.h5")
+        base = []
+        for v in model.weights:
+            if "/adapter/" in v.path:
+                np.testing.assert_array_equal(
+                    _numpy(v), before[v.path], err_msg=v.path
+                )
+            else:
+                base.append(v)
+        for mine, theirs in zip(base, plain.weights, strict=True):
+            np.testing.assert_array_equal(
+                _numpy(mine), _numpy(theirs), err_msg=mine.path
+            )
+        expected = zoo.outputs(plain, x)
+        with kra.disabled(model):
+            np.testing.assert_allclose(
+                zoo.outputs(model, x), expected, atol=1e-6
+            )
+        # The same adapter on the weights of the file.
+        assert np.abs(zoo.outputs(model, x) - expected).max() > 1e-3
+        kra.inject(plain, kra.RLoRA(5), list(kra.sites(model)))
+        zoo.randomize(plain)
+        np.testing.assert_allclose(
+            zoo.outputs(model, x), zoo.outputs(plain, x), atol=1e-6
+        )
 
 
 class TestLegacyFiles:

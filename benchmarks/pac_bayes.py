@@ -1,0 +1,138 @@
+"""What the PAC-Bayes term costs: seconds and bytes an estimation.
+
+    KERAS_BACKEND=jax python benchmarks/pac_bayes.py     # one backend
+    python benchmarks/pac_bayes.py --all                 # every backend
+
+A KerasHub BERT in the shape of MiniLM (6 layers of 384) with random weights and
+a trained head, query and value projections adapted, on random sentences of 64
+tokens in batches of 16. Each line is one `fit`, with the callback, of as many
+epochs as `--repeats` and one more: the first compiles. An estimation takes 100
+examples. Shown are medians, of the estimation's `costs` and of what the rest of
+its epoch took, without the term (that is, of a `fit` without the callback) and
+with it.
+"""
+
+import statistics
+import time
+
+import numpy as np
+import side_by_side
+
+COLUMNS = (
+    ("adapter", "{}"),
+    ("examples", "{:,}"),
+    ("mode", "{}"),
+    ("epoch without, s", "{:.2f}"),
+    ("epoch with, estimation apart, s", "{:.2f}"),
+    ("estimation, s", "{:.2f}"),
+    ("of the epoch, %", "{:.0f}"),
+    ("an estimation, MB", "{:.1f}"),
+)
+LENGTH = 64
+BATCH = 16
+
+
+def classifier(quick):
+    import keras
+    import keras_hub
+
+    keras.utils.set_random_seed(0)
+    size = dict(num_layers=1, num_heads=2, hidden_dim=32, intermediate_dim=32)
+    if not quick:
+        size = dict(
+            num_layers=6, num_heads=12, hidden_dim=384, intermediate_dim=1536
+        )
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=1000, max_sequence_length=LENGTH, dropout=0.0, **size
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None, dropout=0.0
+    )
+
+
+def examples(n):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1000, (n, LENGTH), "int32")
+    x = {
+        "token_ids": ids,
+        "segment_ids": np.zeros_like(ids),
+        "padding_mask": np.ones_like(ids, "bool"),
+    }
+    return x, rng.integers(0, 2, n)
+
+
+def fit(adapter, n, mode, arguments):
+    """Seconds of every epoch but the first, and the callback, if any."""
+    import keras
+
+    import keras_randadapt as kra
+
+    model = classifier(arguments.quick)
+    kra.inject(
+        model, adapter, ["query", "value"], keep_trainable=["pooled_dense"]
+    )
+    x, y = examples(n)
+    seconds = []
+
+    class Clock(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.started = time.perf_counter()
+
+        def on_epoch_end(self, epoch, logs=None):
+            seconds.append(time.perf_counter() - self.started)
+
+    # First, so that it hears of an epoch's end before the estimation.
+    callbacks = [Clock()]
+    if mode is not None:
+        callbacks.append(kra.callbacks.PACBayes(x, y, mode=mode))
+    model.compile(
+        keras.optimizers.AdamW(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(
+        x,
+        y,
+        batch_size=BATCH,
+        epochs=arguments.repeats + 1,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    return seconds[1:], callbacks[-1]
+
+
+def rows(arguments):
+    import keras_randadapt as kra
+
+    lines = (
+        ("RLoRA(384)", lambda: kra.RLoRA(384), 200, "quadratic"),
+        ("RLoRA(384)", lambda: kra.RLoRA(384), 2000, "quadratic"),
+        ("LoRA(8)", lambda: kra.LoRA(8), 200, "quadratic"),
+        ("LoRA(8)", lambda: kra.LoRA(8), 200, "diagonal"),
+    )
+    for name, make, n, mode in lines[:1] if arguments.quick else lines:
+        n = 32 if arguments.quick else n
+        plain, _ = fit(make(), n, None, arguments)
+        with_term, callback = fit(make(), n, mode, arguments)
+        costs = callback.costs[1:]
+        estimation = statistics.median(cost["seconds"] for cost in costs)
+        rest = statistics.median(with_term)
+        yield (
+            name,
+            n,
+            mode,
+            statistics.median(plain),
+            rest,
+            estimation,
+            100 * estimation / rest,
+            costs[-1]["bytes"] / 1e6,
+        )
+
+
+if __name__ == "__main__":
+    side_by_side.main(
+        __doc__,
+        COLUMNS,
+        rows,
+        repeats=dict(type=int, default=3),
+        quick=dict(action="store_true", help="a tiny model, to see it run"),
+    )
