@@ -16,11 +16,18 @@ import math
 import keras
 import numpy as np
 
+from keras_randadapt import _compat
 from keras_randadapt import root
+from keras_randadapt import site_layers
 from keras_randadapt.adapters import base as adapter_base
 
 VERSION = 1
 METADATA_KEY = "keras_randadapt"
+
+# Every digest of layers is as long; the size of a file needs no more of it.
+_SOME_DIGEST = "0" * 16
+
+_ALL_KINDS = (*site_layers.KERNEL_KINDS, "norm")
 
 
 def size(model, name):
@@ -33,13 +40,12 @@ def size(model, name):
     }
     for address in record.kept:
         for i, weight in enumerate(state.layers[address].weights):
-            array = np.zeros(0, _stored_dtype(weight))
+            array = np.zeros(0, stored_dtype(weight))
             kind = "F" if array.dtype.kind == "f" else "I"
             dtype = f"{kind}{8 * array.dtype.itemsize}"
             shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
-    header = {
-        "__metadata__": {METADATA_KEY: canonical(describe(model, name, None))}
-    }
+    metadata = describe(model, name, None, _SOME_DIGEST)
+    header = {"__metadata__": {METADATA_KEY: canonical(metadata)}}
     offset = 0
     # safetensors lays tensors out by falling alignment, then by name.
     order = sorted(shapes, key=lambda k: (-int(shapes[k][0][1:]), k))
@@ -81,12 +87,13 @@ def kept_tensors(state, name):
             values = record.kept_values[address]
         for i, (weight, value) in enumerate(zip(layer.weights, values)):
             tensors[f"{address}#{i}"] = np.ascontiguousarray(
-                value.astype(_stored_dtype(weight))
+                value.astype(stored_dtype(weight))
             )
     return tensors
 
 
-def _stored_dtype(weight):
+def stored_dtype(weight):
+    """The dtype that a weight of a kept layer has in a file."""
     # bfloat16 and float16 widen to float32 and back without loss; bfloat16
     # is no NumPy dtype.
     dtype = keras.backend.standardize_dtype(weight.dtype)
@@ -95,7 +102,18 @@ def _stored_dtype(weight):
     return dtype
 
 
-def describe(model, name, preset):
+def describe(model, name, preset, digest):
+    """The metadata of an adapter's file.
+
+    Args:
+        model: An adapted model.
+        name: The adapter's name.
+        preset: A string or `None`; see `save_adapter`.
+        digest: The `layers_digest` of the model's base.
+
+    Returns:
+        dict.
+    """
     state = model._randadapt
     record = state.records[name]
     adapters = state.adapters(name)
@@ -107,7 +125,7 @@ def describe(model, name, preset):
         "version": VERSION,
         "name": name,
         "adapter": adapter_base.serialize(record.template),
-        "model": describe_model(model),
+        "model": {**describe_model(model), "layers": digest},
         # Run-length encoded, in the order of the sorted addresses.
         "kernel_views": [
             [shape, len(list(group))]
@@ -128,10 +146,69 @@ def describe_model(model):
     if root.is_adapted(model):
         cls = model._root_base
     description = {"class": cls.__name__}
-    backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, keras.Model):
+    backbone = _backbone(model)
+    if backbone is not None:
         description["backbone"] = type(backbone).__name__
     return description
+
+
+def _backbone(model):
+    backbone = getattr(model, "backbone", None)
+    return backbone if isinstance(backbone, keras.Model) else None
+
+
+def layers_digest(model, kept, prefix=""):
+    """A short hash of the base model's layers: addresses and kernel views.
+
+    Of every layer that some method can adapt, adapted or not. Of a task it is
+    the backbone's, so that either's files fit the other. It is the same for a
+    float model and one of int8 or int4.
+
+    Args:
+        model: A built model, adapted or not.
+        kept: Addresses of layers to leave out with all below them, because
+            the adapter trains them.
+        prefix: A string that the addresses of the part that counts begin
+            with, where that is not all of the model. Of a task it is the
+            backbone anyway.
+
+    Returns:
+        A string of 16 characters.
+    """
+    layers = root.layers_of(model)
+    # By identity, since a backbone's own addresses are others.
+    left_out = {
+        id(layer)
+        for address in kept
+        for layer in _compat.flatten_layers(layers[address])
+    }
+    backbone = _backbone(model)
+    if backbone is not None:
+        layers, prefix = root.layers_of(backbone), ""
+    lines = []
+    for address, layer in sorted(layers.items()):
+        if not address.startswith(prefix):
+            continue
+        address = address.removeprefix(prefix)
+        view = None if id(layer) in left_out else _view_of(layer)
+        if view is not None:
+            lines.append(f"{address} {view.input_dim}x{view.output_dim}")
+    text = "\n".join(lines)
+    return hashlib.sha256(text.encode()).hexdigest()[: len(_SOME_DIGEST)]
+
+
+def _view_of(layer):
+    """The kernel view of a layer that can be a site, `None` for others."""
+    if not layer.built:
+        return None
+    if site_layers.supported_class(layer, _ALL_KINDS) is None:
+        return None
+    try:
+        return site_layers.view_of(layer)
+    except (AttributeError, ValueError):
+        # A normalization without an offset, an einsum that repeats a label,
+        # or a kernel that was quantized away.
+        return None
 
 
 def basis_hashes(adapters):

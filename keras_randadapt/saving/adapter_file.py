@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import reprlib
 import tempfile
 
 import keras
@@ -30,8 +31,9 @@ def save_adapter(
     """Saves one adapter: its trained weights, config and seed.
 
     Nothing that a seed rebuilds is stored, nor any of the base model but the
-    layers that were kept trainable. The file is complete or absent: it is
-    written beside its destination and moved there.
+    layers that were kept trainable. The file says what base model it is for,
+    by class and by a hash of its layers' addresses and shapes. The file is
+    complete or absent: it is written beside its destination and moved there.
 
     Args:
         model: An adapted model.
@@ -53,7 +55,8 @@ def save_adapter(
     name = checks.one_name(state, name)
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
-    metadata = file_format.describe(model, name, preset)
+    digest = file_format.layers_digest(model, state.records[name].kept)
+    metadata = file_format.describe(model, name, preset, digest)
     data = safetensors.numpy.save(
         tensors,
         metadata={file_format.METADATA_KEY: file_format.canonical(metadata)},
@@ -72,7 +75,10 @@ def load_adapter(
 
     Files load on every backend, whichever wrote them, and into the backbone
     of the task that they were trained on. Loading is strict: every check is
-    made before anything changes.
+    made before anything changes. The base model must have the layers that the
+    adapter was trained on, adapted or not, of the same shapes; layers that
+    were kept trainable are compared weight by weight, and of a KerasHub task
+    only the backbone counts. A float and an int8 or int4 model are alike.
 
     A model without adapters computes with the loaded one at once. Beside
     other adapters it is attached inactive; see `set_active`. If the model has
@@ -93,10 +99,11 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, foreign, or of a newer format, if
-            the model is of another class or lacks a site, a shape differs, a
-            basis would not be rebuilt as it was, or the name is taken by a
-            different adapter. The model is then as it was.
+        ValueError: If the file is damaged, foreign, or of a newer format, or
+            holds anything that it does not account for, if the model is of
+            another class, has other layers or lacks a site, a shape or dtype
+            differs, a basis would not be rebuilt as it was, or the name is
+            taken by a different adapter. The model is then as it was.
 
     Example:
 
@@ -107,7 +114,7 @@ def load_adapter(
     tensors, metadata = _read(filepath)
     try:
         template = adapter_base.deserialize(metadata["adapter"])
-    except (TypeError, KeyError, ValueError) as error:
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"'{filepath}' describes an adapter that can't be made here: "
             f"{error}"
@@ -115,7 +122,7 @@ def load_adapter(
     name = metadata["name"] if name is None else name
     checks.check_model(model)
     layers = root.layers_of(model)
-    rename = _relocation(filepath, metadata, tensors, model, layers)
+    rename, part = _relocation(filepath, metadata, tensors, model, layers)
     template = template.relocated(rename)
     _check_base(filepath, metadata, model, preset)
 
@@ -128,6 +135,7 @@ def load_adapter(
     order = {address: i for i, address in enumerate(layers)}
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers, template.site_kinds)
+    _check_layers(filepath, metadata, model, kept, part)
     addresses.sort(key=order.get)
     checks.check_attachable(model, layers, addresses, kept)
     present = root.is_adapted(model) and name in model._randadapt.records
@@ -200,6 +208,11 @@ def _read(filepath):
                     "`keras_randadapt.save_adapter` wrote."
                 )
             metadata = json.loads(header[file_format.METADATA_KEY])
+            if not isinstance(metadata, dict):
+                raise ValueError(
+                    f"'{filepath}' is damaged: its metadata must be an "
+                    f"object. Received: {reprlib.repr(metadata)}"
+                )
             if metadata.get("version") != file_format.VERSION:
                 raise ValueError(
                     f"'{filepath}' has format version "
@@ -213,19 +226,85 @@ def _read(filepath):
             f"'{filepath}' is no adapter file, or is damaged or cut short: "
             f"{error}"
         ) from error
-    missing = {
-        "name",
-        "adapter",
-        "model",
-        "kernel_views",
-        "bases",
-        "kept",
-    } - set(metadata)
-    if missing:
+    _check_form(filepath, metadata, _FORM)
+    _check_form(filepath, metadata["model"], _FORM_OF_MODEL, "model.")
+    unknown = sorted(
+        set(metadata.get("sources", {})) - set(_site_keys(tensors))
+    )
+    if unknown:
         raise ValueError(
-            f"'{filepath}' lacks the metadata {sorted(missing)}; it is damaged."
+            f"'{filepath}' is damaged: it tells the inputs of sites that it "
+            f"does not hold: {unknown[:5]}"
+            + (" and more." if len(unknown) > 5 else ".")
         )
     return tensors, metadata
+
+
+def _is_string(value):
+    return isinstance(value, str)
+
+
+def _is_object(value):
+    return isinstance(value, dict)
+
+
+def _are_strings(value):
+    return isinstance(value, dict) and all(map(_is_string, value.values()))
+
+
+def _are_distinct_strings(value):
+    return (
+        isinstance(value, list)
+        and all(map(_is_string, value))
+        and len(set(value)) == len(value)
+    )
+
+
+def _are_runs(value):
+    # By type, for `True` is an integer too.
+    return isinstance(value, list) and all(
+        isinstance(run, list)
+        and [type(part) for part in run] == [str, int]
+        and run[1] > 0
+        for run in value
+    )
+
+
+# What the metadata must be: by key, whether it can't be absent, what it is in
+# words, and the function that tells.
+_FORM = {
+    "name": (True, "a string", _is_string),
+    "adapter": (True, "an object", _is_object),
+    "model": (True, "an object", _is_object),
+    "kernel_views": (True, "a list of shapes with their counts", _are_runs),
+    "bases": (True, "an object of strings", _are_strings),
+    "kept": (True, "a list of distinct strings", _are_distinct_strings),
+    "sources": (False, "an object of strings", _are_strings),
+    "preset": (False, "a string", _is_string),
+}
+_FORM_OF_MODEL = {
+    "class": (True, "a string", _is_string),
+    "layers": (True, "a string", _is_string),
+    "backbone": (False, "a string", _is_string),
+}
+
+
+def _check_form(filepath, content, form, prefix=""):
+    missing = sorted(
+        prefix + key
+        for key, (required, _, _) in form.items()
+        if required and key not in content
+    )
+    if missing:
+        raise ValueError(
+            f"'{filepath}' lacks the metadata {missing}; it is damaged."
+        )
+    for key, (_, words, holds) in form.items():
+        if key in content and not holds(content[key]):
+            raise ValueError(
+                f"'{filepath}' is damaged: its metadata '{prefix}{key}' must "
+                f"be {words}. Received: {reprlib.repr(content[key])}"
+            )
 
 
 def _site_keys(tensors):
@@ -233,10 +312,11 @@ def _site_keys(tensors):
 
 
 def _relocation(filepath, metadata, tensors, model, layers):
-    """The function from a file's addresses to the model's.
+    """The function from a file's addresses to the model's, and to which part.
 
     A task holds its backbone under a prefix; a file trained on either loads
-    into the other, by adding or removing one prefix everywhere.
+    into the other, by adding or removing one prefix everywhere. The part is
+    the prefix that is added, or `None` if one is removed.
     """
     keys = [
         *_site_keys(tensors),
@@ -246,7 +326,7 @@ def _relocation(filepath, metadata, tensors, model, layers):
     if not keys:
         raise ValueError(f"'{filepath}' holds no site.")
     if all(key in layers for key in keys):
-        return lambda key: key
+        return lambda key: key, ""
     prefixes = set()
     for address in layers:
         if address.endswith(f"/{keys[0]}"):
@@ -259,12 +339,12 @@ def _relocation(filepath, metadata, tensors, model, layers):
         )
     if fits:
         prefix = fits[0]
-        return lambda key: prefix + key
+        return lambda key: prefix + key, prefix
     parts = os.path.commonprefix(keys).split("/")[:-1]
     for n in range(1, len(parts) + 1):
         prefix = "/".join(parts[:n]) + "/"
         if all(key.removeprefix(prefix) in layers for key in keys):
-            return lambda key: key.removeprefix(prefix)
+            return lambda key: key.removeprefix(prefix), None
     missing = [key for key in keys if key not in layers]
     ours = file_format.describe_model(model)["class"]
     raise ValueError(
@@ -297,10 +377,12 @@ def _check_base(filepath, metadata, model, preset):
 
 
 def _check_views(filepath, metadata, addresses, layers, kinds):
-    # `addresses` are in the file's order, as the views are.
-    views = [shape for shape, n in metadata["kernel_views"] for _ in range(n)]
-    if len(views) != len(addresses):
+    runs = metadata["kernel_views"]
+    # Counted first: a damaged count would fill the memory.
+    if sum(n for _, n in runs) != len(addresses):
         raise ValueError(f"'{filepath}' is damaged: it misses sites.")
+    # `addresses` are in the file's order, as the views are.
+    views = [shape for shape, n in runs for _ in range(n)]
     wrong = []
     for address, theirs in zip(addresses, views):
         layer = layers[address]
@@ -318,6 +400,23 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
             + ", ".join(wrong[:5])
             + (f" and {len(wrong) - 5} more." if len(wrong) > 5 else ".")
         )
+
+
+def _check_layers(filepath, metadata, model, kept, part):
+    theirs = metadata["model"]
+    ours = file_format.describe_model(model)
+    if part is None and "backbone" not in {**theirs, **ours}:
+        # The file's model was larger than this one, and said nothing of the
+        # part of it that this one is.
+        return
+    if file_format.layers_digest(model, kept, part or "") == theirs["layers"]:
+        return
+    cls = theirs.get("backbone", theirs["class"])
+    raise ValueError(
+        f"'{filepath}' was trained on a {cls} with other layers than this "
+        "model's: it has every site, but more or fewer layers beside them, or "
+        "layers of other shapes."
+    )
 
 
 def _check_same(filepath, model, name, template, addresses, kept, sources):
@@ -378,25 +477,33 @@ def _adapter_values(filepath, built, tensors):
 
 
 def _kept_values(filepath, metadata, tensors, rename, layers):
+    unknown = {key for key in tensors if "#" in key}
     values = {}
     for key in metadata["kept"]:
         weights = layers[rename(key)].weights
         arrays = []
         for i, weight in enumerate(weights):
+            unknown.discard(f"{key}#{i}")
             array = tensors.get(f"{key}#{i}")
-            if array is None or array.shape != tuple(weight.shape):
-                found = "nothing" if array is None else f"shape {array.shape}"
+            ours = _kind(file_format.stored_dtype(weight), weight.shape)
+            found = "nothing"
+            if array is not None:
+                found = _kind(array.dtype, array.shape)
+            if found != ours:
                 raise ValueError(
                     f"'{filepath}' holds {found} for weight {i} of the kept "
-                    f"layer '{key}'; the model's has shape "
-                    f"{tuple(weight.shape)}."
+                    f"layer '{key}', which in this model must be {ours}."
                 )
             arrays.append(array)
-        extra = f"{key}#{len(weights)}"
-        if extra in tensors:
-            raise ValueError(
-                f"'{filepath}' holds more weights for the kept layer '{key}' "
-                f"than the model's {len(weights)}."
-            )
         values[rename(key)] = arrays
+    if unknown:
+        raise ValueError(
+            f"'{filepath}' holds tensors that are no weights of its kept "
+            f"layers: {sorted(unknown)[:5]}"
+            + (f" and {len(unknown) - 5} more." if len(unknown) > 5 else ".")
+        )
     return values
+
+
+def _kind(dtype, shape):
+    return f"{dtype} of shape {tuple(shape)}"

@@ -11,8 +11,12 @@ import safetensors.numpy
 from keras import layers
 
 import keras_randadapt as kra
+from keras_randadapt import file_format
 from tests import methods
 from tests import zoo
+
+#: The digest of the layers of `zoo.bert`, on every backend.
+LAYERS_OF_BERT = "f5bcd86cca69dad8"
 
 
 def _numpy(x):
@@ -32,16 +36,26 @@ def saved(tmp_path):
 
 
 def _edit(path, metadata=None, tensors=None):
-    """Rewrites a file with some of its content changed."""
+    """Rewrites a file with some of its content changed.
+
+    Metadata that is no dict takes the place of all that was there.
+    """
     with safetensors.safe_open(path, framework="np") as file:
         old = json.loads(file.metadata()["keras_randadapt"])
         content = {key: file.get_tensor(key) for key in file.keys()}
-    new = {**old, **(metadata or {})}
+    if metadata is None or isinstance(metadata, dict):
+        metadata = {**old, **(metadata or {})}
     content.update(tensors or {})
     content = {k: v for k, v in content.items() if v is not None}
     safetensors.numpy.save_file(
-        content, path, {"keras_randadapt": json.dumps(new)}
+        content, path, {"keras_randadapt": json.dumps(metadata)}
     )
+
+
+def _model(path):
+    """What a file says of its base model."""
+    with safetensors.safe_open(path, framework="np") as file:
+        return json.loads(file.metadata()["keras_randadapt"])["model"]
 
 
 def _sites(path):
@@ -65,6 +79,7 @@ class TestContent:
         assert metadata["model"] == {
             "class": "BertTextClassifier",
             "backbone": "BertBackbone",
+            "layers": LAYERS_OF_BERT,
         }
         assert metadata["adapter"]["class"] == "keras_randadapt>RLoRA"
         assert len(metadata["bases"]) == 2
@@ -213,6 +228,168 @@ class TestLoading:
         kra.load_adapter(fresh, path, preset="bert_tiny_en_uncased")
 
 
+def _bert(num_layers=2, vocabulary_size=20):
+    import keras_hub
+
+    return keras_hub.models.BertBackbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=num_layers,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=6,
+    )
+
+
+def _bert_with_head(classes):
+    """A model around a backbone that is no task of KerasHub's."""
+    backbone = _bert()
+    outputs = backbone.output["pooled_output"]
+    head = layers.Dense(classes, name="head")
+    return keras.Model(backbone.input, head(outputs))
+
+
+class TestBaseModel:
+    """A file loads into the base model that it was trained on, or its like."""
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"num_layers": 4}, {"vocabulary_size": 30}],
+        ids=["deeper", "other vocabulary"],
+    )
+    def test_other_layers_than_the_sites(self, tmp_path, other):
+        model = _bert()
+        kra.inject(model, kra.LoRA(2))
+        kra.save_adapter(model, tmp_path / "x")
+        fresh = _bert(**other)
+        before = zoo.snapshot(fresh)
+        with pytest.raises(
+            ValueError, match="trained on a BertBackbone with other layers"
+        ):
+            kra.load_adapter(fresh, tmp_path / "x")
+        assert zoo.snapshot(fresh).keys() == before.keys()
+        assert kra.sites(fresh) == {} and type(fresh) is type(_bert())
+
+    @pytest.mark.parametrize("task_first", [True, False])
+    def test_other_layers_in_a_task(self, tmp_path, task_first):
+        import keras_hub
+
+        task = keras_hub.models.BertTextClassifier(
+            backbone=_bert(4), num_classes=3, preprocessor=None
+        )
+        models = (task, _bert()) if task_first else (_bert(), task)
+        first_blocks = ["transformer_layer_0", "transformer_layer_1"]
+        chosen = [
+            layer
+            for block in first_blocks
+            for layer in getattr(models[0], "backbone", models[0])
+            .get_layer(block)
+            ._flatten_layers()
+            if layer.name == "query"
+        ]
+        kra.inject(models[0], kra.LoRA(2), lambda x: x in chosen)
+        kra.save_adapter(models[0], tmp_path / "x")
+        with pytest.raises(ValueError, match="with other layers"):
+            kra.load_adapter(models[1], tmp_path / "x")
+
+    def test_part_of_a_functional_model(self, tmp_path):
+        """A file of the part loads into the whole, and the other way round."""
+
+        def models(units=5):
+            inputs = keras.Input((3,))
+            hidden = keras.layers.Dense(4, name="hidden")(inputs)
+            part = keras.Model(
+                inputs, keras.layers.Dense(units)(hidden), name="part"
+            )
+            inputs = keras.Input((3,))
+            head = keras.layers.EinsumDense("ab,bc->ac", 2)
+            return part, keras.Model(inputs, head(part(inputs)))
+
+        for i in (0, 1):
+            first, second = models()[i], models()[1 - i]
+            kra.inject(first, kra.LoRA(2), ["hidden"])
+            kra.save_adapter(first, tmp_path / "x")
+            kra.load_adapter(second, tmp_path / "x")
+            assert len(kra.sites(second)) == 1
+        part, _ = models()
+        kra.inject(part, kra.LoRA(2), ["hidden"])
+        kra.save_adapter(part, tmp_path / "x")
+        _, other = models(units=6)
+        with pytest.raises(ValueError, match="with other layers"):
+            kra.load_adapter(other, tmp_path / "x")
+
+    @pytest.mark.parametrize("mode", ["int8", "int4"])
+    def test_quantized_and_float(self, tmp_path, mode):
+        floats = _bert()
+        kra.inject(floats, kra.LoRA(2))
+        kra.save_adapter(floats, tmp_path / "floats")
+        quantized = _bert()
+        quantized.quantize(mode)
+        kra.load_adapter(quantized, tmp_path / "floats")
+        kra.save_adapter(quantized, tmp_path / "quantized")
+        content = (tmp_path / "floats").read_bytes()
+        assert (tmp_path / "quantized").read_bytes() == content
+
+    def test_whatever_is_attached(self, tmp_path):
+        """Adapters and layers inside of them are no part of the base."""
+        model = _bert()
+        kra.inject(model, kra.LoRA(2))
+        kra.save_adapter(model, tmp_path / "alone")
+        kra.inject(model, kra.Bottleneck(2), name="b")
+        kra.inject(model, kra.LoRA(2), name="again")
+        kra.inject(model, kra.DoRA(kra.LoRA(2)), "all-linear", name="c")
+        kra.save_adapter(model, tmp_path / "beside", name="default")
+        content = (tmp_path / "alone").read_bytes()
+        assert (tmp_path / "beside").read_bytes() == content
+        kra.save_adapter(model, tmp_path / "b", name="b")
+        fresh = _bert()
+        for file, name in (("b", "b"), ("alone", "one"), ("alone", "two")):
+            kra.load_adapter(fresh, tmp_path / file, name=name)
+
+    def test_kept_layers_are_left_out(self, tmp_path):
+        """They have a check of their own, which says more."""
+        model = _bert_with_head(3)
+        kra.inject(model, kra.LoRA(2), keep_trainable="head")
+        kra.save_adapter(model, tmp_path / "kept")
+        with pytest.raises(ValueError, match="weight 0 of the kept layer"):
+            kra.load_adapter(_bert_with_head(5), tmp_path / "kept")
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2))
+        kra.save_adapter(model, tmp_path / "x")
+        assert _model(tmp_path / "x") != _model(tmp_path / "kept")
+        with pytest.raises(ValueError, match="with other layers"):
+            kra.load_adapter(_bert_with_head(5), tmp_path / "x")
+
+    def test_layers_without_a_kernel_view(self, tmp_path):
+        """They can be no site, so they are no reason to fail."""
+
+        def build():
+            inputs = keras.Input((4,))
+            x = layers.Dense(4, name="site")(inputs)
+            x = layers.LayerNormalization(center=False)(x)
+            x = layers.BatchNormalization(center=False, scale=False)(x)
+            x = layers.EinsumDense("ab,bb->ab", (4,))(x)
+            return keras.Model(inputs, x)
+
+        model = build()
+        kra.inject(model, kra.LoRA(2), "site")
+        kra.save_adapter(model, tmp_path / "x")
+        kra.load_adapter(build(), tmp_path / "x")
+
+    def test_only_files_look_at_all_layers(self, monkeypatch, tmp_path):
+        """`inject` and its report know the size without the digest."""
+        model = _bert()
+
+        def fail(*args):
+            raise AssertionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file_format, "layers_digest", fail)
+            report = kra.inject(model, kra.LoRA(2))
+        kra.save_adapter(model, tmp_path / "x")
+        assert (tmp_path / "x").stat().st_size == report.file_bytes
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -252,7 +429,15 @@ def _other_seed(path):
 
 
 def _other_model(path):
-    _edit(path, {"model": {"class": "GPT2Backbone"}})
+    _edit(path, {"model": {"class": "GPT2Backbone", "layers": "0" * 16}})
+
+
+def _other_layers(path):
+    _edit(path, {"model": {**_model(path), "layers": "0" * 16}})
+
+
+def _no_layers(path):
+    _edit(path, {"model": {"class": "BertTextClassifier"}})
 
 
 def _other_shapes(path):
@@ -291,6 +476,35 @@ def _more_head(path):
     _edit(path, tensors={"layers/dense#2": np.zeros(3, "float32")})
 
 
+def _far_head(path):
+    _edit(path, tensors={"layers/dense#7": np.zeros(3, "float32")})
+
+
+def _unknown_tensors(path):
+    names = ["nonsense#0", "layers/dense_1#0", "layers/dense#x"]
+    _edit(path, tensors={name: np.zeros(3, "float32") for name in names})
+
+
+def _many_unknown_tensors(path):
+    _edit(
+        path,
+        tensors={f"nonsense#{i}": np.zeros(3, "float32") for i in range(7)},
+    )
+
+
+def _integer_head(path):
+    _edit(path, tensors={"layers/dense#1": np.zeros(3, "int32")})
+
+
+def _wide_head(path):
+    _edit(path, tensors={"layers/dense#1": np.zeros(3, "float64")})
+
+
+def _unknown_source(path):
+    source = _sites(path)[0]
+    _edit(path, {"sources": {"layers/nowhere": source, "nonsense#0": source}})
+
+
 def _no_metadata(path):
     _edit(path, {"kept": None})
     with safetensors.safe_open(path, framework="np") as file:
@@ -323,14 +537,89 @@ class TestBadFiles:
             (_wrong_dtype, "float64 values"),
             (_missing_head, "holds nothing for weight 1 of the kept"),
             (_wrong_head, "shape \\(8, 4\\) for weight 0 of the kept"),
-            (_more_head, "holds more weights for the kept"),
+            (_more_head, "no weights of its kept layers: .'layers/dense#2'"),
+            (_far_head, "no weights of its kept layers: .'layers/dense#7'"),
+            (
+                _unknown_tensors,
+                "task.safetensors' holds tensors .*: .'layers/dense#x', "
+                "'layers/dense_1#0', 'nonsense#0'.\\.",
+            ),
+            (_many_unknown_tensors, "'nonsense#4'. and 2 more"),
+            (_integer_head, "int32 of shape .* weight 1 .* must be float32"),
+            (_wide_head, "float64 of shape .* weight 1 .* must be float32"),
+            (
+                _unknown_source,
+                "inputs of sites .*'layers/nowhere', 'nonsense#0'",
+            ),
+            (_other_layers, "was trained on a BertBackbone with other layers"),
+            (_no_layers, "lacks the metadata \\['model.layers'\\]"),
         ],
         ids=lambda x: getattr(x, "__name__", ""),
     )
     def test_error_and_nothing_changed(self, saved, damage, message):
-        _, x, path = saved
-        damage(path)
+        damage(saved[2])
         fresh, _, _ = zoo.bert_classifier()
+        self._check_refused(fresh, saved[2], message)
+
+    @pytest.mark.parametrize(
+        "metadata, message",
+        [
+            ([], "its metadata must be an object"),
+            (3, "its metadata must be an object"),
+            ("x", "its metadata must be an object"),
+            ({"name": 3}, "metadata 'name' must be a string"),
+            ({"adapter": "RLoRA"}, "metadata 'adapter' must be an object"),
+            ({"adapter": {"class": 3, "config": []}}, "can't be made here"),
+            ({"model": "x"}, "metadata 'model' must be an object"),
+            ({"model": {}}, "lacks .*'model.class', 'model.layers'"),
+            (
+                {"model": {"class": 3, "layers": ""}},
+                "metadata 'model.class' must be a string",
+            ),
+            (
+                {"model": {"class": "X", "layers": 3}},
+                "metadata 'model.layers' must be a string",
+            ),
+            (
+                {"model": {"class": "X", "layers": "", "backbone": []}},
+                "metadata 'model.backbone' must be a string",
+            ),
+            ({"kernel_views": 3}, "'kernel_views' must be a list of"),
+            ({"kernel_views": [["8x8"]]}, "'kernel_views' must be a list of"),
+            ({"kernel_views": ["8x8", 4]}, "'kernel_views' must be a list of"),
+            ({"kernel_views": [[8, 4]]}, "'kernel_views' must be a list of"),
+            (
+                {"kernel_views": [["8x8", 0]]},
+                "'kernel_views' must be a list of",
+            ),
+            (
+                {"kernel_views": [["8x8", True]]},
+                "'kernel_views' must be a list of",
+            ),
+            ({"kernel_views": [["8x8", 10**15]]}, "it misses sites"),
+            ({"bases": ["x"]}, "'bases' must be an object of strings"),
+            ({"bases": {"x": 3}}, "'bases' must be an object of strings"),
+            ({"kept": None}, "'kept' must be a list of distinct strings"),
+            ({"kept": "layers/dense"}, "'kept' must be a list of distinct"),
+            ({"kept": [3]}, "'kept' must be a list of distinct strings"),
+            (
+                {"kept": ["layers/dense", "layers/dense"]},
+                "'kept' must be a list of distinct strings",
+            ),
+            ({"sources": []}, "'sources' must be an object of strings"),
+            ({"sources": {"a": None}}, "'sources' must be an object of"),
+            ({"preset": 3}, "'preset' must be a string"),
+        ],
+        ids=lambda x: None if isinstance(x, str) else json.dumps(x),
+    )
+    def test_malformed_metadata(self, tmp_path, metadata, message):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        kra.save_adapter(model, tmp_path / "x")
+        _edit(tmp_path / "x", metadata)
+        self._check_refused(zoo.dense()[0], tmp_path / "x", message)
+
+    def _check_refused(self, fresh, path, message):
         before = zoo.snapshot(fresh)
         classes = [type(layer) for layer in fresh._flatten_layers()]
         with pytest.raises(ValueError, match=message):
@@ -340,6 +629,24 @@ class TestBadFiles:
         for key, (name, value) in before.items():
             np.testing.assert_array_equal(after[key][1], value, err_msg=name)
         assert [type(layer) for layer in fresh._flatten_layers()] == classes
+
+    def test_kept_layer_that_is_quantized_here(self, tmp_path):
+        """Its integers must not take the file's floats."""
+
+        def build():
+            inputs = keras.Input((4,))
+            x = layers.Dense(4, name="site")(inputs)
+            x = layers.Dense(4, use_bias=False, name="head")(x)
+            return keras.Model(inputs, x)
+
+        model = build()
+        kra.inject(model, kra.LoRA(2), "site", keep_trainable="head")
+        kra.save_adapter(model, tmp_path / "x")
+        fresh = build()
+        fresh.quantize("int8")
+        with pytest.raises(ValueError, match="float32 .* must be int8"):
+            kra.load_adapter(fresh, tmp_path / "x")
+        assert kra.sites(fresh) == {}
 
     def test_two_places_that_fit(self, tmp_path):
         def tower(name):
