@@ -105,7 +105,6 @@ def rows(arguments):
 
     lines = (
         ("RLoRA(384)", lambda: kra.RLoRA(384), 200, "quadratic"),
-        ("RLoRA(384)", lambda: kra.RLoRA(384), 2000, "quadratic"),
         ("LoRA(8)", lambda: kra.LoRA(8), 200, "quadratic"),
         ("LoRA(8)", lambda: kra.LoRA(8), 200, "diagonal"),
     )
