@@ -61,10 +61,11 @@ def _preprocessor(source, sequence_length):
     for cls in classes:
         try:
             return cls.from_preset(source, sequence_length=sequence_length)
-        except ValueError:
-            # There is none of this kind for the preset's family.
-            if cls is classes[-1]:
+        except ValueError as error:
+            # Whether a preset's family has one, KerasHub says in no other way.
+            if "Unable to find a subclass" not in str(error):
                 raise
+    raise ValueError(f"KerasHub has no preprocessor of texts for {source!r}.")
 
 
 def tokenize(preprocessor, texts):

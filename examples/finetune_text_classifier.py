@@ -230,6 +230,8 @@ def serve(arguments, stages):
         "ask_saved_model.py",
         folder / serve_adapter.SAVED_MODEL,
         folder / serve_adapter.QUESTIONS,
+        # TensorFlow looks for Keras, which would bring PyTorch along.
+        backend="tensorflow",
     )
 
 

@@ -11,6 +11,7 @@ import functools
 import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.saving_lib import _walk_saveable
@@ -231,7 +232,8 @@ def sync_jax_state(model):
 
 def has_values(model):
     """Whether a model's variables have values, which JAX steps take out."""
-    if keras.config.backend() != "jax":
+    if keras.config.backend() != "jax" or in_stateless_scope():
+        # In a traced step they are in the scope.
         return True
     for layer in flatten_layers(model):
         for variable in owned_variables(layer):

@@ -157,20 +157,20 @@ def _backbone(model):
     return backbone if isinstance(backbone, keras.Model) else None
 
 
-def layers_digest(model, kept, prefix=""):
+def layers_digest(model, sites, kept, prefix=""):
     """A short hash of the base model's layers: addresses and kernel views.
 
-    Of every layer that some method can adapt, adapted or not. Of a task it is
-    the backbone's, so that either's files fit the other. It is the same for a
-    float model and one of int8 or int4.
+    Of every layer that some method can adapt, adapted or not. Of a task whose
+    sites are all in its backbone it is the backbone's, so that either's files
+    fit the other. It is the same for a float model and one of int8 or int4.
 
     Args:
         model: A built model, adapted or not.
+        sites: Addresses of the adapter's sites.
         kept: Addresses of layers to leave out with all below them, because
             the adapter trains them.
         prefix: A string that the addresses of the part that counts begin
-            with, where that is not all of the model. Of a task it is the
-            backbone anyway.
+            with, where that is not all of the model or the backbone.
 
     Returns:
         A string of 16 characters.
@@ -184,7 +184,9 @@ def layers_digest(model, kept, prefix=""):
     }
     backbone = _backbone(model)
     if backbone is not None:
-        layers, prefix = root.layers_of(backbone), ""
+        parts = {id(layer) for layer in _compat.flatten_layers(backbone)}
+        if all(id(layers[address]) in parts for address in sites):
+            layers, prefix = root.layers_of(backbone), ""
     lines = []
     for address, layer in sorted(layers.items()):
         if not address.startswith(prefix):

@@ -295,6 +295,41 @@ class TestInsideFit:
         np.testing.assert_array_equal(self._run(use), self._run())
         assert len(errors) == 3
 
+    def test_disabled_in_a_loss(self):
+        """Traced: Keras for JAX keeps no values in variables meanwhile."""
+        inner, x, targets = zoo.bert()
+
+        class Distilled(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.inner = inner
+
+            def call(self, x, training=None):
+                return self.inner(x, training=training)
+
+            def compute_loss(
+                self,
+                x=None,
+                y=None,
+                y_pred=None,
+                sample_weight=None,
+                training=True,
+            ):
+                with kra.disabled(self):
+                    base = self(x, training=False)
+                return keras.ops.mean((_first(y_pred) - _first(base)) ** 2)
+
+        def _first(outputs):
+            return keras.tree.flatten(outputs)[0]
+
+        model = Distilled()
+        model(x)
+        kra.inject(model, kra.LoRA(2), targets)
+        zoo.randomize(model)
+        model.compile(keras.optimizers.SGD(0.01))
+        losses = [model.fit(x, verbose=0).history["loss"][0] for _ in range(3)]
+        assert losses[0] > losses[1] > losses[2] > 0
+
 
 class TestBadInput:
     def test_not_a_model(self):

@@ -14,6 +14,7 @@ import pytest
 import keras_randadapt as kra
 from keras_randadapt import hadamard
 from keras_randadapt import random
+from keras_randadapt.adapters import randlora
 from tests import gradients
 from tests import zoo
 
@@ -499,6 +500,23 @@ class TestCompute:
             kra.RandLoRA(32, basis=basis, compute=compute), dim, rows=4
         )
         assert layer < 0.1 * 4 * dim * dim
+
+    @pytest.mark.parametrize("compute", ["factored", "materialized"])
+    def test_inference_waits_for_no_input(self, compute, monkeypatch):
+        """So that a loop over tokens forms the delta once, before it."""
+        waits = []
+
+        def fence(awaited, *tensors):
+            waits.append(awaited)
+            return tensors
+
+        monkeypatch.setattr(randlora, "fence", fence)
+        adapter = _built((16, 8), compute=compute)
+        x = keras.ops.convert_to_tensor(zoo.normal(3, 16))
+        for training, expected in ((False, False), (None, False), (True, True)):
+            waits.clear()
+            adapter.delta(x, training)
+            assert bool(waits) == expected
 
     @pytest.mark.parametrize(
         "basis, compiled",

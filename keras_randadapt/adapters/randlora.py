@@ -173,7 +173,7 @@ class RandLoRA(base.Adapter):
         ):
             kernel = linear.kernel()
         if kernel is not None and self._materializes(x, training, True):
-            return self._materialized(x, self._wide, kernel)
+            return self._materialized(x, training, self._wide, kernel)
         return linear(x) + self.delta(self.drop(x, training), training)
 
     def delta(self, x, training=None):
@@ -202,10 +202,10 @@ class RandLoRA(base.Adapter):
             x = ops.cast(x, "float32")
             return ops.cast(self._product(x, training, wide), "float16")
         if self._materializes(x, training, False):
-            return self._materialized(x, wide)
+            return self._materialized(x, training, wide)
         if wide:
-            return self.basis_b.matvec(self._mix(x, wide))
-        return self._mix(self.basis_b.adjoint(x), wide)
+            return self.basis_b.matvec(self._mix(x, training, wide))
+        return self._mix(self.basis_b.adjoint(x), training, wide)
 
     def _materializes(self, x, training, into_kernel):
         """Whether to form the delta for these inputs.
@@ -253,13 +253,14 @@ class RandLoRA(base.Adapter):
 
         return with_gradient(mixing.form, backward, *self._mixing_arguments())
 
-    def _mix(self, x, wide):
+    def _mix(self, x, training, wide):
         """`x N`, or `x N'` if not `wide`; keeps `x` and not N."""
         mixing = self._mixing_of
 
         def forward(x, *arguments):
-            # Or XLA forms N of every layer at the start of a step.
-            n = ops.cast(mixing.form(*fence(x, *arguments)), x.dtype)
+            n = ops.cast(
+                mixing.form(*_in_turn(x, arguments, training)), x.dtype
+            )
             return ops.matmul(x, n if wide else ops.transpose(n))
 
         def backward(arguments, upstream):
@@ -279,7 +280,7 @@ class RandLoRA(base.Adapter):
             dim,
         )
 
-    def _materialized(self, x, wide, kernel=None):
+    def _materialized(self, x, training, wide, kernel=None):
         """`x (kernel + delta)`, or `x delta` without a kernel.
 
         Keeps `x` and the kernel, and not the delta.
@@ -303,8 +304,7 @@ class RandLoRA(base.Adapter):
 
         def forward(x, *arguments):
             kernels, of_b, of_mixing = split(arguments)
-            # Or XLA forms the deltas of many layers before it uses one.
-            of_mixing = fence(x, *of_mixing)
+            of_mixing = _in_turn(x, of_mixing, training)
             return ops.matmul(x, form(x.dtype, kernels, of_b, of_mixing))
 
         def backward(arguments, upstream):
@@ -388,6 +388,15 @@ class _Mixing:
     def _scaled_a(self, a):
         a = ops.transpose(self._basis.matrix(a)) * self._scale
         return ops.expand_dims(a, 1)
+
+
+def _in_turn(x, tensors, training):
+    """What a step forms of these, it forms when `x` is there.
+
+    Or XLA forms it for many layers at the start of the step, and all lies in
+    memory at once. In inference it should: a loop over tokens forms it once.
+    """
+    return fence(x, *tensors) if training else tensors
 
 
 def _outer(x, y):

@@ -55,7 +55,8 @@ def save_adapter(
     name = checks.one_name(state, name)
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
-    digest = file_format.layers_digest(model, state.records[name].kept)
+    record = state.records[name]
+    digest = file_format.layers_digest(model, record.addresses, record.kept)
     metadata = file_format.describe(model, name, preset, digest)
     data = safetensors.numpy.save(
         tensors,
@@ -135,7 +136,7 @@ def load_adapter(
     order = {address: i for i, address in enumerate(layers)}
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers, template.site_kinds)
-    _check_layers(filepath, metadata, model, kept, part)
+    _check_layers(filepath, metadata, model, addresses, kept, part)
     addresses.sort(key=order.get)
     checks.check_attachable(model, layers, addresses, kept)
     present = root.is_adapted(model) and name in model._randadapt.records
@@ -402,14 +403,15 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
         )
 
 
-def _check_layers(filepath, metadata, model, kept, part):
+def _check_layers(filepath, metadata, model, addresses, kept, part):
     theirs = metadata["model"]
     ours = file_format.describe_model(model)
     if part is None and "backbone" not in {**theirs, **ours}:
         # The file's model was larger than this one, and said nothing of the
         # part of it that this one is.
         return
-    if file_format.layers_digest(model, kept, part or "") == theirs["layers"]:
+    digest = file_format.layers_digest(model, addresses, kept, part or "")
+    if digest == theirs["layers"]:
         return
     cls = theirs.get("backbone", theirs["class"])
     raise ValueError(

@@ -759,26 +759,26 @@ CXX = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 @only_torch
 @pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="inductor needs a C++ compiler")
-def test_torch_compile_with_its_default_compiler(monkeypatch):
+def test_torch_compile_with_its_default_compiler():
     import torch
     import torch._inductor.config as inductor
 
-    # It looks for one name only.
-    monkeypatch.setattr(inductor.cpp, "cxx", (CXX,))
-    # What an earlier run has left on the disk needs no compiler.
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
     torch.compiler.reset()
     compiled = torch.compile(fwht, fullgraph=True)
+    # It looks for one name of a compiler only, and what an earlier run has left
+    # on the disk needs none.
+    settings = {"cpp.cxx": (CXX,), "force_disable_caches": True}
     # Not symmetric, with a scale after the factors, and one factor.
     for shape in ((3, 20), (2, 5, 768)):
         matrix = hadamard(shape[-1])
         x = torch.tensor(normal(*shape), requires_grad=True)
         upstream = normal(*shape[::-1]).T.reshape(shape)
-        y = compiled(x)
+        with inductor.patch(settings):
+            y = compiled(x)
+            (gradient,) = torch.autograd.grad(y, x, torch.tensor(upstream))
         np.testing.assert_allclose(
             y.detach(), x.detach().numpy() @ matrix.T, atol=1e-5
         )
-        (gradient,) = torch.autograd.grad(y, x, torch.tensor(upstream))
         np.testing.assert_allclose(gradient, upstream @ matrix, atol=1e-5)
 
 

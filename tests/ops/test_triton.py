@@ -190,13 +190,18 @@ def compiled(program, dtype, capability, scaled=False):
     ],
 )
 def test_compiles_for_gpus(program, dtype, capability, tmp_path, monkeypatch):
-    """With tensor cores, and in the shared memory that `takes` counts on."""
+    """With tensor cores, and in the shared memory that there is.
+
+    Before Hopper that is the exchange of tiles that `takes` counts on. Hopper's
+    products read large factors from there as well, and it has room for that.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     description, _ = kernels._description(program)
     tile = int(np.prod(description.sizes))
     kernel = compiled(program, dtype, capability, scaled=True)
     # Products of TF32: warp groups have them on Hopper, warps before.
     assert "tf32" in kernel.asm["ptx"]
-    assert kernel.metadata.shared <= 5 * max(tile, 4096)
+    if capability < 90:
+        assert kernel.metadata.shared <= 5 * max(tile, 4096)
     if tile <= SHARED_MEMORY[capability] // 5:
         assert kernel.metadata.shared <= SHARED_MEMORY[capability]

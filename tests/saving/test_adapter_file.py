@@ -292,6 +292,25 @@ class TestBaseModel:
         with pytest.raises(ValueError, match="with other layers"):
             kra.load_adapter(models[1], tmp_path / "x")
 
+    def test_more_than_a_backbone(self, tmp_path):
+        """Where a task's own layers are adapted, they count too."""
+
+        def model(depth):
+            backbone = _bert()
+            x = backbone.output["sequence_output"]
+            for i in range(depth):
+                x = keras.layers.Dense(6, name=f"own_{i}")(x)
+            model = keras.Model(backbone.input, x)
+            model.backbone = backbone
+            return model
+
+        first = model(1)
+        kra.inject(first, kra.LoRA(2), ["own_0"])
+        kra.save_adapter(first, tmp_path / "x")
+        kra.load_adapter(model(1), tmp_path / "x")
+        with pytest.raises(ValueError, match="with other layers"):
+            kra.load_adapter(model(2), tmp_path / "x")
+
     def test_part_of_a_functional_model(self, tmp_path):
         """A file of the part loads into the whole, and the other way round."""
 
