@@ -738,7 +738,9 @@ def test_torch_compile_with_another_size(dynamic):
     import torch
 
     torch.compiler.reset()
-    for axis in (-1, 0):
+    # Older Keras moves axes in a way that breaks the graph.
+    new = tuple(map(int, keras.version().split(".")[:2])) >= (3, 15)
+    for axis in (-1, 0) if new else (-1,):
         apply = torch.compile(
             functools.partial(fwht, axis=axis),
             fullgraph=True,
