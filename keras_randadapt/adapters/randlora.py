@@ -194,7 +194,7 @@ class RandLoRA(base.Adapter):
             # A transform gives all rows or none.
             return super().lookup(ids, dtype, training)
         rows = self.basis_b.take(ids, "float32", axis=0)
-        return ops.cast(self._mix(rows, wide=False), dtype)
+        return ops.cast(self._mix(rows, training, wide=False), dtype)
 
     def _product(self, x, training, wide):
         if keras.backend.standardize_dtype(x.dtype) == "float16":
