@@ -44,8 +44,9 @@ def fence(awaited: Any, *tensors: Any) -> tuple[Any, ...]:
 
     A compiler that sees the forward and the backward pass compute the same
     thing would compute it once, and keep it between the two. In `forward` it
-    keeps a compiler from computing what needs no input long before its turn.
-    Each tensor is passed over once, so fence what is small, or is cast to
+    keeps a compiler from computing what needs no input long before its turn;
+    that is for training, since a loop of inference should compute it once. Each
+    tensor is passed over once, so fence what is small, or is cast to
     something large.
 
     Args:

@@ -71,7 +71,8 @@ def _room(device):
     if properties.major < 8:
         return 0
     # Products exchange whole tiles through shared memory, padded by a quarter
-    # at most.
+    # at most. Hopper's read large factors from there too, for which the rest of
+    # what it has is enough (`tests/ops/test_triton.py`).
     return properties.shared_memory_per_block_optin // 5
 
 
