@@ -1,4 +1,4 @@
-"""A text classifier on a KerasHub encoder: loading, tokenizing, predicting."""
+"""A text classifier on a KerasHub backbone: loading, tokenizing, predicting."""
 
 import os
 
@@ -12,9 +12,9 @@ HEAD = "logits"
 
 
 def load(preset, num_classes, sequence_length, seed=0):
-    """Loads a pretrained encoder and puts a new classification head on it.
+    """Loads a pretrained backbone and puts a new classification head on it.
 
-    The head is a dense layer on the mean of the tokens, whatever the encoder.
+    The head is a dense layer on the mean of the tokens, whatever the backbone.
     (KerasHub's `BertTextClassifier` takes the first token through a dense layer
     that MiniLM's embeddings do not use, and learns little from 200 examples.)
 

@@ -204,9 +204,10 @@ def _check_overlap(model, addresses, kept):
         ]
         if inside:
             raise ValueError(
-                f"'{inside[0]}' is both a target and, by `keep_trainable`, "
-                f"part of '{address}', whose own weights are trained. Choose "
-                "one of the two."
+                f"'{inside[0]}' is both a target and, by `keep_trainable` of "
+                f"this or another adapter, part of '{address}', whose own "
+                "weights are trained. Choose one of the two: `exclude` takes "
+                "layers out of the targets."
             )
 
 

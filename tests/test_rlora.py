@@ -76,6 +76,16 @@ def _built(view, **arguments):
     return adapter
 
 
+def _random(view, **arguments):
+    """An adapter with random weights, and these."""
+    adapter = _built(view, **arguments)
+    alpha = zoo.normal(adapter.rank, seed=1).astype("float64")
+    beta = zoo.normal(view[1], seed=2).astype("float64")
+    adapter.alpha.assign(alpha)
+    adapter.beta.assign(beta)
+    return adapter, alpha, beta
+
+
 def _numpy(x):
     return keras.ops.convert_to_numpy(x)
 
@@ -84,11 +94,7 @@ class TestRLoRA:
     @pytest.mark.parametrize("view", [(12, 20), (20, 12), (7, 16)], ids=str)
     @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
     def test_against_dense_reference(self, view, arguments):
-        adapter = _built(view, **arguments)
-        alpha = zoo.normal(adapter.rank, seed=1).astype("float64")
-        beta = zoo.normal(view[1], seed=2).astype("float64")
-        adapter.alpha.assign(alpha)
-        adapter.beta.assign(beta)
+        adapter, alpha, beta = _random(view, **arguments)
         dense, _, _ = dense_delta(adapter, view, alpha, beta)
         x, z = zoo.normal(3, 2, view[0]), zoo.normal(3, 2, view[1])
         ids = zoo.integers(5, high=view[0])
@@ -175,11 +181,7 @@ class TestRLoRA:
     @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
     def test_gradients_of_inputs_against_dense(self, view, arguments):
         """Those that the layers below train by, and with stacked bases."""
-        adapter = _built(view, **arguments)
-        alpha = zoo.normal(adapter.rank, seed=1).astype("float64")
-        beta = zoo.normal(view[1], seed=2).astype("float64")
-        adapter.alpha.assign(alpha)
-        adapter.beta.assign(beta)
+        adapter, alpha, beta = _random(view, **arguments)
         dense, a, b = dense_delta(adapter, view, alpha, beta)
         x, upstream = zoo.normal(3, 2, view[0]), zoo.normal(3, 2, view[1])
         found = gradients.gradients(

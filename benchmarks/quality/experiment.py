@@ -200,21 +200,25 @@ def table(outcome, columns, against=None, difference_of=None):
             values = [factor * run[number] for run in runs if number in run]
             cells.append(_mean_and_deviation(values, form) if values else "-")
         if against:
-            _, form, factor = columns[difference_of]
             cells.append(
                 "-"
                 if name == against
-                else paired_difference(
-                    [factor * run[difference_of] for run in runs],
-                    [
-                        factor * run[difference_of]
-                        for run in outcome[against][1]
-                    ],
-                    form,
-                )
+                else _difference(outcome, name, against, columns, difference_of)
             )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _difference(outcome, ours, theirs, columns, number):
+    """`paired_difference` of two methods of an outcome."""
+    _, form, factor = columns[number]
+    return paired_difference(
+        *(
+            [factor * run[number] for run in outcome[method][1]]
+            for method in (ours, theirs)
+        ),
+        form,
+    )
 
 
 def _mean_and_deviation(values, form):
@@ -301,15 +305,8 @@ def main(name, description, settings, methods, columns, against, pairs=()):
         shown = {**columns, **task.score_columns}
         heading = f"{title}; {task.epochs} epochs, {setting.seeds} seeds:"
         text = f"{heading}\n\n{table(outcome, shown, against, 'test')}"
-        _, form, factor = shown["test"]
         for ours, theirs in pairs:
-            difference = paired_difference(
-                *(
-                    [factor * run["test"] for run in outcome[method][1]]
-                    for method in (ours, theirs)
-                ),
-                form,
-            )
+            difference = _difference(outcome, ours, theirs, shown, "test")
             text += f"\n\n{ours} minus {theirs}: {difference}"
         print(f"\n{text}", flush=True)
         if not arguments.quick:

@@ -67,6 +67,15 @@ def csv_file(tmp_path):
     return path
 
 
+SIZE = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+    "max_sequence_length": 16,
+}
+
+
 def _save_distilbert(path):
     """A tiny DistilBERT with random weights, as a KerasHub preset."""
     keras_hub = pytest.importorskip("keras_hub")
@@ -75,12 +84,7 @@ def _save_distilbert(path):
     vocabulary += ["a", "film", "number", *words]
     tokenizer = keras_hub.models.DistilBertTokenizer(vocabulary)
     backbone = keras_hub.models.DistilBertBackbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=16,
+        vocabulary_size=len(vocabulary), **SIZE
     )
     backbone.save_to_preset(path)
     keras_hub.models.DistilBertTextClassifierPreprocessor(
@@ -96,12 +100,7 @@ def _save_gpt2(path):
     vocabulary |= {"<|endoftext|>": 0, "\u0120a": len(vocabulary) + 1}
     tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["\u0120 a"])
     backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=16,
+        vocabulary_size=len(vocabulary), **SIZE
     )
     backbone.save_to_preset(path)
     keras_hub.models.GPT2CausalLMPreprocessor(tokenizer).save_to_preset(path)
