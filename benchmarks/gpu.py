@@ -230,6 +230,7 @@ def everything(arguments):
     step = [FOLDER / "training_step.py", "--dtype", "bfloat16"]
     step += ["--model", "tiny" if arguments.quick else "llama-1b"]
     step += ["--tokens", "256" if arguments.quick else "4096"]
+    step += ["--only", "LoRA(8)", "LoRA(64)", "RLoRA(512)", "RandLoRA"]
     for backend in BACKENDS:
         run(backend, *step)
         run(backend, *step, "--memory")

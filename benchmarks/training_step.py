@@ -23,6 +23,7 @@ GPU what the framework's allocator handed out (with JAX, which can't reset it,
 since the process began).
 """
 
+import concurrent.futures
 import dataclasses
 import gc
 import importlib.util
@@ -159,8 +160,12 @@ def names(arguments):
         theirs = ["LoRA(8)", "VeRA(256)", "RandLoRA(32)"]
     if arguments.only:
         always = REFERENCE if arguments.memory else None
-        ours = [n for n in ours if arguments.only in n or n == always]
-        theirs = [name for name in theirs if arguments.only in name]
+
+        def wanted(name):
+            return any(text in name for text in arguments.only)
+
+        ours = [name for name in ours if wanted(name) or name == always]
+        theirs = [name for name in theirs if wanted(name)]
     if theirs:
         theirs = [PEER + name for name in (FLOOR, *theirs)]
     return [FLOOR, KERAS, *ours, *theirs]
@@ -310,20 +315,24 @@ def times(arguments):
 
 def memory(arguments):
     """Rows of peaks, each measured in a process of its own."""
-    peaks = {}
     # What is freed goes back to the system at once, or the resident set would
     # have what the C library keeps for later: a gigabyte, more or less.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    for name in names(arguments):
-        command = [sys.executable, *sys.argv, "--one", name]
+
+    def measured(name):
         output = subprocess.run(
-            command,
+            [sys.executable, *sys.argv, f"--one={name}"],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         ).stdout
-        peaks[name] = json.loads(output.splitlines()[-1])
+        return json.loads(output.splitlines()[-1])
+
+    # A GPU's allocator counts for its own process, whatever runs beside it.
+    with concurrent.futures.ThreadPoolExecutor(4 if has_gpu() else 1) as pool:
+        methods = names(arguments)
+        peaks = dict(zip(methods, pool.map(measured, methods)))
     reference = peaks[REFERENCE]
     for name, (peak, own) in peaks.items():
         yield (
@@ -382,6 +391,21 @@ def allocated(peak=False, reset_peak=False):
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
+def has_gpu():
+    """Whether the backend runs on one; TensorFlow is not asked."""
+    import keras
+
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "gpu"
+    return False
+
+
 def has_peers(arguments):
     import keras
 
@@ -423,6 +447,10 @@ if __name__ == "__main__":
         tokens=dict(type=int, default=4096),
         repeats=dict(type=int, default=7),
         memory=dict(action="store_true"),
-        only=dict(metavar="TEXT", help="methods whose names have it, alone"),
+        only=dict(
+            nargs="+",
+            metavar="TEXT",
+            help="methods whose names have one of these, alone",
+        ),
         one=dict(metavar="METHOD", help="print this method's memory as JSON"),
     )

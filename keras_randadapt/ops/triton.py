@@ -6,11 +6,11 @@ transforms, and written once. The factors of a transform are matrix products,
 padded to the power-of-two sizes that Triton's tiles have; each is followed by a
 rotation of the axes, after which the next one is the fastest.
 
-Products accumulate in float32, whatever the dtype of the data. Tensor cores
-take the 11 leading bits of a number: as many as float16 has, and more than
-bfloat16. For float32 data a second product adds the bits that follow; the
-factors' entries are +- powers of two, or else (Hartley cores) a third product
-adds their other bits.
+Products accumulate in float32. Data of 16 bits are rounded to their dtype
+between two products, as matrix products of that dtype would. Of float32 data,
+tensor cores take the 11 leading bits of a number, so a second product adds the
+bits that follow; the factors' entries are +- powers of two, or else (Hartley
+cores) a third product adds their other bits.
 
 Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
 CPU; slowly, for tests.
@@ -36,9 +36,11 @@ _TILE = 4096
 _LARGEST_TILE = 32768
 # The least size of a product on tensor cores.
 _LEAST_SIZE = 16
-# What rotating the axes after a product costs, in multiply-adds an element.
-_ROTATION_COST = 32
+# What a product's size may be at the most: the first for which there is room.
+_LARGEST_SIZES = (128, 64, 32)
 _MAX_FACTORS = 3
+# Programs a multiprocessor, where each goes through many blocks of rows.
+_PROGRAMS = 4
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Those of a float32 that tensor cores do not take.
@@ -51,29 +53,23 @@ def takes(program, dtype, device):
     Not to other dtypes, nor windows, nor orders whose tile does not fit on
     chip; and on no GPU without tensor cores for TF32.
     """
-    if dtype not in _DTYPES or _description(program) is None:
-        return False
-    description, _ = _description(program)
-    return math.prod(description.sizes) <= _room(device)
+    return dtype in _DTYPES and _description(program, dtype, device) is not None
 
 
 @functools.cache
 def _room(device):
-    """The elements of a tile for which a device has room."""
+    """Bytes of shared memory that a program of the kernel may have."""
     if not hasattr(triton, "knobs"):
         # Too old.
         return 0
     if triton.knobs.runtime.interpret:
-        return _LARGEST_TILE
+        return math.inf
     if torch.version.hip or not torch.cuda.is_available():
         return 0
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return 0
-    # Products exchange whole tiles through shared memory, padded by a quarter
-    # at most. Hopper's read large factors from there too, for which the rest of
-    # what it has is enough (`tests/ops/test_triton.py`).
-    return properties.shared_memory_per_block_optin // 5
+    return properties.shared_memory_per_block_optin
 
 
 def apply(x, program, before=None, after=None):
@@ -92,9 +88,12 @@ def apply(x, program, before=None, after=None):
     y = x.new_empty(len(x), program.output_dim)
     if len(x) == 0:
         return y
-    description, adjoint = _description(program)
-    matrices, signs, source, target = as_tensors(
-        description, description.arrays, None, x.device
+    description, adjoint = _description(program, x.dtype, x.device)
+    factors, signs = as_tensors(
+        description, (description.factors, description.signs), x.dtype, x.device
+    )
+    source, target = as_tensors(
+        description.tables, description.tables.arrays, None, x.device
     )
     if adjoint:
         source, target = target, source
@@ -103,12 +102,14 @@ def apply(x, program, before=None, after=None):
         x = x.contiguous()
     before = None if before is None else before.contiguous()
     after = None if after is None else after.contiguous()
-    blocks = triton.cdiv(len(x), settings["ROWS"])
+    programs = triton.cdiv(len(x), settings["ROWS"])
+    if settings["LOOP"]:
+        programs = min(programs, _PROGRAMS * _multiprocessors(x.device))
     with torch.cuda.device_of(x):
-        _kernel[blocks,](
+        _kernel[programs,](
             x,
             y,
-            matrices,
+            factors,
             signs,
             source,
             target,
@@ -116,35 +117,47 @@ def apply(x, program, before=None, after=None):
             after,
             len(x),
             x.stride(0),
-            description.scale,
+            None if description.scale == 1.0 else description.scale,
             **settings,
             num_warps=warps,
+            # Prefetching into shared memory leaves room for fewer programs.
+            num_stages=1,
             # Said, since Triton is about to change what it means not to say.
             enable_fp_fusion=True,
         )
     return y
 
 
+@functools.cache
+def _multiprocessors(device):
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch_settings(description, adjoint, dtype):
     """What is constant when the kernel is compiled, and the warps to run."""
-    sizes = description.sizes
     input_dim, output_dim = description.dims[:: -1 if adjoint else 1]
-    tile = math.prod(sizes)
-    tile_rows = max(1, _TILE // tile)
+    sizes, itemsize = description.sizes, dtype.itemsize
+    tile = description.tile(itemsize)
+    # Factors larger than a tile are read once for many, if they leave room.
+    read_once = len(description.factors) > 1.5 * tile
     settings = {
         "INPUT_DIM": input_dim,
         "OUTPUT_DIM": output_dim,
-        "STAGES": len(description.matrices),
+        "STAGES": description.stages,
+        "SIGNED": description.signed,
         "SIZE_1": sizes[0],
         "SIZE_2": sizes[1],
         "SIZE_3": sizes[2],
-        "ROWS": tile_rows,
+        "ROWS": tile // math.prod(sizes),
         "ADJOINT": adjoint,
-        "PRODUCTS": (
-            1 if dtype.itemsize < 4 else 2 if description.exact else 3
-        ),
+        "PRODUCTS": description.products(itemsize),
+        "LOOP": read_once and (itemsize < 4 or tile <= 8192),
+        # Triton's interpreter has no arithmetic of bfloat16.
+        "EMULATED": dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     }
-    return settings, min(16, max(4, tile * tile_rows // 1024))
+    return settings, 4 if tile <= 8192 else 8
 
 
 @torch.library.custom_op("keras_randadapt::transform", mutates_args=())
@@ -178,58 +191,105 @@ class _Description:
     """A program as the kernel wants it.
 
     Coordinates are numbered by their position in a tile of `sizes`, whose
-    axes are padded to powers of two.
+    axes are padded to powers of two. All stages have the same factors, but for
+    a scale and for what is left out of the first and the last: that is computed
+    too, from zeros or for nobody.
 
     Args:
         sizes: Tuple of three integers, powers of two; 1 for no factor.
         dims: `(input_dim, output_dim)`.
-        scale: What the result is multiplied by.
-        exact: Whether all bits of the matrices are leading ones.
-        matrices: float32 array of shape `(stages, s1**2 + s2**2 + s3**2)`:
-            the factors of each stage, row by row, padded with zeros.
-        signs: int8 array of shape `(stages + 1, s1 * s2 * s3)`: signs before
-            each stage and after the last, 0 where no coordinate is. `None`
-            if all are positive.
+        stages: How many there are.
+        scale: What the result of each stage is multiplied by.
+        exact: Whether all bits of the factors are leading ones.
+        factors: float32 array of shape `(s1**2 + s2**2 + s3**2,)`: the factors
+            of every stage, row by row, padded with zeros.
+        signs: float32 array of shape `(stages + 1, s1 * s2 * s3)`: signs before
+            each stage and after the last. `None` if all are positive.
+        signed: Integer, a bit for each row of `signs` that has a negative one.
+        tables: `_Tables`.
+    """
+
+    sizes: tuple
+    dims: tuple
+    stages: int
+    scale: float
+    exact: bool
+    factors: np.ndarray
+    signs: np.ndarray | None
+    signed: int
+    tables: "_Tables"
+
+    def tile(self, itemsize):
+        """Elements that a program of the kernel holds on chip."""
+        size = math.prod(self.sizes)
+        # Measured, see benchmarks/README.md.
+        if itemsize < 4 and size == _TILE:
+            return 2 * size
+        return max(size, _TILE)
+
+    def products(self, itemsize):
+        """Products of tensor cores that make one of this dtype."""
+        return 1 if itemsize < 4 else 2 if self.exact else 3
+
+    def shared_bytes(self, itemsize):
+        """Of shared memory: a tile that changes its layout, and factors.
+
+        Those of three products are kept in two parts.
+        """
+        parts = 2 if self.products(itemsize) == 3 else 1
+        return itemsize * (self.tile(itemsize) + parts * len(self.factors))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tables:
+    """Where coordinates come from and go to.
+
+    Args:
         source: int32 array `(s1 * s2 * s3,)`: which coordinate of the input
             goes to each position, or -1. `None` if they are in order.
         target: The same for the output.
     """
 
-    sizes: tuple
-    dims: tuple
-    scale: float
-    exact: bool
-    matrices: np.ndarray
-    signs: np.ndarray | None
     source: np.ndarray | None
     target: np.ndarray | None
 
     @property
     def arrays(self):
-        """What the kernel needs on the device."""
-        return self.matrices, self.signs, self.source, self.target
+        return self.source, self.target
 
 
 _known_descriptions = weakref.WeakKeyDictionary()
 
 
-def _description(program):
+def _description(program, dtype, device):
     """`(description, adjoint)`, or `None` if the kernel can't apply it.
 
     A program and its transpose have one description.
     """
-    if program not in _known_descriptions:
-        description = _describe(program)
-        for adjoint, key in enumerate((program, program.transpose)):
-            _known_descriptions[key] = description and (
-                description,
+    key = dtype.itemsize, _room(device)
+    known = _known_descriptions.setdefault(program, {})
+    if key not in known:
+        found = _fitting(program, *key)
+        both = enumerate((program, program.transpose))
+        for adjoint, other in both:
+            _known_descriptions.setdefault(other, {})[key] = found and (
+                found,
                 bool(adjoint),
             )
-    return _known_descriptions[program]
+    return known[key]
 
 
-def _describe(program):
-    """A `_Description`, or `None`."""
+def _fitting(program, itemsize, room):
+    """The `_Description` with the largest factors for which there is room."""
+    for largest in _LARGEST_SIZES:
+        description = _describe(program, largest)
+        if description and description.shared_bytes(itemsize) <= room:
+            return description
+    return None
+
+
+def _describe(program, largest):
+    """A `_Description`, or `None`; no factor is larger than that."""
     steps_apart = _taken_apart(list(program))
     if steps_apart is None:
         return None
@@ -238,7 +298,7 @@ def _describe(program):
         max(max(stage.matrices[i].shape) for stage in stages)
         for i in range(len(stages[0].matrices))
     ]
-    groups = _groups(tuple(sizes))
+    groups = _groups(tuple(sizes), largest)
     if groups is None:
         return None
     sizes = [math.prod(sizes[group]) for group in groups]
@@ -248,35 +308,50 @@ def _describe(program):
     position = np.ravel_multi_index(
         np.unravel_index(np.arange(math.prod(sizes)), sizes), padded
     )
-    signs = np.zeros((len(stages) + 1, tile), np.int8)
+    signs = np.ones((len(stages) + 1, tile), np.float32)
     vectors = [source[1], *between, target[1]]
     for row, vector in zip(signs, vectors, strict=True):
-        row[position[: len(vector)]] = vector
-    if not np.any(signs < 0):
-        signs = None
-    matrices = np.stack(
-        [
-            np.concatenate(
-                [np.ones(missing, np.float32)]
-                + [
-                    _flat(stage.matrices[group], size)
-                    for group, size in zip(groups, padded)
-                ]
-            )
-            for stage in stages
-        ]
+        row[position[: len(vector)]] = np.where(vector < 0, -1, 1)
+    signed = [place for place, row in enumerate(signs) if np.any(row < 0)]
+    factors, scale = _common(stages)
+    factors = np.concatenate(
+        [np.ones(missing, np.float32)]
+        + [_flat(factors[group], size) for group, size in zip(groups, padded)]
     )
     return _Description(
         # Axes that are not there come first.
         sizes=(1,) * missing + tuple(padded),
         dims=dims,
-        scale=math.prod(stage.scale for stage in stages),
-        exact=not np.any(matrices.view(np.uint32) & _OTHER_BITS),
-        matrices=matrices,
-        signs=signs,
-        source=_table(source[0], position, tile),
-        target=_table(target[0], position, tile),
+        stages=len(stages),
+        scale=scale,
+        exact=not np.any(factors.view(np.uint32) & _OTHER_BITS),
+        factors=factors,
+        signs=signs if signed else None,
+        signed=sum(1 << place for place in signed),
+        tables=_Tables(
+            source=_table(source[0], position, tile),
+            target=_table(target[0], position, tile),
+        ),
     )
+
+
+def _common(stages):
+    """Matrices that all stages have in common, and the scale of each stage.
+
+    A stage's matrices are those of another, times powers of two; of the first
+    and the last stage, columns or rows may have been left out.
+    """
+    matrices = []
+    scale = math.prod(stage.scale for stage in stages)
+    for versions in zip(*(stage.matrices for stage in stages)):
+        whole = np.zeros(np.max([m.shape for m in versions], axis=0))
+        for matrix in versions:
+            ratio = matrix[0, 0] / versions[0][0, 0]
+            rows, columns = matrix.shape
+            whole[:rows, :columns] = matrix / ratio
+            scale *= ratio
+        matrices.append(whole)
+    return matrices, scale ** (1 / len(stages))
 
 
 def _taken_apart(program):
@@ -339,22 +414,25 @@ def _between(middle):
 
 
 @functools.lru_cache(maxsize=None)
-def _groups(sizes):
-    """Slices of consecutive cores to multiply out, or `None`."""
-    best, least = None, math.inf
+def _groups(sizes, largest):
+    """Slices of consecutive cores to multiply out, or `None`.
+
+    As few as possible, since rotating axes costs more than multiply-adds.
+    """
     for parts in range(1, _MAX_FACTORS + 1):
+        best, least = None, (_LARGEST_TILE + 1,)
         for cuts in itertools.combinations(range(1, len(sizes)), parts - 1):
             groups = [
                 slice(*ends)
                 for ends in itertools.pairwise((0, *cuts, len(sizes)))
             ]
             padded = [_padded(math.prod(sizes[group])) for group in groups]
-            tile = math.prod(padded)
-            cost = tile * sum(size + _ROTATION_COST for size in padded)
-            # Larger matrices don't fit into shared memory.
-            if tile <= _LARGEST_TILE and max(padded) <= 128 and cost < least:
+            cost = math.prod(padded), sum(padded)
+            if max(padded) <= largest and cost < least:
                 best, least = groups, cost
-    return best
+        if best:
+            return best
+    return None
 
 
 def _padded(size):
@@ -382,7 +460,7 @@ def _table(columns, position, tile):
 def _kernel(
     x_pointer,
     y_pointer,
-    matrices,
+    factors,
     signs,
     source,
     target,
@@ -394,101 +472,209 @@ def _kernel(
     INPUT_DIM: tl.constexpr,
     OUTPUT_DIM: tl.constexpr,
     STAGES: tl.constexpr,
+    SIGNED: tl.constexpr,
     SIZE_1: tl.constexpr,
     SIZE_2: tl.constexpr,
     SIZE_3: tl.constexpr,
     ROWS: tl.constexpr,
     ADJOINT: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    LOOP: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):
-    SIZE: tl.constexpr = SIZE_1 * SIZE_2 * SIZE_3
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    position = tl.arange(0, SIZE)
-    is_row = (row < rows)[:, None]
-
-    column = position
-    if source is not None:
-        column = tl.load(source + position)
-    is_column = (column >= 0) & (column < INPUT_DIM)
-    x = tl.load(
-        x_pointer + row[:, None] * row_stride + column[None, :],
-        mask=is_row & is_column[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if before is not None:
-        factor = tl.load(before + column, mask=is_column, other=0.0)
-        x *= factor.to(tl.float32)[None, :]
-
-    for i in tl.static_range(STAGES):
-        stage = STAGES - 1 - i if ADJOINT else i
-        if signs is not None:
-            place = STAGES - i if ADJOINT else i
-            sign = tl.load(signs + place * SIZE + position)
-            x *= sign.to(tl.float32)[None, :]
-        # Each product is by the fastest axis, which then becomes the slowest.
-        factor = matrices + stage * (
-            SIZE_1 * SIZE_1 + SIZE_2 * SIZE_2 + SIZE_3 * SIZE_3
+    factor_1 = _factor(factors, SIZE_1, ADJOINT, EMULATED)
+    factors += SIZE_1 * SIZE_1
+    factor_2 = _factor(factors, SIZE_2, ADJOINT, EMULATED)
+    factors += SIZE_2 * SIZE_2
+    factor_3 = _factor(factors, SIZE_3, ADJOINT, EMULATED)
+    if LOOP:
+        blocks = tl.cdiv(rows, ROWS)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            _block(
+                block,
+                factor_1,
+                factor_2,
+                factor_3,
+                x_pointer,
+                y_pointer,
+                signs,
+                source,
+                target,
+                before,
+                after,
+                rows,
+                row_stride,
+                scale,
+                INPUT_DIM,
+                OUTPUT_DIM,
+                STAGES,
+                SIGNED,
+                SIZE_1,
+                SIZE_2,
+                SIZE_3,
+                ROWS,
+                ADJOINT,
+                PRODUCTS,
+                EMULATED,
+            )
+    else:
+        _block(
+            tl.program_id(0),
+            factor_1,
+            factor_2,
+            factor_3,
+            x_pointer,
+            y_pointer,
+            signs,
+            source,
+            target,
+            before,
+            after,
+            rows,
+            row_stride,
+            scale,
+            INPUT_DIM,
+            OUTPUT_DIM,
+            STAGES,
+            SIGNED,
+            SIZE_1,
+            SIZE_2,
+            SIZE_3,
+            ROWS,
+            ADJOINT,
+            PRODUCTS,
+            EMULATED,
         )
-        if SIZE_3 > 1:
-            factor_3 = factor + SIZE_1 * SIZE_1 + SIZE_2 * SIZE_2
-            x = _product(x, factor_3, ROWS, SIZE, SIZE_3, ADJOINT, PRODUCTS)
-        if SIZE_2 > 1:
-            factor_2 = factor + SIZE_1 * SIZE_1
-            x = _product(x, factor_2, ROWS, SIZE, SIZE_2, ADJOINT, PRODUCTS)
-        if SIZE_1 > 1:
-            x = _product(x, factor, ROWS, SIZE, SIZE_1, ADJOINT, PRODUCTS)
 
-    if signs is not None:
-        place = 0 if ADJOINT else STAGES
-        sign = tl.load(signs + place * SIZE + position)
-        x *= sign.to(tl.float32)[None, :]
-    x *= scale
-    column = position
-    if target is not None:
-        column = tl.load(target + position)
-    is_column = (column >= 0) & (column < OUTPUT_DIM)
-    if after is not None:
-        factor = tl.load(after + column, mask=is_column, other=0.0)
-        x *= factor.to(tl.float32)[None, :]
-    tl.store(
-        y_pointer + row[:, None] * OUTPUT_DIM + column[None, :],
-        x.to(y_pointer.dtype.element_ty),
-        mask=is_row & is_column[None, :],
-    )
+
+@triton.jit
+def _block(
+    block,
+    factor_1,
+    factor_2,
+    factor_3,
+    x_pointer,
+    y_pointer,
+    signs,
+    source,
+    target,
+    before,
+    after,
+    rows,
+    row_stride,
+    scale,
+    INPUT_DIM: tl.constexpr,
+    OUTPUT_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SIZE_1: tl.constexpr,
+    SIZE_2: tl.constexpr,
+    SIZE_3: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Transforms a block of rows."""
+    SIZE: tl.constexpr = SIZE_1 * SIZE_2 * SIZE_3
+    row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = (row < rows)[:, None]
+    pointer = x_pointer + row[:, None] * row_stride
+    column, is_column = _columns(source, INPUT_DIM, SIZE)
+    x = tl.load(pointer + column, mask=is_row & is_column, other=0.0)
+    x = _scaled(_compute_dtype(x, EMULATED), before, column, is_column)
+    for i in tl.static_range(STAGES):
+        x = _signed(x, signs, STAGES - i if ADJOINT else i, SIZE, SIGNED)
+        # Each product is by the fastest axis, which then becomes the slowest.
+        x = _product(x, factor_3, scale, ROWS, SIZE, SIZE_3, PRODUCTS)
+        if SIZE_2 > 1:
+            x = _product(x, factor_2, None, ROWS, SIZE, SIZE_2, PRODUCTS)
+        if SIZE_1 > 1:
+            x = _product(x, factor_1, None, ROWS, SIZE, SIZE_1, PRODUCTS)
+    x = _signed(x, signs, 0 if ADJOINT else STAGES, SIZE, SIGNED)
+    column, is_column = _columns(target, OUTPUT_DIM, SIZE)
+    x = _scaled(x, after, column, is_column)
+    x = x.to(y_pointer.dtype.element_ty)
+    pointer = y_pointer + row[:, None] * OUTPUT_DIM
+    tl.store(pointer + column, x, mask=is_row & is_column)
+
+
+@triton.jit
+def _factor(pointer, AXIS: tl.constexpr, ADJOINT, EMULATED: tl.constexpr):
+    """A factor, transposed: it is multiplied by from the right."""
+    i = tl.arange(0, AXIS)
+    if ADJOINT:
+        offsets = i[:, None] * AXIS + i[None, :]
+    else:
+        offsets = i[None, :] * AXIS + i[:, None]
+    return _compute_dtype(tl.load(pointer + offsets), EMULATED)
+
+
+@triton.jit
+def _compute_dtype(x, EMULATED: tl.constexpr):
+    return x.to(tl.float32) if EMULATED else x
+
+
+@triton.jit
+def _columns(table, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """The column of each position, and whether there is one."""
+    column = tl.arange(0, SIZE)[None, :]
+    if table is not None:
+        column = tl.load(table + column)
+        is_column = column >= 0
+    else:
+        is_column = column < DIM
+    return column, is_column
+
+
+@triton.jit
+def _scaled(x, scales, column, is_column):
+    if scales is not None:
+        factor = tl.load(scales + column, mask=is_column, other=0.0)
+        x *= factor.to(x.dtype)
+    return x
+
+
+@triton.jit
+def _signed(
+    x, signs, PLACE: tl.constexpr, SIZE: tl.constexpr, SIGNED: tl.constexpr
+):
+    if SIGNED >> PLACE & 1:
+        position = tl.arange(0, SIZE)[None, :]
+        x *= tl.load(signs + PLACE * SIZE + position).to(x.dtype)
+    return x
 
 
 @triton.jit
 def _product(
     x,
     factor,
+    scale,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     AXIS: tl.constexpr,
-    ADJOINT: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
     """Multiplies along the fastest axis, and makes it the slowest."""
-    i = tl.arange(0, AXIS)
-    if ADJOINT:
-        offsets = i[:, None] * AXIS + i[None, :]
-    else:
-        offsets = i[None, :] * AXIS + i[:, None]
     x = tl.reshape(x, (ROWS * SIZE // AXIS, AXIS))
-    factor = tl.load(factor + offsets)
-    leading = _rounded(x)
-    y = tl.dot(leading, _rounded(factor), input_precision="tf32")
-    if PRODUCTS > 1:
-        y = tl.dot(x - leading, _rounded(factor), y, input_precision="tf32")
-    if PRODUCTS > 2:
-        rest = factor - _rounded(factor)
-        y = tl.dot(leading, rest, y, input_precision="tf32")
-    x = tl.permute(tl.reshape(y, (ROWS, SIZE // AXIS, AXIS)), (0, 2, 1))
-    return tl.reshape(x, (ROWS, SIZE))
+    if PRODUCTS == 1:
+        y = tl.dot(x, factor)
+    else:
+        leading = _leading(x)
+        leading_factor = _leading(factor) if PRODUCTS > 2 else factor
+        y = tl.dot(leading, leading_factor, input_precision="tf32")
+        y = tl.dot(x - leading, leading_factor, y, input_precision="tf32")
+        if PRODUCTS > 2:
+            rest = factor - leading_factor
+            y = tl.dot(leading, rest, y, input_precision="tf32")
+    if scale is not None:
+        y *= scale
+    y = tl.reshape(y.to(x.dtype), (ROWS, SIZE // AXIS, AXIS))
+    return tl.reshape(tl.permute(y, (0, 2, 1)), (ROWS, SIZE))
 
 
 @triton.jit
-def _rounded(x):
+def _leading(x):
     """What tensor cores take of a float32: sign, exponent, 10 bits."""
-    bits = x.to(tl.uint32, bitcast=True) + 0x1000 & 0xFFFFE000
-    # The bits of a NaN may overflow.
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    bits = x.to(tl.uint32, bitcast=True) & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)

@@ -26,6 +26,9 @@ import torch  # noqa: E402
 from keras_randadapt.ops import torch as torch_backend  # noqa: E402
 from keras_randadapt.ops import triton as kernels  # noqa: E402
 
+#: Bytes of shared memory that a block may have, by compute capability.
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
+
 
 def test_in_the_interpreter():
     """`triton_interpreter.py`, in a process that has the interpreter."""
@@ -59,23 +62,31 @@ class TestWhatItTakes:
         [1, 12, 768, 1536, 2304, 3584, 8192, 11008, 14336, 28672],
     )
     def test_orders(self, order, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         assert takes(_cached_program(order, True, False), torch.float16)
 
     def test_not_what_does_not_fit(self, monkeypatch):
+        # As GPUs for games have.
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[86])
         program = _cached_program(32768, True, False)
-        # 99 KB of shared memory a block, as GPUs for games have.
-        monkeypatch.setattr(kernels, "_room", lambda device: 101376 // 5)
         assert not takes(program, torch.float32)
+        assert takes(program, torch.float16)
         assert takes(_cached_program(16384, True, False), torch.float32)
         monkeypatch.undo()
         # Tiles beyond 32768, and factors too large for shared memory.
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         for order in (25600, 65536, 18944, 251):
             program = _cached_program(order, True, False)
             assert not takes(program, torch.float32)
 
+    def test_factors_are_smaller_where_there_is_less_room(self):
+        program = _cached_program(8192, True, False)
+        assert describe(program, torch.float32, 90)[0].sizes == (1, 64, 128)
+        assert describe(program, torch.float32, 86)[0].sizes == (16, 16, 32)
+        assert describe(program, torch.float16, 86)[0].sizes == (1, 64, 128)
+
     def test_not_windows(self, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         # Of a dimension with a large prime: two transforms that overlap.
         assert not takes(plan(2 * 1031).program, torch.float32)
 
@@ -109,20 +120,24 @@ class TestWhatItTakes:
     def test_nothing_without_triton(self, monkeypatch):
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         assert torch_backend._kernel(program, x) is kernels
         monkeypatch.setattr(torch_backend, "_HAS_TRITON", False)
         assert torch_backend._kernel(program, x) is None
 
     def test_not_on_a_cpu(self, monkeypatch):
         assert os.environ.get("TRITON_INTERPRET") != "1"
-        monkeypatch.setattr(kernels, "_room", lambda device: 32768)
+        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
         assert torch_backend._kernel(program, x) is None
 
 
-#: Bytes of shared memory that a block may have, by compute capability.
-SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
+def describe(program, dtype, capability):
+    room = SHARED_MEMORY[capability]
+    adjoint = program.key.endswith("'")
+    forward = program.transpose if adjoint else program
+    description = kernels._fitting(forward, dtype.itemsize, room)
+    return description, adjoint
 
 
 def compiled(program, dtype, capability, scaled=False):
@@ -131,26 +146,29 @@ def compiled(program, dtype, capability, scaled=False):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    description, adjoint = kernels._description(program)
+    description, adjoint = describe(program, dtype, capability)
     settings, warps = kernels.launch_settings(description, adjoint, dtype)
     data = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
     signature = {
         "x_pointer": data,
         "y_pointer": data,
-        "matrices": "*fp32",
-        "signs": "*i8",
+        "factors": data,
+        "signs": data,
         "source": "*i32",
         "target": "*i32",
         "before": data if scaled else "constexpr",
         "after": data if scaled else "constexpr",
         "rows": "i32",
         "row_stride": "i32",
-        "scale": "fp32",
+        "scale": "constexpr" if description.scale == 1.0 else "fp32",
         **dict.fromkeys(settings, "constexpr"),
     }
     constants = dict(settings)
-    for name in ("signs", "source", "target"):
-        if getattr(description, name) is None:
+    tables = description.tables.arrays[:: -1 if adjoint else 1]
+    optional = {"signs": description.signs, "scale": description.scale}
+    optional |= dict(zip(("source", "target"), tables))
+    for name, value in optional.items():
+        if value is None or name == "scale" and value == 1.0:
             signature[name], constants[name] = "constexpr", None
     if not scaled:
         constants.update(before=None, after=None)
@@ -166,7 +184,11 @@ def compiled(program, dtype, capability, scaled=False):
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
+        options={
+            "num_warps": warps,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        },
     )
 
 
@@ -190,18 +212,21 @@ def compiled(program, dtype, capability, scaled=False):
     ],
 )
 def test_compiles_for_gpus(program, dtype, capability, tmp_path, monkeypatch):
-    """With tensor cores, and in the shared memory that there is.
-
-    Before Hopper that is the exchange of tiles that `takes` counts on. Hopper's
-    products read large factors from there as well, and it has room for that.
-    """
+    """With tensor cores, and in the shared memory that `takes` counts on."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    description, _ = kernels._description(program)
-    tile = int(np.prod(description.sizes))
+    description, _ = describe(program, dtype, capability)
+    if description is None:
+        # The largest tile, where there is least room.
+        assert (program.input_dim, capability) in ((27648, 86), (32768, 86))
+        assert dtype == torch.float32
+        return
     kernel = compiled(program, dtype, capability, scaled=True)
-    # Products of TF32: warp groups have them on Hopper, warps before.
-    assert "tf32" in kernel.asm["ptx"]
-    if capability < 90:
-        assert kernel.metadata.shared <= 5 * max(tile, 4096)
-    if tile <= SHARED_MEMORY[capability] // 5:
-        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    # Products of warp groups on Hopper, of warps before.
+    kind = {torch.float32: "tf32", torch.bfloat16: "bf16"}[dtype]
+    products = [
+        line for line in kernel.asm["ptx"].splitlines() if "mma." in line
+    ]
+    products = [line for line in products if "sync.aligned.m" in line]
+    assert products and all(kind in line for line in products)
+    assert kernel.metadata.shared <= description.shared_bytes(dtype.itemsize)
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]

@@ -1,4 +1,4 @@
-"""TensorFlow: `vectorized_map` of a gradient tape, in a `tf.function`."""
+"""TensorFlow: `vectorized_map` of a gradient tape, under XLA."""
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +21,10 @@ def strategies(loss):
     def one(example, scale):
         return gradients(_values(loss), example, scale)
 
-    @tf.function(autograph=False)
+    # Under XLA, not only for speed: a product of examples `(n, 1, rows, dim)`
+    # with one matrix, as vectorizing makes them, crashes TensorFlow 2.21's
+    # oneDNN kernel on CPUs with AVX-512.
+    @tf.function(autograph=False, jit_compile=True)
     def vectorized(chunk, scale):
         values = _values(loss)
         return tf.vectorized_map(
