@@ -578,11 +578,17 @@ def _block(
     """Transforms a block of rows."""
     SIZE: tl.constexpr = SIZE_1 * SIZE_2 * SIZE_3
     row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = (row < rows)[:, None]
-    pointer = x_pointer + row[:, None] * row_stride
-    column, is_column = _columns(source, INPUT_DIM, SIZE)
-    x = tl.load(pointer + column, mask=is_row & is_column, other=0.0)
-    x = _scaled(_compute_dtype(x, EMULATED), before, column, is_column)
+    x = _load(
+        x_pointer,
+        row,
+        rows,
+        row_stride,
+        source,
+        before,
+        INPUT_DIM,
+        SIZE,
+        EMULATED,
+    )
     for i in tl.static_range(STAGES):
         x = _signed(x, signs, STAGES - i if ADJOINT else i, SIZE, SIGNED)
         # Each product is by the fastest axis, which then becomes the slowest.
@@ -592,11 +598,7 @@ def _block(
         if SIZE_1 > 1:
             x = _product(x, factor_1, None, ROWS, SIZE, SIZE_1, PRODUCTS)
     x = _signed(x, signs, 0 if ADJOINT else STAGES, SIZE, SIGNED)
-    column, is_column = _columns(target, OUTPUT_DIM, SIZE)
-    x = _scaled(x, after, column, is_column)
-    x = x.to(y_pointer.dtype.element_ty)
-    pointer = y_pointer + row[:, None] * OUTPUT_DIM
-    tl.store(pointer + column, x, mask=is_row & is_column)
+    _store(x, y_pointer, row, rows, target, after, OUTPUT_DIM, SIZE)
 
 
 @triton.jit
@@ -616,22 +618,65 @@ def _compute_dtype(x, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def _columns(table, DIM: tl.constexpr, SIZE: tl.constexpr):
-    """The column of each position, and whether there is one."""
-    column = tl.arange(0, SIZE)[None, :]
+def _load(
+    pointer,
+    row,
+    rows,
+    stride,
+    table,
+    scales,
+    DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Reads rows, each coordinate to its position, and scales them."""
+    column = tl.arange(0, SIZE)
     if table is not None:
+        # Transposed, since where the order of addresses is not known, the
+        # threads of a warp go along the first axis.
         column = tl.load(table + column)
-        is_column = column >= 0
+        mask = (column >= 0)[:, None] & (row < rows)[None, :]
+        offsets = column[:, None] + row[None, :] * stride
+        x = tl.trans(tl.load(pointer + offsets, mask=mask, other=0.0))
     else:
-        is_column = column < DIM
-    return column, is_column
+        mask = (row < rows)[:, None] & (column < DIM)[None, :]
+        offsets = row[:, None] * stride + column[None, :]
+        x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    return _scaled(_compute_dtype(x, EMULATED), scales, column, DIM)
 
 
 @triton.jit
-def _scaled(x, scales, column, is_column):
+def _store(
+    x,
+    pointer,
+    row,
+    rows,
+    table,
+    scales,
+    DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The reverse of `_load`."""
+    column = tl.arange(0, SIZE)
+    if table is not None:
+        column = tl.load(table + column)
+    x = _scaled(x, scales, column, DIM).to(pointer.dtype.element_ty)
+    if table is not None:
+        mask = (column >= 0)[:, None] & (row < rows)[None, :]
+        offsets = column[:, None] + row[None, :] * DIM
+        tl.store(pointer + offsets, tl.trans(x), mask=mask)
+    else:
+        mask = (row < rows)[:, None] & (column < DIM)[None, :]
+        offsets = row[:, None] * DIM + column[None, :]
+        tl.store(pointer + offsets, x, mask=mask)
+
+
+@triton.jit
+def _scaled(x, scales, column, DIM: tl.constexpr):
     if scales is not None:
+        is_column = (column >= 0) & (column < DIM)
         factor = tl.load(scales + column, mask=is_column, other=0.0)
-        x *= factor.to(x.dtype)
+        x *= factor.to(x.dtype)[None, :]
     return x
 
 
@@ -640,8 +685,8 @@ def _signed(
     x, signs, PLACE: tl.constexpr, SIZE: tl.constexpr, SIGNED: tl.constexpr
 ):
     if SIGNED >> PLACE & 1:
-        position = tl.arange(0, SIZE)[None, :]
-        x *= tl.load(signs + PLACE * SIZE + position).to(x.dtype)
+        sign = tl.load(signs + PLACE * SIZE + tl.arange(0, SIZE))
+        x *= sign.to(x.dtype)[None, :]
     return x
 
 
