@@ -1,6 +1,7 @@
 """PyTorch: eager, `torch.func`, `torch.compile`, and the meta device."""
 
 import importlib.util
+import inspect
 import os
 import weakref
 
@@ -56,10 +57,17 @@ def _apply_around(x, program):
     return _Linear.apply(x, program)
 
 
+def _with_signature(function):
+    """Spares PyTorch working the signature out anew in every call."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 class _Linear(torch.autograd.Function):
     """The gradient applies the transposed program; nothing is kept for it."""
 
     @staticmethod
+    @_with_signature
     def forward(x, program):
         return _run(x, program)
 
@@ -84,6 +92,7 @@ class _Scaled(torch.autograd.Function):
     """`after * T (before * x)` where the kernel does it in one pass."""
 
     @staticmethod
+    @_with_signature
     def forward(x, before, after, program):
         return _run(x, program, before, after)
 
@@ -282,6 +291,7 @@ class _WithGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(forward, backward, drop, *arguments):
         return forward(*arguments)
 

@@ -137,6 +137,13 @@ def _multiprocessors(device):
 
 def launch_settings(description, adjoint, dtype):
     """What is constant when the kernel is compiled, and the warps to run."""
+    known = description.known_settings
+    if (adjoint, dtype) not in known:
+        known[adjoint, dtype] = _launch_settings(description, adjoint, dtype)
+    return known[adjoint, dtype]
+
+
+def _launch_settings(description, adjoint, dtype):
     input_dim, output_dim = description.dims[:: -1 if adjoint else 1]
     sizes, itemsize = description.sizes, dtype.itemsize
     tile = description.tile(itemsize)
@@ -218,6 +225,11 @@ class _Description:
     signs: np.ndarray | None
     signed: int
     tables: "_Tables"
+
+    @functools.cached_property
+    def known_settings(self):
+        """By direction and dtype."""
+        return {}
 
     def tile(self, itemsize):
         """Elements that a program of the kernel holds on chip."""
@@ -456,7 +468,8 @@ def _table(columns, position, tile):
     return table
 
 
-@triton.jit
+# Not compiled anew for batches of another size.
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     x_pointer,
     y_pointer,
