@@ -39,8 +39,9 @@ _LEAST_SIZE = 16
 # What a product's size may be at the most: the first for which there is room.
 _LARGEST_SIZES = (128, 64, 32)
 _MAX_FACTORS = 3
-# Programs a multiprocessor, where each goes through many blocks of rows.
-_PROGRAMS = 4
+# Programs a multiprocessor, where each goes through many blocks of rows: a
+# multiple of the 2 or 3 for which one has room.
+_PROGRAMS = 6
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Those of a float32 that tensor cores do not take.
@@ -429,7 +430,8 @@ def _between(middle):
 def _groups(sizes, largest):
     """Slices of consecutive cores to multiply out, or `None`.
 
-    As few as possible, since rotating axes costs more than multiply-adds.
+    As few as possible, since rotating axes costs more than multiply-adds; of
+    equals, the larger first.
     """
     for parts in range(1, _MAX_FACTORS + 1):
         best, least = None, (_LARGEST_TILE + 1,)
@@ -440,7 +442,7 @@ def _groups(sizes, largest):
             ]
             padded = [_padded(math.prod(sizes[group])) for group in groups]
             cost = math.prod(padded), sum(padded)
-            if max(padded) <= largest and cost < least:
+            if max(padded) <= largest and cost <= least:
                 best, least = groups, cost
         if best:
             return best
@@ -652,7 +654,9 @@ def _load(
         offsets = column[:, None] + row[None, :] * stride
         x = tl.trans(tl.load(pointer + offsets, mask=mask, other=0.0))
     else:
-        mask = (row < rows)[:, None] & (column < DIM)[None, :]
+        mask = (row < rows)[:, None]
+        if DIM < SIZE:
+            mask &= (column < DIM)[None, :]
         offsets = row[:, None] * stride + column[None, :]
         x = tl.load(pointer + offsets, mask=mask, other=0.0)
     return _scaled(_compute_dtype(x, EMULATED), scales, column, DIM)
@@ -679,7 +683,9 @@ def _store(
         offsets = column[:, None] + row[None, :] * DIM
         tl.store(pointer + offsets, tl.trans(x), mask=mask)
     else:
-        mask = (row < rows)[:, None] & (column < DIM)[None, :]
+        mask = (row < rows)[:, None]
+        if DIM < SIZE:
+            mask &= (column < DIM)[None, :]
         offsets = row[:, None] * DIM + column[None, :]
         tl.store(pointer + offsets, x, mask=mask)
 

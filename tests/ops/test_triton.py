@@ -81,9 +81,9 @@ class TestWhatItTakes:
 
     def test_factors_are_smaller_where_there_is_less_room(self):
         program = _cached_program(8192, True, False)
-        assert describe(program, torch.float32, 90)[0].sizes == (1, 64, 128)
-        assert describe(program, torch.float32, 86)[0].sizes == (16, 16, 32)
-        assert describe(program, torch.float16, 86)[0].sizes == (1, 64, 128)
+        assert describe(program, torch.float32, 90)[0].sizes == (1, 128, 64)
+        assert describe(program, torch.float32, 86)[0].sizes == (32, 16, 16)
+        assert describe(program, torch.float16, 86)[0].sizes == (1, 128, 64)
 
     def test_not_windows(self, monkeypatch):
         monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
