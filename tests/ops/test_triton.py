@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 import torch  # noqa: E402
 
+from keras_randadapt.ops import tiles  # noqa: E402
 from keras_randadapt.ops import torch as torch_backend  # noqa: E402
 from keras_randadapt.ops import triton as kernels  # noqa: E402
 
@@ -136,7 +137,7 @@ def describe(program, dtype, capability):
     room = SHARED_MEMORY[capability]
     adjoint = program.key.endswith("'")
     forward = program.transpose if adjoint else program
-    description = kernels._fitting(forward, dtype.itemsize, room)
+    description = tiles.fitting(forward, dtype.itemsize, room)
     return description, adjoint
 
 
