@@ -12,6 +12,8 @@ _LEFT_COST = 3
 # Elements a block of rows, on a CPU.
 _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
+# The attribute of a graph that has its constants.
+_CONSTANTS = "_keras_randadapt_constants"
 
 
 def compile_time(function):
@@ -85,11 +87,11 @@ def _apply_step(x, step):
         case steps.Kronecker():
             return _kronecker(x, step)
         case steps.Multiply():
-            return x * tf.constant(step.vector, x.dtype)
+            return x * _constant(step.vector, x.dtype)
         case steps.Take():
             if step.has_zeros:
                 x = tf.pad(x, [[0, 0], [0, 1]])
-            return tf.gather(x, step.index, axis=1)
+            return tf.gather(x, _constant(step.index, tf.int32), axis=1)
         case steps.Resize():
             if step.output_dim < step.input_dim:
                 return x[:, : step.output_dim]
@@ -110,15 +112,36 @@ def _kronecker(x, step):
         dim = matrix.shape[1]
         if right == 1:
             x = tf.reshape(x, [-1, dim])
-            x = tf.matmul(x, tf.constant(matrix.T, x.dtype))
+            x = tf.matmul(x, _constant(matrix, x.dtype, transposed=True))
         else:
             x = tf.reshape(x, [-1, dim, right])
-            x = tf.matmul(tf.constant(matrix, x.dtype), x)
+            x = tf.matmul(_constant(matrix, x.dtype), x)
     x = tf.reshape(x, [-1, step.output_dim])
     if low_precision and step.scale != 1.0:
         # The scale itself is not exact in `x.dtype`.
         x = tf.cast(tf.cast(x, tf.float32) * step.scale, x.dtype)
     return x
+
+
+def _constant(array, dtype, transposed=False):
+    """An array as a tensor, one for all its uses in a graph.
+
+    A model's layers share bases, and all blocks of rows their steps: with a
+    constant for each, a graph takes a gigabyte.
+    """
+    if tf.executing_eagerly():
+        return tf.constant(array.T if transposed else array, dtype)
+    graph = tf.compat.v1.get_default_graph()
+    known = getattr(graph, _CONSTANTS, None)
+    if known is None:
+        known = {}
+        setattr(graph, _CONSTANTS, known)
+    key = id(array), dtype, transposed
+    if key not in known:
+        tensor = tf.constant(array.T if transposed else array, dtype)
+        # The array is kept too, so that nothing else gets its id.
+        known[key] = tensor, array
+    return known[key][0]
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

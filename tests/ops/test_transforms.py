@@ -659,6 +659,41 @@ def test_tensorflow_does_not_leak_graph_tensors():
         np.testing.assert_allclose(y, x @ matrix.T, atol=1e-5)
 
 
+@only_tensorflow
+def test_tensorflow_graphs_have_every_constant_once(monkeypatch):
+    """A model's layers share bases, and blocks of rows their steps."""
+    import tensorflow as tf
+
+    from keras_randadapt.ops import transforms
+
+    plan, matrix = make(256, 2, 256, 256, gather=True)
+    monkeypatch.setattr(transforms._backend, "_BLOCK", 4 * 256)
+    x = normal(16, 256)
+
+    def numbers(uses):
+        @tf.function
+        def apply(x):
+            for _ in range(uses):
+                x = randomized_transform(x, plan)
+            return x
+
+        graph = apply.get_concrete_function(tf.constant(x)).graph
+        np.testing.assert_allclose(
+            apply(tf.constant(x)),
+            x @ np.linalg.matrix_power(matrix.T, uses),
+            atol=1e-5,
+        )
+        sizes = (
+            operation.outputs[0].shape.num_elements()
+            for operation in graph.get_operations()
+            if operation.type == "Const"
+        )
+        # Matrices, signs and indices, not the shapes of reshapes.
+        return sum(size for size in sizes if size > 8)
+
+    assert numbers(3) == numbers(1) > 2 * 256
+
+
 @only_torch
 def test_torch_gradchecks():
     import torch
