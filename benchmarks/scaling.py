@@ -256,14 +256,20 @@ def draw(lines, path):
 
     kinds = list(dict.fromkeys(over for _, over, _ in lines))
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(4 * len(kinds), 4), layout="constrained"
+        1, len(kinds), figsize=(4 * len(kinds), 5), layout="constrained"
     )
     for axis, kind in zip(axes, kinds):
+        sizes = set()
         for what, over, times in lines:
             if over == kind:
-                axis.loglog(*zip(*times.items()), marker="o", label=what)
+                style = "--" if what.startswith("Llama") else "-"
+                axis.loglog(*zip(*times.items()), style, marker="o", label=what)
+                sizes |= set(times)
+        axis.set_xticks(sorted(sizes), sorted(sizes), fontsize=7)
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(kind)
-        axis.legend(fontsize=7)
+        # Below: there is no room among twelve lines.
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.15))
     axes[0].set_ylabel("ms")
     figure.savefig(path, dpi=120)
 
