@@ -1,5 +1,7 @@
 """PyTorch: eager, `torch.func`, `torch.compile`, and the meta device."""
 
+import ctypes
+import functools
 import importlib.util
 import inspect
 import os
@@ -8,6 +10,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
+from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
 
 # Marks Python that is not to be traced: `torch.compile` would follow the
@@ -143,15 +146,78 @@ def _sum_of_rows(x):
 
 
 def _kernel(program, x):
-    """`triton.py`, if its kernel applies a program to a tensor, or `None`."""
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    # An exported program should run wherever PyTorch does.
-    if not _HAS_TRITON or torch.compiler.is_exporting():
-        return None
-    from keras_randadapt.ops import triton
+    """What applies a program in one pass over memory, or `None`.
 
-    return triton if triton.takes(program, x.dtype, x.device) else None
+    That is a function of `(x, program, before, after)`, without gradient.
+    """
+    # An exported program should run wherever PyTorch does.
+    if torch.compiler.is_exporting():
+        return None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if _HAS_TRITON and (x.device.type == "cuda" or interpreted):
+        from keras_randadapt.ops import triton
+
+        if triton.takes(program, x.dtype, x.device):
+            return triton.apply
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return _apply_native if native.translate(program) else None
+    return None
+
+
+def _apply_native(x, program, before, after):
+    y = x.new_empty(len(x), program.output_dim)
+    x, before, after = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (x, before, after)
+    )
+    native.apply(
+        native.translate(program),
+        x.data_ptr(),
+        y.data_ptr(),
+        len(x),
+        None if before is None else before.data_ptr(),
+        None if after is None else after.data_ptr(),
+        torch.get_num_threads(),
+        _parallel(),
+    )
+    return y
+
+
+@functools.cache
+def _parallel():
+    """OpenMP's entry to the threads that PyTorch has, if it has those.
+
+    Other threads would share the processors with these, which go on for a while
+    after an operation in case there is another one.
+    """
+    return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+
+
+@torch.library.custom_op("keras_randadapt::transform", mutates_args=())
+def _transform(
+    x: torch.Tensor,
+    key: str,
+    before: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> torch.Tensor:
+    """A kernel, as one node of the graph that `torch.compile` makes.
+
+    Its constants are neither constants of that graph nor arguments: they are
+    found at run time, by the key of the program.
+    """
+    program = steps.Program.from_key(key)
+    return _kernel(program, x)(x, program, before, after)
+
+
+# A compiled graph knows programs by their keys alone, so they must live on.
+_compiled_programs = set()
+
+
+@_transform.register_fake
+def _(x, key, before, after):
+    program = steps.Program.from_key(key)
+    _compiled_programs.add(program)
+    return x.new_empty(x.shape[0], program.output_dim)
 
 
 def _run(x, program, before=None, after=None):
@@ -161,9 +227,9 @@ def _run(x, program, before=None, after=None):
     block = max(1, _BLOCK // program.largest_dim)
     kernel = _kernel(program, x)
     if kernel is not None and _is_plain(x):
-        y = kernel.apply(x, program, before, after)
+        y = kernel(x, program, before, after)
     elif kernel is not None:
-        y = kernel.transform(x, program.key, before, after)
+        y = _transform(x, program.key, before, after)
     elif x.device.type == "cpu" and _is_plain(x) and len(x) >= 2 * block:
         y = x.new_empty(len(x), program.output_dim)
         *head, last = program

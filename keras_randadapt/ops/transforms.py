@@ -98,7 +98,7 @@ def randomized_transform(
         plan: A `RandomizedTransform`.
         adjoint: Whether to multiply by the transpose of `T`.
         before: Optional vector of the dtype of `x`, to multiply `x` by first.
-            PyTorch does so in the same pass over memory on a GPU.
+            PyTorch does so in the same pass over memory.
         after: Optional vector like it, to multiply the result by.
 
     Returns:
@@ -131,7 +131,10 @@ def randomized_transform(
         x = x if before is None else x * before
         y = operation.symbolic_call(x)
         return y if after is None else y * after
-    x = _as_tensor(x)
+    x, before, after = (
+        None if tensor is None else _as_tensor(tensor)
+        for tensor in (x, before, after)
+    )
     _check_input(x, plan, adjoint)
     program = plan.adjoint_program if adjoint else plan.program
     apply = _backend.apply if program.steps else _leave

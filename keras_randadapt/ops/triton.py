@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-from keras_randadapt.ops import steps
 from keras_randadapt.ops import tiles
 from keras_randadapt.ops.torch import as_tensors
 
@@ -153,32 +152,6 @@ def _launch_settings(tiled, adjoint, dtype):
         "EMULATED": dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     }
     return settings, 4 if tile <= 8192 else 8
-
-
-@torch.library.custom_op("keras_randadapt::transform", mutates_args=())
-def transform(
-    x: torch.Tensor,
-    key: str,
-    before: torch.Tensor | None,
-    after: torch.Tensor | None,
-) -> torch.Tensor:
-    """`apply`, as one node of the graph that `torch.compile` makes.
-
-    The kernel's constants are neither constants of that graph nor arguments:
-    they are found at run time, by the key of the program.
-    """
-    return apply(x, steps.Program.from_key(key), before, after)
-
-
-# A compiled graph knows programs by their keys alone, so they must live on.
-_compiled_programs = set()
-
-
-@transform.register_fake
-def _(x, key, before, after):
-    program = steps.Program.from_key(key)
-    _compiled_programs.add(program)
-    return x.new_empty(x.shape[0], program.output_dim)
 
 
 _known_tiled = weakref.WeakKeyDictionary()

@@ -1,0 +1,565 @@
+/* Transforms on a CPU, see native.py.
+
+A program of native.py is applied to a few rows at a time, so that they stay in
+the nearest cache from the first operation to the last: memory is read once and
+written once. Rows are shared out to threads.
+
+Nothing of Python is used: native.py calls `randadapt_apply` by ctypes, and XLA
+calls `randadapt_xla_handler`.
+*/
+
+#ifdef __linux__
+#define _GNU_SOURCE
+#include <sched.h>
+#endif
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Versions for more than the oldest processors, chosen when it is loaded. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 11)
+#define FOR_EVERY_PROCESSOR                                       \
+  __attribute__((target_clones("default", "arch=x86-64-v3",       \
+                               "arch=x86-64-v4")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANES 8
+/* Floats of a block of rows: with a copy, a part of the nearest cache. */
+#define BLOCK 2048
+#define CACHE_LINE 64
+/* Floats that a thread takes at a time. */
+#define SHARE 65536
+#define MAX_THREADS 256
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+/* The same in memory, where nothing is aligned. */
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4),
+                                   may_alias));
+
+/* As in native.py. */
+enum kind { RADIX, RUN, DENSE, GATHER, SCATTER, RESIZE, SCALE };
+
+typedef struct {
+  int32_t kind;
+  int32_t input_dim;
+  int32_t output_dim;
+  /* The data are (outer, columns, right) and become (outer, rows, right). */
+  int32_t outer;
+  int32_t rows;
+  int32_t columns;
+  int32_t right;
+  /* Where its numbers are: among the floats, or for an index, the integers.
+  -1 for none. */
+  int32_t numbers;
+  /* What is multiplied by first: a vector among the floats, or -1. */
+  int32_t vector;
+  /* And if there is none, a number. */
+  int32_t scale;
+} operation;
+
+typedef struct {
+  int32_t input_dim;
+  int32_t output_dim;
+  int32_t largest_dim;
+  int32_t count;
+  operation operations[];
+} program;
+
+/* The rows of a matrix, shared out to threads as they come for more. */
+typedef struct {
+  const program *program;
+  const float *floats;
+  const float *x;
+  const float *before;
+  const float *after;
+  float *y;
+  int64_t rows;
+  int64_t share;
+  atomic_llong next;
+  atomic_int status;
+} work;
+
+/* Of OpenMP: runs a function in a number of threads, and waits for them. */
+typedef void parallel(void (*function)(void *), void *argument,
+                      unsigned threads, unsigned flags);
+
+INLINE vec load(const float *x) { return *(const loose *)x; }
+INLINE void store(float *y, vec v) { *(loose *)y = v; }
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, ...) \
+  __builtin_shuffle(v, (int __attribute__((vector_size(32)))){__VA_ARGS__})
+#endif
+
+/* The Hadamard transform across `size` vectors. */
+INLINE void across(vec *v, int size) {
+#pragma GCC unroll 16
+  for (int h = 1; h < size; h *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) {
+      if (!(i & h)) {
+        vec sum = v[i] + v[i + h];
+        v[i + h] = v[i] - v[i + h];
+        v[i] = sum;
+      }
+    }
+  }
+}
+
+/* The Hadamard transform of order 8 within a vector. */
+INLINE vec within(vec v) {
+  const vec by1 = {1, -1, 1, -1, 1, -1, 1, -1};
+  const vec by2 = {1, 1, -1, -1, 1, 1, -1, -1};
+  const vec by4 = {1, 1, 1, 1, -1, -1, -1, -1};
+  v = v * by1 + SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6);
+  v = v * by2 + SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v * by4 + SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
+}
+
+/* Order `size` along an axis of which `right`, a multiple of 8, lie behind. */
+INLINE void radix(const float *x, float *y, const float *vector, float scale,
+                  int64_t outer, int size, int64_t right) {
+  for (int64_t o = 0; o < outer; o++) {
+    for (int64_t c = 0; c < right; c += LANES) {
+      const int64_t start = o * size * right + c;
+      vec v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < size; i++) {
+        const int64_t at = start + i * right;
+        v[i] = load(x + at);
+        v[i] = vector ? v[i] * load(vector + at) : v[i] * scale;
+      }
+      across(v, size);
+#pragma GCC unroll 16
+      for (int i = 0; i < size; i++) store(y + start + i * right, v[i]);
+    }
+  }
+}
+
+/* Order `8 * size` along the last axis. */
+INLINE void run(const float *x, float *y, const float *vector, float scale,
+                int64_t outer, int size) {
+  for (int64_t o = 0; o < outer; o++) {
+    const int64_t start = o * size * LANES;
+    vec v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < size; i++) {
+      const int64_t at = start + i * LANES;
+      v[i] = load(x + at);
+      v[i] = vector ? v[i] * load(vector + at) : v[i] * scale;
+    }
+    across(v, size);
+#pragma GCC unroll 8
+    for (int i = 0; i < size; i++) {
+      store(y + start + i * LANES, within(v[i]));
+    }
+  }
+}
+
+/* `height` rows of a product, of `8 * width` that lie side by side. */
+INLINE void dense_part(const float *x, float *y, const float *matrix,
+                       int columns, int64_t right, int height, int width) {
+  vec sums[4][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+    for (int k = 0; k < width; k++) sums[i][k] = (vec){0};
+  }
+  for (int j = 0; j < columns; j++) {
+#pragma GCC unroll 4
+    for (int k = 0; k < width; k++) {
+      const vec v = load(x + j * right + k * LANES);
+#pragma GCC unroll 4
+      for (int i = 0; i < height; i++) {
+        sums[i][k] += matrix[i * columns + j] * v;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+    for (int k = 0; k < width; k++) {
+      store(y + i * right + k * LANES, sums[i][k]);
+    }
+  }
+}
+
+INLINE void dense(const float *x, float *y, const float *matrix, int64_t outer,
+                  int rows, int columns, int64_t right) {
+  for (int64_t o = 0; o < outer; o++) {
+    const float *from = x + o * columns * right;
+    float *to = y + o * rows * right;
+    int64_t c = 0;
+    for (; c + 2 * LANES <= right; c += 2 * LANES) {
+      int i = 0;
+      for (; i + 4 <= rows; i += 4) {
+        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
+                   right, 4, 2);
+      }
+      for (; i < rows; i++) {
+        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
+                   right, 1, 2);
+      }
+    }
+    for (; c + LANES <= right; c += LANES) {
+      for (int i = 0; i < rows; i++) {
+        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
+                   right, 1, 1);
+      }
+    }
+    for (; c < right; c++) {
+      for (int i = 0; i < rows; i++) {
+        float sum = 0;
+        for (int j = 0; j < columns; j++) {
+          sum += matrix[i * columns + j] * from[j * right + c];
+        }
+        to[i * right + c] = sum;
+      }
+    }
+  }
+}
+
+/* Along the last axis. The matrix is transposed, its rows padded to 8. */
+INLINE void dense_last(const float *x, float *y, const float *matrix,
+                       int64_t outer, int rows, int columns) {
+  const int padded = (rows + LANES - 1) / LANES * LANES;
+  for (int64_t o = 0; o < outer; o++) {
+    const float *from = x + o * columns;
+    float *to = y + o * rows;
+    for (int i = 0; i < rows; i += LANES) {
+      vec sum = {0};
+      for (int j = 0; j < columns; j++) {
+        sum += from[j] * load(matrix + (int64_t)j * padded + i);
+      }
+      if (i + LANES <= rows) {
+        store(to + i, sum);
+      } else {
+        for (int k = 0; i + k < rows; k++) to[i + k] = sum[k];
+      }
+    }
+  }
+}
+
+INLINE void multiply(const float *x, float *y, const float *vector, float scale,
+                     int64_t dim) {
+  for (int64_t i = 0; i < dim; i++) y[i] = x[i] * (vector ? vector[i] : scale);
+}
+
+/* One operation on one row. */
+INLINE void apply_operation(const operation *op, const program *p,
+                            const float *floats, const float *x, float *y) {
+  const float *vector = op->vector < 0 ? NULL : floats + op->vector;
+  const float scale = op->scale < 0 ? 1 : floats[op->scale];
+  const float *matrix = floats + op->numbers;
+  const int32_t *index = (const int32_t *)p + op->numbers;
+  switch (op->kind) {
+    case RADIX:
+      switch (op->rows) {
+        case 2:
+          radix(x, y, vector, scale, op->outer, 2, op->right);
+          break;
+        case 4:
+          radix(x, y, vector, scale, op->outer, 4, op->right);
+          break;
+        case 8:
+          radix(x, y, vector, scale, op->outer, 8, op->right);
+          break;
+        case 16:
+          radix(x, y, vector, scale, op->outer, 16, op->right);
+          break;
+      }
+      break;
+    case RUN:
+      switch (op->rows) {
+        case 8:
+          run(x, y, vector, scale, op->outer, 1);
+          break;
+        case 16:
+          run(x, y, vector, scale, op->outer, 2);
+          break;
+        case 32:
+          run(x, y, vector, scale, op->outer, 4);
+          break;
+        case 64:
+          run(x, y, vector, scale, op->outer, 8);
+          break;
+      }
+      break;
+    case DENSE:
+      if (op->right == 1) {
+        dense_last(x, y, matrix, op->outer, op->rows, op->columns);
+      } else {
+        dense(x, y, matrix, op->outer, op->rows, op->columns, op->right);
+      }
+      break;
+    case GATHER:
+      for (int i = 0; i < op->output_dim; i++) y[i] = x[index[i]];
+      break;
+    case SCATTER:
+      memset(y, 0, sizeof(float) * op->output_dim);
+      for (int i = 0; i < op->input_dim; i++) y[index[i]] = x[i];
+      break;
+    case RESIZE: {
+      const int32_t common = op->input_dim < op->output_dim ? op->input_dim
+                                                            : op->output_dim;
+      memcpy(y, x, sizeof(float) * common);
+      memset(y + common, 0, sizeof(float) * (op->output_dim - common));
+      break;
+    }
+    case SCALE:
+      multiply(x, y, vector, scale, op->output_dim);
+      break;
+  }
+}
+
+INLINE int in_place(int32_t kind) {
+  return kind == RADIX || kind == RUN || kind == SCALE;
+}
+
+/* Asks for a part of some memory before it is needed. What a row's operations
+   do to what is in cache leaves memory idle otherwise. */
+INLINE void fetch(const void *memory, int64_t bytes, int64_t part,
+                  int64_t parts, const int writing) {
+  const int64_t end = bytes * (part + 1) / parts;
+  int64_t at = bytes * part / parts / CACHE_LINE * CACHE_LINE;
+  for (; at < end; at += CACHE_LINE) {
+    __builtin_prefetch((const char *)memory + at, writing, 3);
+  }
+}
+
+FOR_EVERY_PROCESSOR
+static void apply_to_rows(const work *w, int64_t first, int64_t end, float *one,
+                          float *other) {
+  const program *p = w->program;
+  const int64_t block = p->largest_dim < BLOCK ? BLOCK / p->largest_dim : 1;
+  for (int64_t row = first; row < end; row += block) {
+    const int64_t n = end - row < block ? end - row : block;
+    const float *x = w->x + row * p->input_dim;
+    float *result = w->y + row * p->output_dim;
+    if (w->before) {
+      for (int64_t i = 0; i < n; i++) {
+        multiply(x + i * p->input_dim, one + i * p->input_dim, w->before, 1,
+                 p->input_dim);
+      }
+      x = one;
+    }
+    const float *following = w->x + (row + n) * p->input_dim;
+    const int64_t left = end - row - n < block ? end - row - n : block;
+    const int64_t input_bytes = sizeof(float) * left * p->input_dim;
+    const int64_t output_bytes = sizeof(float) * n * p->output_dim;
+    for (int32_t k = 0; k < p->count; k++) {
+      const operation *op = p->operations + k;
+      float *y = result;
+      if (k + 1 < p->count || w->after) {
+        y = (x == one) == in_place(op->kind) ? one : other;
+      }
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t part = k * n + i;
+        fetch(following, input_bytes, part, n * p->count, 0);
+        if (k + 1 < p->count) {
+          fetch(result, output_bytes, part, n * (p->count - 1), 1);
+        }
+        apply_operation(op, p, w->floats, x + i * op->input_dim,
+                        y + i * op->output_dim);
+      }
+      x = y;
+    }
+    if (w->after) {
+      for (int64_t i = 0; i < n; i++) {
+        multiply(x + i * p->output_dim, result + i * p->output_dim, w->after, 1,
+                 p->output_dim);
+      }
+    }
+  }
+}
+
+static void do_shares(void *argument) {
+  work *w = argument;
+  const int32_t largest = w->program->largest_dim;
+  const size_t size = largest < BLOCK ? BLOCK : largest;
+  float *space = malloc(2 * sizeof(float) * size + CACHE_LINE);
+  if (!space) {
+    w->status = -1;
+    return;
+  }
+  float *aligned =
+      (float *)(((uintptr_t)space + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+  int64_t first;
+  while ((first = atomic_fetch_add(&w->next, w->share)) < w->rows) {
+    const int64_t end = first + w->share;
+    apply_to_rows(w, first, end < w->rows ? end : w->rows, aligned,
+                  aligned + size);
+  }
+  free(space);
+}
+
+static void *thread(void *argument) {
+  do_shares(argument);
+  return NULL;
+}
+
+static int processors(void) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (!sched_getaffinity(0, sizeof allowed, &allowed)) {
+    return CPU_COUNT(&allowed);
+  }
+#endif
+  return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+/* Applies a program to the rows of a matrix; 0, or -1 for lack of memory.
+
+   `before` and `after` may be NULL; `threads` may be 0, for as many as there
+   are processors. `run_parallel` may be NULL, to start threads here. */
+int randadapt_apply(const int32_t *integers, const float *floats,
+                    const float *x, const float *before, const float *after,
+                    float *y, int64_t rows, int32_t threads,
+                    parallel *run_parallel) {
+  const program *p = (const program *)integers;
+  const int64_t shares = rows * p->largest_dim / SHARE;
+  int64_t count = threads > 0 ? threads : processors();
+  if (count > shares) count = shares;
+  if (count > MAX_THREADS) count = MAX_THREADS;
+  work w = {.program = p,
+            .floats = floats,
+            .x = x,
+            .before = before,
+            .after = after,
+            .y = y,
+            .rows = rows,
+            .share = SHARE / p->largest_dim + 1};
+  if (count > 1 && run_parallel) {
+    run_parallel(do_shares, &w, (unsigned)count, 0);
+    return w.status;
+  }
+  pthread_t others[MAX_THREADS];
+  int64_t started = 0;
+  while (started + 1 < count &&
+         !pthread_create(&others[started], NULL, thread, &w)) {
+    started++;
+  }
+  do_shares(&w);
+  for (int64_t i = 0; i < started; i++) pthread_join(others[i], NULL);
+  return w.status;
+}
+
+/* XLA's typed interface for foreign functions: what is used of its C ABI, whose
+   structures all begin with their size. */
+
+typedef struct extension {
+  size_t size;
+  int type;
+  struct extension *next;
+} extension;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  int major;
+  int minor;
+} xla_version;
+
+typedef struct {
+  size_t size;
+  xla_version version;
+  uint32_t traits;
+} xla_metadata;
+
+typedef struct {
+  extension base;
+  xla_metadata *metadata;
+} metadata_extension;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  const char *message;
+  int code;
+} xla_error;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  xla_version version;
+  const void *internal;
+  void *(*create_error)(xla_error *);
+} xla_interface;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  int dtype;
+  void *data;
+  int64_t rank;
+  int64_t *dims;
+} xla_buffer;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  int64_t count;
+  int *types;
+  void **values;
+} xla_values;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  const xla_interface *interface;
+  void *context;
+  int stage;
+  xla_values arguments;
+  xla_values results;
+} xla_call;
+
+enum { METADATA = 1, EXECUTE = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
+/* The newest that these structures are known to be of. */
+enum { XLA_MAJOR = 0, XLA_MINOR = 3 };
+
+static void *xla_failure(const xla_call *call, const char *message, int code) {
+  xla_error error = {sizeof error, NULL, message, code};
+  return call->interface->create_error(&error);
+}
+
+/* Of the rows of a matrix, the integers and the floats of a program. */
+void *randadapt_xla_handler(xla_call *call) {
+  for (extension *e = call->extensions; e; e = e->next) {
+    if (e->type == METADATA) {
+      xla_metadata *metadata = ((metadata_extension *)e)->metadata;
+      const xla_version *version = &call->interface->version;
+      const int older = version->major == XLA_MAJOR &&
+                        version->minor < XLA_MINOR;
+      metadata->version.major = XLA_MAJOR;
+      metadata->version.minor = older ? version->minor : XLA_MINOR;
+      metadata->traits = 0;
+      return NULL;
+    }
+  }
+  if (call->stage != EXECUTE) return NULL;
+  if (call->size < sizeof(xla_call) || call->arguments.count != 3 ||
+      call->results.count != 1) {
+    return xla_failure(call, "randadapt: called in another way", UNIMPLEMENTED);
+  }
+  const xla_buffer *x = call->arguments.values[0];
+  const xla_buffer *integers = call->arguments.values[1];
+  const xla_buffer *floats = call->arguments.values[2];
+  const xla_buffer *y = call->results.values[0];
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x->rank; i++) rows *= x->dims[i];
+  if (randadapt_apply(integers->data, floats->data, x->data, NULL, NULL,
+                      y->data, rows, 0, NULL)) {
+    return xla_failure(call, "randadapt: out of memory", RESOURCE_EXHAUSTED);
+  }
+  return NULL;
+}
