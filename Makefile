@@ -21,7 +21,8 @@ QUICKSTART_STAMP := $(VENV)/.quickstart
 TEST_STAMP := $(VENV)/.test
 OLDEST_STAMP := $(VENV_OLDEST)/.test
 QUALITY_STAMP := $(VENV)/.quality-models
-REQUIREMENTS := pyproject.toml constraints/models.txt
+REQUIREMENTS := pyproject.toml constraints/models.txt \
+	keras_randadapt/ops/_native.c
 
 # TensorFlow's start-up notes hide what matters.
 export TF_CPP_MIN_LOG_LEVEL := 3

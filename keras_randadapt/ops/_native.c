@@ -491,9 +491,26 @@ typedef struct {
 typedef struct {
   size_t size;
   extension *extensions;
+  void *error;
+} xla_deletion;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
+  void *context;
+  int64_t *count;
+} xla_threads;
+
+typedef struct {
+  size_t size;
+  extension *extensions;
   xla_version version;
   const void *internal;
   void *(*create_error)(xla_error *);
+  void *message_of_error;
+  void (*delete_error)(xla_deletion *);
+  void *others[9];
+  void *(*count_threads)(xla_threads *);
 } xla_interface;
 
 typedef struct {
@@ -532,6 +549,21 @@ static void *xla_failure(const xla_call *call, const char *message, int code) {
   return call->interface->create_error(&error);
 }
 
+/* As many as XLA may use, so that what limits XLA limits this. */
+static int32_t xla_thread_count(const xla_call *call) {
+  int64_t count = 1;
+  xla_threads threads = {sizeof threads, NULL, call->context, &count};
+  if (call->interface->size < sizeof(xla_interface)) return 1;
+  void *error = call->interface->count_threads(&threads);
+  if (error) {
+    /* It was told to have none beside the one that is here. */
+    xla_deletion deletion = {sizeof deletion, NULL, error};
+    call->interface->delete_error(&deletion);
+    return 1;
+  }
+  return count < MAX_THREADS ? (int32_t)count : MAX_THREADS;
+}
+
 /* Of the rows of a matrix, the integers and the floats of a program. */
 void *randadapt_xla_handler(xla_call *call) {
   for (extension *e = call->extensions; e; e = e->next) {
@@ -558,7 +590,7 @@ void *randadapt_xla_handler(xla_call *call) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x->rank; i++) rows *= x->dims[i];
   if (randadapt_apply(integers->data, floats->data, x->data, NULL, NULL,
-                      y->data, rows, 0, NULL)) {
+                      y->data, rows, xla_thread_count(call), NULL)) {
     return xla_failure(call, "randadapt: out of memory", RESOURCE_EXHAUSTED);
   }
   return NULL;

