@@ -35,6 +35,8 @@ calls `randadapt_xla_handler`.
 /* Floats of a block of rows: with a copy, a part of the nearest cache. */
 #define BLOCK 2048
 #define CACHE_LINE 64
+/* Rows of a product whose sums are in registers at a time. */
+#define DENSE_ROWS 6
 /* Floats that a thread takes at a time. */
 #define SHARE 65536
 #define MAX_THREADS 256
@@ -43,6 +45,10 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 /* The same in memory, where nothing is aligned. */
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4),
                                    may_alias));
+/* Two of them, or one where the processor has such. */
+typedef float wide __attribute__((vector_size(8 * LANES)));
+typedef float loose_wide __attribute__((vector_size(8 * LANES), aligned(4),
+                                        may_alias));
 
 /* As in native.py. */
 enum kind { RADIX, RUN, DENSE, GATHER, SCATTER, RESIZE, SCALE };
@@ -166,32 +172,19 @@ INLINE void run(const float *x, float *y, const float *vector, float scale,
   }
 }
 
-/* `height` rows of a product, of `8 * width` that lie side by side. */
+/* `height` rows of a product, of 16 columns. */
 INLINE void dense_part(const float *x, float *y, const float *matrix,
-                       int columns, int64_t right, int height, int width) {
-  vec sums[4][4];
-#pragma GCC unroll 4
-  for (int i = 0; i < height; i++) {
-#pragma GCC unroll 4
-    for (int k = 0; k < width; k++) sums[i][k] = (vec){0};
-  }
+                       int columns, int64_t right, int height) {
+  wide sums[DENSE_ROWS];
+#pragma GCC unroll 8
+  for (int i = 0; i < height; i++) sums[i] = (wide){0};
   for (int j = 0; j < columns; j++) {
-#pragma GCC unroll 4
-    for (int k = 0; k < width; k++) {
-      const vec v = load(x + j * right + k * LANES);
-#pragma GCC unroll 4
-      for (int i = 0; i < height; i++) {
-        sums[i][k] += matrix[i * columns + j] * v;
-      }
-    }
+    const wide v = *(const loose_wide *)(x + j * right);
+#pragma GCC unroll 8
+    for (int i = 0; i < height; i++) sums[i] += matrix[i * columns + j] * v;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < height; i++) {
-#pragma GCC unroll 4
-    for (int k = 0; k < width; k++) {
-      store(y + i * right + k * LANES, sums[i][k]);
-    }
-  }
+#pragma GCC unroll 8
+  for (int i = 0; i < height; i++) *(loose_wide *)(y + i * right) = sums[i];
 }
 
 INLINE void dense(const float *x, float *y, const float *matrix, int64_t outer,
@@ -202,20 +195,18 @@ INLINE void dense(const float *x, float *y, const float *matrix, int64_t outer,
     int64_t c = 0;
     for (; c + 2 * LANES <= right; c += 2 * LANES) {
       int i = 0;
-      for (; i + 4 <= rows; i += 4) {
-        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
-                   right, 4, 2);
+#define PART(height)                                                      \
+  dense_part(from + c, to + i * right + c, matrix + i * columns, columns, \
+             right, height)
+      for (; i + DENSE_ROWS <= rows; i += DENSE_ROWS) PART(DENSE_ROWS);
+      switch (rows - i) {
+        case 5: PART(5); break;
+        case 4: PART(4); break;
+        case 3: PART(3); break;
+        case 2: PART(2); break;
+        case 1: PART(1); break;
       }
-      for (; i < rows; i++) {
-        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
-                   right, 1, 2);
-      }
-    }
-    for (; c + LANES <= right; c += LANES) {
-      for (int i = 0; i < rows; i++) {
-        dense_part(from + c, to + i * right + c, matrix + i * columns, columns,
-                   right, 1, 1);
-      }
+#undef PART
     }
     for (; c < right; c++) {
       for (int i = 0; i < rows; i++) {

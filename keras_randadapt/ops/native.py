@@ -29,6 +29,9 @@ _RADIX, _RUN, _DENSE, _GATHER, _SCATTER, _RESIZE, _SCALE = range(7)
 _LANES = 8
 _LARGEST_RUN = 64
 _LARGEST_RADIX = 16
+# From this distance on, coordinates share a set of the nearest cache, which
+# has room for 8 of them.
+_CONFLICT = 1024
 # Multiply-adds an element above which a matrix library is faster.
 _LARGEST_CORE = 64
 _HEADER, _WORDS = 4, 10
@@ -216,7 +219,8 @@ class _Translation:
         while size > 1:
             # In equal parts: 8 and 8 rather than 16 and 4.
             bits = size.bit_length() - 1
-            parts = -(-bits // (_LARGEST_RADIX.bit_length() - 1))
+            largest = _LARGEST_RADIX if right < _CONFLICT else 8
+            parts = -(-bits // (largest.bit_length() - 1))
             radix = 1 << -(-bits // parts)
             size //= radix
             self._scaled(_RADIX, dim, outer * size, radix, right, scale)
