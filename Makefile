@@ -110,5 +110,5 @@ bench: $(TEST_STAMP)
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .ruff_cache build outputs
-	rm -rf *.egg-info
+	rm -rf *.egg-info keras_randadapt/ops/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,25 +4,24 @@ A program of native.py is applied to a few rows at a time, so that they stay in
 the nearest cache from the first operation to the last: memory is read once and
 written once. Rows are shared out to threads.
 
-Nothing of Python is used: native.py calls `randadapt_apply` by ctypes, and XLA
-calls `randadapt_xla_handler`.
+Nothing of Python is used, and Python cannot import it: native.py calls
+`randadapt_apply` by ctypes, and XLA calls `randadapt_xla_handler`.
 */
 
-#ifdef __linux__
-#define _GNU_SOURCE
-#include <sched.h>
-#endif
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-/* Versions for more than the oldest processors, chosen when it is loaded. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 11)
+/* Of what native.py and this file have agreed on. */
+#define FORMAT 1
+
+/* Versions for more than the oldest processors, chosen when it is loaded. What
+   Clang makes of it chooses the oldest always. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
+    __GNUC__ >= 12
 #define FOR_EVERY_PROCESSOR                                       \
   __attribute__((target_clones("default", "arch=x86-64-v3",       \
                                "arch=x86-64-v4")))
@@ -39,6 +38,8 @@ calls `randadapt_xla_handler`.
 #define DENSE_ROWS 6
 /* Floats that a thread takes at a time. */
 #define SHARE 65536
+/* Shares for which a thread is worth its start. */
+#define SHARES_OF_THREAD 4
 #define MAX_THREADS 256
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -251,8 +252,10 @@ INLINE void apply_operation(const operation *op, const program *p,
                             const float *floats, const float *x, float *y) {
   const float *vector = op->vector < 0 ? NULL : floats + op->vector;
   const float scale = op->scale < 0 ? 1 : floats[op->scale];
-  const float *matrix = floats + op->numbers;
-  const int32_t *index = (const int32_t *)p + op->numbers;
+  const float *matrix = op->kind == DENSE ? floats + op->numbers : NULL;
+  const int32_t *index = op->kind == GATHER || op->kind == SCATTER
+                             ? (const int32_t *)p + op->numbers
+                             : NULL;
   switch (op->kind) {
     case RADIX:
       switch (op->rows) {
@@ -324,7 +327,13 @@ INLINE void fetch(const void *memory, int64_t bytes, int64_t part,
   const int64_t end = bytes * (part + 1) / parts;
   int64_t at = bytes * part / parts / CACHE_LINE * CACHE_LINE;
   for (; at < end; at += CACHE_LINE) {
-    __builtin_prefetch((const char *)memory + at, writing, 3);
+    const char *line = (const char *)memory + at;
+    /* Clang takes nothing but literals. */
+    if (writing) {
+      __builtin_prefetch(line, 1, 3);
+    } else {
+      __builtin_prefetch(line, 0, 3);
+    }
   }
 }
 
@@ -399,28 +408,20 @@ static void *thread(void *argument) {
   return NULL;
 }
 
-static int processors(void) {
-#ifdef __linux__
-  cpu_set_t allowed;
-  if (!sched_getaffinity(0, sizeof allowed, &allowed)) {
-    return CPU_COUNT(&allowed);
-  }
-#endif
-  return (int)sysconf(_SC_NPROCESSORS_ONLN);
-}
+int32_t randadapt_format(void) { return FORMAT; }
 
 /* Applies a program to the rows of a matrix; 0, or -1 for lack of memory.
 
-   `before` and `after` may be NULL; `threads` may be 0, for as many as there
-   are processors. `run_parallel` may be NULL, to start threads here. */
+   `before` and `after` may be NULL. So may `run_parallel`, to start threads
+   here. */
 int randadapt_apply(const int32_t *integers, const float *floats,
                     const float *x, const float *before, const float *after,
                     float *y, int64_t rows, int32_t threads,
                     parallel *run_parallel) {
   const program *p = (const program *)integers;
   const int64_t shares = rows * p->largest_dim / SHARE;
-  int64_t count = threads > 0 ? threads : processors();
-  if (count > shares) count = shares;
+  const int64_t worth = run_parallel ? shares : shares / SHARES_OF_THREAD;
+  int64_t count = threads < worth ? threads : worth;
   if (count > MAX_THREADS) count = MAX_THREADS;
   work w = {.program = p,
             .floats = floats,
@@ -560,11 +561,12 @@ void *randadapt_xla_handler(xla_call *call) {
   for (extension *e = call->extensions; e; e = e->next) {
     if (e->type == METADATA) {
       xla_metadata *metadata = ((metadata_extension *)e)->metadata;
-      const xla_version *version = &call->interface->version;
-      const int older = version->major == XLA_MAJOR &&
-                        version->minor < XLA_MINOR;
+      /* Old versions of XLA have none here. */
+      const xla_interface *interface = call->interface;
+      const int older = interface && interface->version.major == XLA_MAJOR &&
+                        interface->version.minor < XLA_MINOR;
       metadata->version.major = XLA_MAJOR;
-      metadata->version.minor = older ? version->minor : XLA_MINOR;
+      metadata->version.minor = older ? interface->version.minor : XLA_MINOR;
       metadata->traits = 0;
       return NULL;
     }

@@ -18,8 +18,9 @@ from keras_randadapt.ops import steps
 # and rather than JAX's own transposition, which turns gathers into scatters
 # and products into ones of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
-# By this name XLA knows the compiled code.
+# By this name XLA knows the compiled code, from this version of JAX on.
 _NATIVE = "keras_randadapt_transform"
+_FIRST_JAX = (0, 8, 0)
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
@@ -60,7 +61,8 @@ def _takes_native(ctx, program):
         ctx.avals_in[0].dtype == jnp.float32
         # An exported program should run wherever XLA does.
         and not module.lowering_parameters.for_export
-        # XLA cannot divide what it does not know among devices.
+        # XLA cannot divide what it does not know among several devices. Whether
+        # there are is not known under `shard_map`.
         and getattr(module.axis_context, "num_devices", None) == 1
         and native.translate(program) is not None
         and _register_native()
@@ -69,7 +71,13 @@ def _takes_native(ctx, program):
 
 @functools.cache
 def _register_native():
-    """Makes the compiled code known to XLA; whether it is."""
+    """Makes the compiled code known to XLA; whether it is.
+
+    Not before a program is lowered: what JAX is told before it has a backend
+    it takes up later, and a backend that does not take it does not start.
+    """
+    if jax.__version_info__ < _FIRST_JAX:
+        return False
     handler = jax.ffi.pycapsule(native.library().randadapt_xla_handler)
     try:
         jax.ffi.register_ffi_target(_NATIVE, handler, platform="cpu")
@@ -191,15 +199,12 @@ def _kronecker(x, step, made=0):
     for i, factor in enumerate(factors):
         sizes[factor.axis] = factor.matrix.shape[0 if i < made else 1]
     x = x.reshape(rows, *sizes)
-    # Every axis is moved to the end for its product, where the next one finds
-    # it: XLA would transpose before and after each of them otherwise.
-    order = list(range(len(factors)))
-    for matrix, axis, _ in factors[made:]:
-        position = order.index(axis)
-        x = jnp.moveaxis(x, 1 + position, -1)
-        order.append(order.pop(position))
+    # XLA would transpose before and after each product otherwise.
+    *rotations, last = step.rotations(factors)
+    for (matrix, *_), axes in list(zip(factors, rotations))[made:]:
+        x = x.transpose(0, *(1 + axis for axis in axes))
         x = _multiply_last(x, matrix.astype(x.dtype))
-    x = x.transpose(0, *(1 + order.index(i) for i in range(len(order))))
+    x = x.transpose(0, *(1 + axis for axis in last))
     x = x.reshape(rows, step.output_dim)
     if x.dtype.itemsize < 4 and step.scale != 1.0:
         # The scale itself is not exact in `x.dtype`.

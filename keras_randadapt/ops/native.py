@@ -1,4 +1,4 @@
-"""Transforms on a CPU in compiled code; pure NumPy.
+"""Transforms on a CPU in compiled code: what it needs, in NumPy and ctypes.
 
 `_native.c` applies a program of `steps.py` to a block of rows in one pass over
 memory: Hadamard matrices of powers of two as additions (the fast Walsh-Hadamard
@@ -21,8 +21,10 @@ import numpy as np
 from keras_randadapt.ops import steps
 
 _MODULE = "keras_randadapt.ops._native"
-# To turn it off, set this to 0 before Keras is imported.
+# To turn it off, set this to 0 before the package is imported.
 _SWITCH = "KERAS_RANDADAPT_NATIVE"
+# Of what `_native.c` and this file have agreed on; an old file may lie around.
+_FORMAT = 1
 # Operations of `_native.c`.
 _RADIX, _RUN, _DENSE, _GATHER, _SCATTER, _RESIZE, _SCALE = range(7)
 # Floats that are computed side by side.
@@ -48,9 +50,11 @@ def library():
         return None
     try:
         loaded = ctypes.CDLL(spec.origin)
-    except OSError as error:
+        if loaded.randadapt_format() != _FORMAT:
+            raise OSError("it is of another version of the package")
+    except (OSError, AttributeError) as error:
         warnings.warn(
-            f"{spec.origin} cannot be loaded, and Hadamard transforms on a CPU "
+            f"{spec.origin} cannot be used, and Hadamard transforms on a CPU "
             f"will be slower; install the package anew. Received: {error}"
         )
         return None
@@ -99,7 +103,7 @@ _known_programs = weakref.WeakKeyDictionary()
 
 
 def apply(
-    native, x, y, rows, before=None, after=None, threads=0, parallel=None
+    native, x, y, rows, before=None, after=None, threads=1, parallel=None
 ):
     """`after * T (before * x)` for the rows of a matrix.
 
@@ -110,7 +114,7 @@ def apply(
         rows: Integer.
         before: Address of a vector, or `None`.
         after: Address of a vector, or `None`.
-        threads: Integer, the most to use; 0 for as many as processors.
+        threads: Integer, the most to use.
         parallel: OpenMP's function `GOMP_parallel`, to run in its threads.
     """
     status = library().randadapt_apply(

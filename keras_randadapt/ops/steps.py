@@ -94,6 +94,31 @@ class Kronecker:
             sizes[i] = matrices[i].shape[0]
         return tuple(factors)
 
+    @staticmethod
+    def rotations(factors):
+        """For products along the last axis alone: how to move the axes.
+
+        Every axis is moved to the end for its product, where the next one
+        finds it.
+
+        Args:
+            factors: What `grouped` gives.
+
+        Returns:
+            A list of permutations, one before each product and one after the
+            last, which restores the order.
+        """
+        order = list(range(len(factors)))
+        permutations = []
+        for factor in factors:
+            position = order.index(factor.axis)
+            axes = list(range(len(order)))
+            axes.append(axes.pop(position))
+            permutations.append(axes)
+            order = [order[axis] for axis in axes]
+        permutations.append([order.index(axis) for axis in range(len(order))])
+        return permutations
+
     @functools.cached_property
     def transpose(self):
         matrices = tuple(np.ascontiguousarray(m.T) for m in self.matrices)

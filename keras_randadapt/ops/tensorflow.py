@@ -4,11 +4,15 @@ import itertools
 
 import tensorflow as tf
 
+# What is public does not tell whether XLA compiles.
+from tensorflow.python.ops import control_flow_util
+
 from keras_randadapt.ops import steps
 
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 60
 _LEFT_COST = 3
+_PASS_COST_OF_XLA = 36
 # Elements a block of rows, on a CPU.
 _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
@@ -68,9 +72,9 @@ def _blocks(rows, program):
     """First rows of the blocks to work in, so that they stay in cache.
 
     The blocks are unrolled into the graph: they are few, and there is one
-    where the batch size is unknown, or for an accelerator.
+    where the batch size is unknown, for XLA, or for an accelerator.
     """
-    if rows is None or tf.config.list_logical_devices("GPU"):
+    if rows is None or _in_xla() or tf.config.list_logical_devices("GPU"):
         return [0]
     blocks = min(rows * program.largest_dim // _BLOCK, _MAX_BLOCKS)
     return list(range(0, rows, -(-rows // blocks))) if blocks > 1 else [0]
@@ -104,11 +108,25 @@ def _apply_step(x, step):
             )
 
 
+def _in_xla():
+    """Whether this is traced for a function with `jit_compile=True`."""
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
 def _kronecker(x, step):
     low_precision = x.dtype.size < 4
-    for matrix, _, right in step.grouped(
-        _PASS_COST, exact=low_precision, left_cost=_LEFT_COST
-    ):
+    products = _products_of_xla if _in_xla() else _products
+    x = tf.reshape(products(x, step, low_precision), [-1, step.output_dim])
+    if low_precision and step.scale != 1.0:
+        # The scale itself is not exact in `x.dtype`.
+        x = tf.cast(tf.cast(x, tf.float32) * step.scale, x.dtype)
+    return x
+
+
+def _products(x, step, exact):
+    """From the left, but for the last axis; TensorFlow's transpose is slow."""
+    for matrix, _, right in step.grouped(_PASS_COST, exact, _LEFT_COST):
         dim = matrix.shape[1]
         if right == 1:
             x = tf.reshape(x, [-1, dim])
@@ -116,11 +134,24 @@ def _kronecker(x, step):
         else:
             x = tf.reshape(x, [-1, dim, right])
             x = tf.matmul(_constant(matrix, x.dtype), x)
-    x = tf.reshape(x, [-1, step.output_dim])
-    if low_precision and step.scale != 1.0:
-        # The scale itself is not exact in `x.dtype`.
-        x = tf.cast(tf.cast(x, tf.float32) * step.scale, x.dtype)
     return x
+
+
+def _products_of_xla(x, step, exact):
+    """Along the last axis; XLA transposes twice for a product from the left."""
+    factors = step.grouped(_PASS_COST_OF_XLA, exact)
+    *rotations, last = step.rotations(factors)
+    sizes = [0] * len(factors)
+    for factor in factors:
+        sizes[factor.axis] = factor.matrix.shape[1]
+    x = tf.reshape(x, [-1, *sizes])
+    for (matrix, *_), axes in zip(factors, rotations):
+        x = tf.transpose(x, [0, *(1 + axis for axis in axes)])
+        batch = x.shape[1:-1]
+        x = tf.reshape(x, [-1, matrix.shape[1]])
+        x = tf.matmul(x, _constant(matrix, x.dtype, transposed=True))
+        x = tf.reshape(x, [-1, *batch, len(matrix)])
+    return tf.transpose(x, [0, *(1 + axis for axis in last)])
 
 
 def _constant(array, dtype, transposed=False):

@@ -48,9 +48,11 @@ def _apply_by_key(x, before, after, key):
 
 
 def _apply(x, before, after, program):
-    if before is None and after is None:
+    scales = [scale for scale in (before, after) if scale is not None]
+    if not scales:
         return _Linear.apply(x, program)
-    if _kernel(program, x) is None:
+    alike = all((s.dtype, s.device) == (x.dtype, x.device) for s in scales)
+    if not alike or _kernel(program, x) is None:
         return _apply_around(x, program, before, after)
     return _Scaled.apply(x, before, after, program)
 
@@ -102,6 +104,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, before, after, ctx.program = inputs
+        ctx.save_for_forward(x, before, after)
         # The data only where a scale is trained.
         x = x if any(ctx.needs_input_grad[1:3]) else None
         ctx.save_for_backward(x, before, after)
@@ -120,6 +123,19 @@ class _Scaled(torch.autograd.Function):
             pushed = apply(x, ctx.program, before) * upstream
             gradients[2] = _sum_of_rows(pushed)
         return tuple(gradients)
+
+    @staticmethod
+    def jvp(ctx, x_tangent, before_tangent, after_tangent, _):
+        x, before, after = ctx.saved_tensors
+        parts = []
+        if x_tangent is not None:
+            parts.append(apply(x_tangent, ctx.program, before, after))
+        if before_tangent is not None:
+            scaled = x * before_tangent
+            parts.append(apply(scaled, ctx.program, after=after))
+        if after_tangent is not None:
+            parts.append(apply(x, ctx.program, before) * after_tangent)
+        return sum(parts[1:], parts[0])
 
     @staticmethod
     def vmap(info, in_dims, x, before, after, program):
@@ -150,8 +166,8 @@ def _kernel(program, x):
 
     That is a function of `(x, program, before, after)`, without gradient.
     """
-    # An exported program should run wherever PyTorch does.
-    if torch.compiler.is_exporting():
+    # An exported program should run wherever PyTorch does, ONNX elsewhere too.
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if _HAS_TRITON and (x.device.type == "cuda" or interpreted):
@@ -226,7 +242,7 @@ def _run(x, program, before=None, after=None):
         x = x.reshape(batch.numel(), x.shape[-1])
     block = max(1, _BLOCK // program.largest_dim)
     kernel = _kernel(program, x)
-    if kernel is not None and _is_plain(x):
+    if kernel is not None and all(map(_is_in_memory, (x, before, after))):
         y = kernel(x, program, before, after)
     elif kernel is not None:
         y = _transform(x, program.key, before, after)
@@ -249,6 +265,19 @@ def _is_plain(x):
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+    )
+
+
+def _is_in_memory(x):
+    """Whether a tensor is what lies at its address, and is asked to be used."""
+    return x is None or (
+        _is_plain(x)
+        and x.layout == torch.strided
+        # Zeros without memory, and numbers whose sign is yet to be changed.
+        and not x._is_zerotensor()
+        and not x.is_neg()
+        # Something that sees every operation, and may record it.
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 

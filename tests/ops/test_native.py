@@ -31,10 +31,19 @@ only_jax = pytest.mark.skipif(BACKEND != "jax", reason="tests JAX")
 only_torch = pytest.mark.skipif(BACKEND != "torch", reason="tests PyTorch")
 
 
+@pytest.fixture
+def loaded_anew():
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
 def test_it_is_built_where_there_is_a_compiler():
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("there is no C compiler")
-    assert native.library() is not None
+    if os.environ.get("KERAS_RANDADAPT_NATIVE") == "0":
+        pytest.skip("it is turned off")
+    assert native.library() is not None, "install the package anew"
 
 
 @on_a_backend_with_it
@@ -52,24 +61,27 @@ def test_all_works_without_it():
     assert " passed" in process.stdout
 
 
-def test_it_can_be_turned_off(monkeypatch):
+def test_it_can_be_turned_off(monkeypatch, loaded_anew):
     monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
-    native.library.cache_clear()
     assert native.library() is None
     assert native.translate(_cached_program(64, True, False)) is None
-    native.library.cache_clear()
 
 
-def test_a_file_that_cannot_be_loaded(monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_loaded(monkeypatch, tmp_path, loaded_anew):
     class Spec:
         origin = str(tmp_path / "_native.so")
 
     pathlib.Path(Spec.origin).write_text("for another processor")
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: Spec)
-    native.library.cache_clear()
     with pytest.warns(UserWarning, match="install the package anew"):
         assert native.library() is None
-    native.library.cache_clear()
+
+
+@compiled
+def test_a_file_of_another_version(monkeypatch, loaded_anew):
+    monkeypatch.setattr(native, "_FORMAT", native._FORMAT + 1)
+    with pytest.warns(UserWarning, match="of another version"):
+        assert native.library() is None
 
 
 def run(program, x, before=None, after=None, **options):
@@ -171,7 +183,8 @@ def test_scales(order):
 def test_threads_share_the_rows():
     """However many there are, the numbers are the same."""
     plan = make(768, 2, 768, 500, gather=True)
-    x = normal(1001, 768)
+    # Enough for several, and not a multiple of what one takes.
+    x = normal(2001, 768)
     expected = run(plan.program, x, threads=1)
     close(expected, reference.apply(x.astype("float64"), plan.program))
     for threads in (0, 2, 3, 1000):
@@ -345,6 +358,11 @@ def test_a_jax_that_does_not_take_it(monkeypatch):
         text = lowered(lambda x: fwht(x), x)
     assert jax_backend._NATIVE not in text
     close(jax.jit(lambda x: fwht(x))(x), expected)
+    # Old ones, which have another interface or none, are not asked.
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    monkeypatch.delattr(jax, "ffi")
+    jax_backend._register_native.cache_clear()
+    assert jax_backend._NATIVE not in lowered(lambda x: fwht(x), x)
     jax_backend._register_native.cache_clear()
 
 

@@ -835,6 +835,126 @@ def test_scales(adjoint):
 
 
 @only_torch
+def test_torch_forward_mode_with_scales():
+    import torch
+
+    plan, matrix = make(24, 2, 20, 12, gather=True)
+    x, before, after = normal(3, 20), normal(20), normal(12)
+    dx, dbefore, dafter = normal(4, 20)[:3], normal(21)[:20], normal(13)[:12]
+
+    def apply(x, before, after):
+        return randomized_transform(x, plan, False, before, after)
+
+    tensors = tuple(map(torch.tensor, (x, before, after)))
+    tangents = tuple(map(torch.tensor, (dx, dbefore, dafter)))
+    y, found = torch.func.jvp(apply, tensors, tangents)
+    expected = (dx * before + x * dbefore) @ matrix.T * after
+    expected += (x * before) @ matrix.T * dafter
+    np.testing.assert_allclose(y, (x * before) @ matrix.T * after, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Some of them alone.
+    for place, tangent in enumerate(tangents):
+
+        def of_one(argument):
+            arguments = list(tensors)
+            arguments[place] = argument
+            return apply(*arguments)
+
+        _, found = torch.func.jvp(of_one, (tensors[place],), (tangent,))
+        parts = [torch.zeros_like(t) for t in tangents]
+        parts[place] = tangent
+        _, expected = torch.func.jvp(apply, tensors, tuple(parts))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    hessian = torch.func.hessian(lambda b: apply(tensors[0], b, b[:12]).sum())
+    np.testing.assert_allclose(
+        hessian(tensors[1]),
+        torch.autograd.functional.hessian(
+            lambda b: apply(tensors[0], b, b[:12]).sum(), tensors[1]
+        ),
+        atol=1e-4,
+    )
+
+
+@only_torch
+def test_torch_scales_of_another_dtype():
+    """The result is of the wider dtype, as of a product."""
+    import torch
+
+    plan, matrix = make(24, 2, 20, 12)
+    x, before = torch.randn(3, 20), torch.randn(20)
+    for dtype in (torch.float64, torch.bfloat16):
+        scale = before.to(dtype)
+        y = randomized_transform(x, plan, before=scale)
+        assert y.dtype == torch.promote_types(dtype, torch.float32)
+        expected = (x * scale).numpy() @ matrix.T
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@only_torch
+class TestTensorsThatAreNotInMemory:
+    """Or that more is asked of than a result."""
+
+    def test_zeros(self):
+        import torch
+
+        y = fwht(torch._efficientzerotensor((5, 64)))
+        np.testing.assert_array_equal(y.numpy(), np.zeros((5, 64)))
+
+    def test_negative_view(self):
+        import torch
+
+        x = torch.randn(5, 64)
+        np.testing.assert_allclose(
+            fwht(torch._neg_view(x)), -fwht(x), atol=1e-5
+        )
+
+    def test_meta_scale(self):
+        import torch
+
+        plan, _ = make(24, 2, 20, 12)
+        scale = torch.empty(20, device="meta")
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            randomized_transform(torch.randn(3, 20), plan, before=scale).numpy()
+
+    def test_trace(self):
+        """As an export to ONNX with a batch of any size makes it."""
+        import torch
+
+        plan, matrix = make(24, 2, 20, 12, gather=True)
+
+        def apply(x, before):
+            return randomized_transform(x, plan, before=before)
+
+        traced = torch.jit.trace(apply, (torch.randn(3, 20), torch.randn(20)))
+        x, before = torch.randn(5, 20), torch.randn(20)
+        np.testing.assert_allclose(
+            traced(x, before), (x * before).numpy() @ matrix.T, atol=1e-5
+        )
+
+    def test_graph_of_operations(self):
+        import torch
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        x = torch.randn(5, 64)
+        graph = make_fx(lambda x: fwht(x))(torch.randn(5, 64))
+        np.testing.assert_allclose(graph(x), fwht(x), atol=1e-5)
+
+    def test_fake_mode(self):
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensor
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        plan, _ = make(24, 2, 20, 12)
+        x, scale = torch.randn(3, 20), torch.randn(20)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for y in (
+                fwht(x),
+                randomized_transform(x, plan, before=scale),
+            ):
+                assert isinstance(y, FakeTensor)
+
+
+@only_torch
 def test_torch_compile_with_another_plan():
     """The second time, what differed between the plans would be dynamic."""
     import torch

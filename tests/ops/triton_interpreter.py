@@ -275,15 +275,25 @@ def test_vmap(dims):
     close(y, (x * before) @ plan.dense().T * after)
 
 
-def test_forward_mode_is_refused_with_scales():
+def test_forward_mode():
     plan = make(44, 2, 40, 30)
-    x, after = normal(7, 40), normal(30)
-    y = torch.func.jvp(lambda x: randomized_transform(x, plan), (x,), (x,))[1]
-    close(y, x.double().numpy() @ plan.dense().T)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(
-            lambda x: randomized_transform(x, plan, after=after), (x,), (x,)
-        )
+    inputs = normal(7, 40), normal(40), normal(30)
+    tangents = normal(7, 40) + 1, normal(40) + 1, normal(30) + 1
+
+    def apply(x, before, after):
+        return randomized_transform(x, plan, False, before, after)
+
+    x, before, after, dx, dbefore, dafter = (
+        t.double().numpy() for t in (*inputs, *tangents)
+    )
+    dense = plan.dense().T
+    expected = ((dx * before + x * dbefore) @ dense) * after
+    expected += (x * before) @ dense * dafter
+    close(torch.func.jvp(apply, inputs, tangents)[1], expected)
+    y = torch.func.jvp(
+        lambda x: randomized_transform(x, plan), (inputs[0],), (inputs[0],)
+    )[1]
+    close(y, x @ dense)
 
 
 def test_constants_of_inference_mode_serve_training():
