@@ -98,7 +98,7 @@ def randomized_transform(
         plan: A `RandomizedTransform`.
         adjoint: Whether to multiply by the transpose of `T`.
         before: Optional vector of the dtype of `x`, to multiply `x` by first.
-            PyTorch does so in the same pass over memory.
+            Where PyTorch has a kernel for it, that is in one pass over memory.
         after: Optional vector like it, to multiply the result by.
 
     Returns:
