@@ -144,11 +144,14 @@ class DoRA(base.Adapter):
             delta = self.inner.delta(dropped, training)
             return linear(x) + excess * (direction + delta) + delta
         y = self.inner.adapt(x, linear, training)
-        direction = y
         if linear.base is not linear:
-            direction = self.inner.adapt(x, linear.base, training)
-        # In 16 bits, a factor near 1 would round all outputs alike.
-        return y + excess * direction
+            return y + excess * self.inner.adapt(x, linear.base, training)
+        dtype = keras.backend.standardize_dtype(y.dtype)
+        if dtype in ("float16", "bfloat16"):
+            # A factor near 1 would round all outputs alike.
+            return y + excess * y
+        # Without a compiler, a tensor less in memory and in the gradient.
+        return y * (1.0 + excess)
 
     def merged(self, kernel, base, training=False):
         delta = self._inner_delta(training)
