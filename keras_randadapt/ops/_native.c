@@ -133,9 +133,10 @@ INLINE vec within(vec v) {
   return v * by4 + SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
 }
 
-/* Order `size` along an axis of which `right`, a multiple of 8, lie behind. */
+/* Order `size` along an axis of which `right`, a multiple of 8, lie behind, or
+   with `last`, order `8 * size` along that axis and the 8 behind. */
 INLINE void radix(const float *x, float *y, const float *vector, float scale,
-                  int64_t outer, int size, int64_t right) {
+                  int64_t outer, int size, int64_t right, int last) {
   for (int64_t o = 0; o < outer; o++) {
     for (int64_t c = 0; c < right; c += LANES) {
       const int64_t start = o * size * right + c;
@@ -148,27 +149,9 @@ INLINE void radix(const float *x, float *y, const float *vector, float scale,
       }
       across(v, size);
 #pragma GCC unroll 16
-      for (int i = 0; i < size; i++) store(y + start + i * right, v[i]);
-    }
-  }
-}
-
-/* Order `8 * size` along the last axis. */
-INLINE void run(const float *x, float *y, const float *vector, float scale,
-                int64_t outer, int size) {
-  for (int64_t o = 0; o < outer; o++) {
-    const int64_t start = o * size * LANES;
-    vec v[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < size; i++) {
-      const int64_t at = start + i * LANES;
-      v[i] = load(x + at);
-      v[i] = vector ? v[i] * load(vector + at) : v[i] * scale;
-    }
-    across(v, size);
-#pragma GCC unroll 8
-    for (int i = 0; i < size; i++) {
-      store(y + start + i * LANES, within(v[i]));
+      for (int i = 0; i < size; i++) {
+        store(y + start + i * right, last ? within(v[i]) : v[i]);
+      }
     }
   }
 }
@@ -258,36 +241,27 @@ INLINE void apply_operation(const operation *op, const program *p,
                              : NULL;
   switch (op->kind) {
     case RADIX:
+#define ORDER(size) \
+  case size: radix(x, y, vector, scale, op->outer, size, op->right, 0); break
       switch (op->rows) {
-        case 2:
-          radix(x, y, vector, scale, op->outer, 2, op->right);
-          break;
-        case 4:
-          radix(x, y, vector, scale, op->outer, 4, op->right);
-          break;
-        case 8:
-          radix(x, y, vector, scale, op->outer, 8, op->right);
-          break;
-        case 16:
-          radix(x, y, vector, scale, op->outer, 16, op->right);
-          break;
+        ORDER(2);
+        ORDER(4);
+        ORDER(8);
+        ORDER(16);
       }
+#undef ORDER
       break;
     case RUN:
+#define ORDER(size)                                                      \
+  case LANES * size: radix(x, y, vector, scale, op->outer, size, LANES, 1); \
+    break
       switch (op->rows) {
-        case 8:
-          run(x, y, vector, scale, op->outer, 1);
-          break;
-        case 16:
-          run(x, y, vector, scale, op->outer, 2);
-          break;
-        case 32:
-          run(x, y, vector, scale, op->outer, 4);
-          break;
-        case 64:
-          run(x, y, vector, scale, op->outer, 8);
-          break;
+        ORDER(1);
+        ORDER(2);
+        ORDER(4);
+        ORDER(8);
       }
+#undef ORDER
       break;
     case DENSE:
       if (op->right == 1) {

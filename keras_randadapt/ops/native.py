@@ -18,6 +18,7 @@ import weakref
 
 import numpy as np
 
+from keras_randadapt.hadamard import _SYLVESTER
 from keras_randadapt.ops import steps
 
 _MODULE = "keras_randadapt.ops._native"
@@ -37,7 +38,6 @@ _CONFLICT = 1024
 # Multiply-adds an element above which a matrix library is faster.
 _LARGEST_CORE = 64
 _HEADER, _WORDS = 4, 10
-_SYLVESTER = np.array([[1.0, 1.0], [1.0, -1.0]])
 
 
 @functools.cache

@@ -694,6 +694,24 @@ def test_tensorflow_graphs_have_every_constant_once(monkeypatch):
     assert numbers(3) == numbers(1) > 2 * 256
 
 
+@only_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_tensorflow_products_for_xla(jit_compile):
+    """Along the last axis, in a function of the compiled one too."""
+    import tensorflow as tf
+
+    inner = tf.function(fwht)
+    x = tf.constant(normal(6, 768))
+    for function in (fwht, lambda x: inner(x)):
+        function = tf.function(function, jit_compile=jit_compile)
+        np.testing.assert_allclose(
+            function(x), x.numpy() @ hadamard(768).T, atol=1e-5
+        )
+    graph = function.get_concrete_function(x).graph
+    definition = str(graph.as_graph_def())
+    assert ('op: "Transpose"' in definition) is jit_compile
+
+
 @only_torch
 def test_torch_gradchecks():
     import torch
