@@ -5,9 +5,11 @@ the nearest cache from the first operation to the last: memory is read once and
 written once. Rows are shared out to threads.
 
 Nothing of Python is used, and Python cannot import it: native.py calls
-`randadapt_apply` by ctypes, and XLA calls `randadapt_xla_handler`.
+`randadapt_apply` by ctypes, XLA calls `randadapt_xla_handler`, and TensorFlow is
+given an operation of its own when it loads this.
 */
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -561,4 +563,138 @@ void *randadapt_xla_handler(xla_call *call) {
     return xla_failure(call, "randadapt: out of memory", RESOURCE_EXHAUSTED);
   }
   return NULL;
+}
+
+/* An operation for TensorFlow, by what is used of its C interface for operations
+   and kernels (tensorflow/c/ops.h and kernels.h). */
+
+#define FOR_EVERY_FUNCTION(DO)                                               \
+  DO(void *, TF_NewOpDefinitionBuilder, (const char *name))                  \
+  DO(void, TF_OpDefinitionBuilderAddAttr, (void *op, const char *spec))      \
+  DO(void, TF_OpDefinitionBuilderAddInput, (void *op, const char *spec))     \
+  DO(void, TF_OpDefinitionBuilderAddOutput, (void *op, const char *spec))    \
+  DO(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                  \
+     (void *op, void (*function)(void *, void *)))                           \
+  DO(void, TF_ShapeInferenceContextSetUnknownShape,                          \
+     (void *context, void *status))                                          \
+  DO(void, TF_RegisterOpDefinition, (void *op, void *status))                \
+  DO(void *, TF_NewKernelBuilder,                                            \
+     (const char *op, const char *device, void *(*create)(void *),           \
+      void (*compute)(void *, void *), void (*destroy)(void *)))             \
+  DO(void, TF_RegisterKernelBuilder,                                         \
+     (const char *name, void *builder, void *status))                        \
+  DO(void *, TF_NewStatus, (void))                                           \
+  DO(void, TF_DeleteStatus, (void *status))                                  \
+  DO(int, TF_GetCode, (const void *status))                                  \
+  DO(void, TF_SetStatus, (void *status, int code, const char *message))      \
+  DO(void, TF_OpKernelConstruction_GetAttrInt32,                             \
+     (void *context, const char *name, int32_t *value, void *status))        \
+  DO(void, TF_OpKernelConstruction_Failure, (void *context, void *status))   \
+  DO(void, TF_OpKernelContext_Failure, (void *context, void *status))        \
+  DO(void, TF_GetInput,                                                      \
+     (void *context, int index, void **tensor, void *status))                \
+  DO(void *, TF_AllocateOutput,                                              \
+     (void *context, int index, int dtype, const int64_t *dims, int rank,    \
+      size_t bytes, void *status))                                           \
+  DO(int, TF_NumDims, (const void *tensor))                                  \
+  DO(int64_t, TF_Dim, (const void *tensor, int axis))                        \
+  DO(void *, TF_TensorData, (const void *tensor))                            \
+  DO(void, TF_DeleteTensor, (void *tensor))
+
+#define MEMBER(result, name, arguments) result(*name) arguments;
+static struct { FOR_EVERY_FUNCTION(MEMBER) } tf;
+#undef MEMBER
+
+enum { TF_FLOAT = 1 };
+enum { TF_OK, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8 };
+
+/* A kernel is the number of threads that it may use. */
+static void *tensorflow_create(void *context) {
+  void *status = tf.TF_NewStatus();
+  int32_t *threads = malloc(sizeof *threads);
+  if (threads) {
+    tf.TF_OpKernelConstruction_GetAttrInt32(context, "threads", threads,
+                                            status);
+  } else {
+    tf.TF_SetStatus(status, TF_RESOURCE_EXHAUSTED, "randadapt: out of memory");
+  }
+  if (tf.TF_GetCode(status) != TF_OK) {
+    tf.TF_OpKernelConstruction_Failure(context, status);
+  }
+  tf.TF_DeleteStatus(status);
+  return threads;
+}
+
+static void tensorflow_apply(const int32_t *threads, void *context,
+                             void **inputs, void *status) {
+  void *x = inputs[0];
+  const program *p = tf.TF_TensorData(inputs[1]);
+  if (tf.TF_NumDims(x) != 2 || tf.TF_Dim(x, 1) != p->input_dim) {
+    tf.TF_SetStatus(status, TF_INVALID_ARGUMENT,
+                    "randadapt: `x` must be a matrix of the input dimension");
+    return;
+  }
+  const int64_t dims[2] = {tf.TF_Dim(x, 0), p->output_dim};
+  const size_t bytes = sizeof(float) * dims[0] * dims[1];
+  void *y = tf.TF_AllocateOutput(context, 0, TF_FLOAT, dims, 2, bytes, status);
+  if (tf.TF_GetCode(status) != TF_OK) return;
+  if (randadapt_apply(tf.TF_TensorData(inputs[1]), tf.TF_TensorData(inputs[2]),
+                      tf.TF_TensorData(x), NULL, NULL, tf.TF_TensorData(y),
+                      dims[0], *threads, NULL)) {
+    tf.TF_SetStatus(status, TF_RESOURCE_EXHAUSTED, "randadapt: out of memory");
+  }
+  tf.TF_DeleteTensor(y);
+}
+
+static void tensorflow_compute(void *kernel, void *context) {
+  void *status = tf.TF_NewStatus();
+  void *inputs[3] = {NULL};
+  for (int i = 0; i < 3 && tf.TF_GetCode(status) == TF_OK; i++) {
+    tf.TF_GetInput(context, i, &inputs[i], status);
+  }
+  if (tf.TF_GetCode(status) == TF_OK) {
+    tensorflow_apply(kernel, context, inputs, status);
+  }
+  if (tf.TF_GetCode(status) != TF_OK) {
+    tf.TF_OpKernelContext_Failure(context, status);
+  }
+  for (int i = 0; i < 3; i++) {
+    if (inputs[i]) tf.TF_DeleteTensor(inputs[i]);
+  }
+  tf.TF_DeleteStatus(status);
+}
+
+/* TensorFlow takes what registers itself while it loads a library. In a process
+   without it, there is nothing to do. */
+__attribute__((constructor)) static void tensorflow_register(void) {
+  void *library = dlopen("libtensorflow_framework.so.2", RTLD_NOLOAD | RTLD_LAZY);
+  if (!library) return;
+  int complete = 1;
+#define FIND(result, name, arguments)                  \
+  *(void **)&tf.name = dlsym(library, #name);          \
+  complete = complete && tf.name;
+  FOR_EVERY_FUNCTION(FIND)
+#undef FIND
+  /* It stays in memory, the count of its users as it was. */
+  dlclose(library);
+  if (!complete) return;
+  void *status = tf.TF_NewStatus();
+  void *op = tf.TF_NewOpDefinitionBuilder("KerasRandadaptTransform");
+  tf.TF_OpDefinitionBuilderAddInput(op, "x: float");
+  tf.TF_OpDefinitionBuilderAddInput(op, "integers: int32");
+  tf.TF_OpDefinitionBuilderAddInput(op, "floats: float");
+  tf.TF_OpDefinitionBuilderAddOutput(op, "y: float");
+  tf.TF_OpDefinitionBuilderAddAttr(op, "threads: int");
+  /* What Python calls the program, for gradients. */
+  tf.TF_OpDefinitionBuilderAddAttr(op, "program: string");
+  tf.TF_OpDefinitionBuilderSetShapeInferenceFunction(
+      op, tf.TF_ShapeInferenceContextSetUnknownShape);
+  tf.TF_RegisterOpDefinition(op, status);
+  if (tf.TF_GetCode(status) == TF_OK) {
+    void *kernel =
+        tf.TF_NewKernelBuilder("KerasRandadaptTransform", "CPU",
+                               tensorflow_create, tensorflow_compute, free);
+    tf.TF_RegisterKernelBuilder("KerasRandadaptTransform", kernel, status);
+  }
+  tf.TF_DeleteStatus(status);
 }

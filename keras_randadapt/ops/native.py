@@ -40,21 +40,27 @@ _LARGEST_CORE = 64
 _HEADER, _WORDS = 4, 10
 
 
-@functools.cache
-def library():
-    """The compiled code, or `None`."""
+def path():
+    """Where the compiled code is, or `None`."""
     if os.environ.get(_SWITCH, "1") == "0":
         return None
     spec = importlib.util.find_spec(_MODULE)
-    if spec is None:
+    return spec and spec.origin
+
+
+@functools.cache
+def library():
+    """The compiled code, or `None`."""
+    origin = path()
+    if origin is None:
         return None
     try:
-        loaded = ctypes.CDLL(spec.origin)
+        loaded = ctypes.CDLL(origin)
         if loaded.randadapt_format() != _FORMAT:
             raise OSError("it is of another version of the package")
     except (OSError, AttributeError) as error:
         warnings.warn(
-            f"{spec.origin} cannot be used, and Hadamard transforms on a CPU "
+            f"{origin} cannot be used, and Hadamard transforms on a CPU "
             f"will be slower; install the package anew. Received: {error}"
         )
         return None

@@ -1,12 +1,14 @@
 """TensorFlow: eager, `tf.function`, XLA and SavedModel."""
 
 import itertools
+import os
 
 import tensorflow as tf
 
 # What is public does not tell whether XLA compiles.
 from tensorflow.python.ops import control_flow_util
 
+from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
 
 # In multiply-adds an element, see benchmarks/README.md.
@@ -18,6 +20,34 @@ _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
 # The attribute of a graph that has its constants.
 _CONSTANTS = "_keras_randadapt_constants"
+# Functions of Keras's `fit`, `evaluate` and `predict`.
+_FUNCTIONS_OF_TRAINER = frozenset(
+    (
+        "one_step_on_data",
+        "one_step_on_data_distributed",
+        "multi_step_on_data",
+    )
+)
+
+
+def _load_operation():
+    """TensorFlow's operation that runs the compiled code, or `None`.
+
+    It registers itself while TensorFlow loads the file, so TensorFlow must be
+    the first that does.
+    """
+    path = native.path()
+    if path is None:
+        return None
+    try:
+        operations = tf.load_op_library(path)
+    except tf.errors.NotFoundError:
+        # `native.library` will tell.
+        return None
+    return getattr(operations, "keras_randadapt_transform", None)
+
+
+_operation = _load_operation()
 
 
 def compile_time(function):
@@ -25,6 +55,9 @@ def compile_time(function):
     return function
 
 
+# AutoGraph would convert what is called from here, which has nothing to convert,
+# and warns of the syntax that it does not know.
+@tf.autograph.experimental.do_not_convert
 @steps.scaled
 def apply(x, program):
     """Applies a program to the last axis of a tensor.
@@ -55,17 +88,75 @@ def _run(x, program):
     if batch.rank != 1:
         dynamic_batch = tf.shape(x)[:-1]
         x = tf.reshape(x, [-1, x.shape[-1]])
-    starts = _blocks(x.shape[0], program)
-    if len(starts) == 1:
-        x = _run_rows(x, program)
-    else:
-        parts = [x[a:b] for a, b in itertools.pairwise([*starts, x.shape[0]])]
-        x = tf.concat([_run_rows(part, program) for part in parts], 0)
+    run = _run_native if _takes_native(x, program) else _run_in_blocks
+    x = run(x, program)
     if dynamic_batch is not None:
         dim = x.shape[-1]
         x = tf.reshape(x, tf.concat([dynamic_batch, [dim]], 0))
         x.set_shape([*batch, dim])
     return x
+
+
+def _takes_native(x, program):
+    return (
+        _operation is not None
+        and x.dtype == tf.float32
+        and _stays_here()
+        and native.translate(program) is not None
+    )
+
+
+def _stays_here():
+    """Whether what is traced runs on this processor, and is never saved.
+
+    A SavedModel should run wherever TensorFlow does. Of what Keras traces, the
+    functions of its trainer never get into one; functions that those call may.
+    """
+    elsewhere = tf.config.list_logical_devices("GPU")
+    if elsewhere or tf.distribute.has_strategy() or _in_xla():
+        return False
+    if tf.executing_eagerly():
+        return True
+    graph = tf.compat.v1.get_default_graph()
+    return getattr(graph, "name", None) in _FUNCTIONS_OF_TRAINER
+
+
+def _run_native(x, program):
+    translated = native.translate(program)
+    y = _operation(
+        x,
+        _constant(translated.integers, tf.int32),
+        _constant(translated.floats, tf.float32),
+        threads=_threads(),
+        program=program.key,
+    )
+    y.set_shape([x.shape[0], program.output_dim])
+    return y
+
+
+@tf.RegisterGradient("KerasRandadaptTransform")
+def _gradient_of_operation(operation, upstream):
+    """For forward mode, which looks into functions that have a gradient."""
+    program = steps.Program.from_key(operation.get_attr("program").decode())
+    upstream = tf.ensure_shape(upstream, [None, program.output_dim])
+    return apply(upstream, program.transpose), None, None
+
+
+def _threads():
+    limit = tf.config.threading.get_intra_op_parallelism_threads()
+    if limit:
+        return limit
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _run_in_blocks(x, program):
+    starts = _blocks(x.shape[0], program)
+    if len(starts) == 1:
+        return _run_rows(x, program)
+    parts = [x[a:b] for a, b in itertools.pairwise([*starts, x.shape[0]])]
+    return tf.concat([_run_rows(part, program) for part in parts], 0)
 
 
 def _blocks(rows, program):

@@ -25,9 +25,12 @@ compiled = pytest.mark.skipif(
     native.library() is None, reason="installed without a C compiler"
 )
 on_a_backend_with_it = pytest.mark.skipif(
-    BACKEND not in ("jax", "torch"), reason="has no use for it"
+    BACKEND not in ("jax", "tensorflow", "torch"), reason="has no use for it"
 )
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="tests JAX")
+only_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="tests TensorFlow"
+)
 only_torch = pytest.mark.skipif(BACKEND != "torch", reason="tests PyTorch")
 
 
@@ -380,3 +383,188 @@ def test_a_call_that_jax_makes_in_another_way():
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="in another way"):
         jax.block_until_ready(call(x))
+
+
+def traced(function, *arguments):
+    """How often TensorFlow's graph of a function calls it."""
+    graph = function.get_concrete_function(*arguments).graph
+    return [op.type for op in graph.get_operations()].count(
+        "KerasRandadaptTransform"
+    )
+
+
+@compiled
+@only_tensorflow
+class TestTensorFlow:
+    def test_eager(self, monkeypatch):
+        import tensorflow as tf
+
+        from keras_randadapt.ops import tensorflow as backend
+
+        found = []
+        operation = backend._operation
+
+        def counting(x, *arguments, **options):
+            found.append(tuple(x.shape))
+            return operation(x, *arguments, **options)
+
+        monkeypatch.setattr(backend, "_operation", counting)
+        x = tf.constant(normal(3, 5, 64))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = fwht(x)
+        tape.gradient(y, x)
+        assert found == [(15, 64)] * 2
+        for dtype in ("float64", "bfloat16", "float16"):
+            fwht(tf.cast(x, dtype))
+        assert len(found) == 2
+
+    def test_what_may_be_saved_is_without_it(self):
+        import tensorflow as tf
+
+        x = tf.constant(normal(3, 64))
+        assert traced(tf.function(lambda x: fwht(x)), x) == 0
+
+        def one_step_on_data(x):
+            return fwht(x)
+
+        # As Keras's trainer calls it.
+        assert traced(tf.function(one_step_on_data), x) == 1
+        compiled = tf.function(one_step_on_data, jit_compile=True)
+        assert traced(compiled, x) == 0
+        with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+            assert traced(tf.function(one_step_on_data), x) == 0
+        # TensorFlow would take the same graph for an export.
+        inner = tf.function(lambda x: fwht(x))
+
+        def one_step_on_data(x):
+            return inner(x)
+
+        tf.function(one_step_on_data)(x)
+        assert traced(inner, x) == 0
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_keras_trains_evaluates_and_predicts_with_it(
+        self, monkeypatch, steps
+    ):
+        from keras_randadapt.ops import tensorflow as backend
+
+        found = []
+        operation = backend._operation
+
+        def counting(x, *arguments, **options):
+            found.append(x)
+            return operation(x, *arguments, **options)
+
+        monkeypatch.setattr(backend, "_operation", counting)
+        # By their names, which Keras may change.
+        model = keras.Sequential([keras.Input((64,)), Transformed()])
+        model.compile("sgd", "mse", steps_per_execution=steps)
+        x = normal(10, 64)
+        for function in (
+            lambda: model.fit(x, x, batch_size=4, verbose=0),
+            lambda: model.evaluate(x, x, batch_size=4, verbose=0),
+            lambda: model.predict(x, batch_size=4, verbose=0),
+        ):
+            found.clear()
+            function()
+            assert found and not any(hasattr(x, "numpy") for x in found)
+
+    def test_a_saved_model_after_training(self, tmp_path):
+        import tensorflow as tf
+
+        model = keras.Sequential([keras.Input((64,)), Transformed()])
+        model.compile("sgd", "mse")
+        x = normal(10, 64)
+        model.fit(x, x, verbose=0)
+        expected = model.predict(x, verbose=0)
+        model.export(str(tmp_path / "exported"), verbose=False)
+        tf.saved_model.save(model, str(tmp_path / "saved"))
+        for name in ("exported", "saved"):
+            graph = (tmp_path / name / "saved_model.pb").read_bytes()
+            assert b"MatMul" in graph
+            assert b"KerasRandadapt" not in graph
+        loaded = tf.saved_model.load(str(tmp_path / "exported"))
+        close(loaded.serve(x).numpy(), expected)
+
+    def test_every_way_to_differentiate(self):
+        import tensorflow as tf
+
+        x = tf.constant(normal(5, 24))
+
+        def forward(x):
+            with tf.autodiff.ForwardAccumulator(x, x) as accumulator:
+                y = fwht(x) ** 3
+            return accumulator.jvp(y)
+
+        def twice(x):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    y = fwht(x) ** 3
+                gradient = inner.gradient(y, x)
+            return outer.gradient(gradient, x)
+
+        def jacobian(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.reduce_sum(fwht(x) ** 3, 1)
+            return tape.jacobian(y, x)
+
+        def loop(x):
+            for _ in tf.range(3):
+                x = fwht(x)
+            return tf.map_fn(fwht, x)
+
+        for function in (forward, twice, jacobian, loop):
+            assert traced(tf.function(function), x) == 0
+            expected = tf.function(function)(x).numpy()
+            close(function(x).numpy(), expected)
+            function.__name__ = "one_step_on_data"
+            signature = [tf.TensorSpec([None, 24])]
+            got = tf.function(function, input_signature=signature)(x)
+            close(got.numpy(), expected)
+
+    def test_a_call_in_another_way(self):
+        import tensorflow as tf
+
+        from keras_randadapt.ops import tensorflow as backend
+
+        translated = native.translate(_cached_program(24, True, False))
+        for x in (normal(24), normal(3, 23), normal(2, 3, 24)):
+            with pytest.raises(tf.errors.InvalidArgumentError, match="matrix"):
+                backend._operation(
+                    x,
+                    translated.integers,
+                    translated.floats,
+                    threads=1,
+                    program="",
+                )
+
+    def test_a_file_that_it_cannot_load(self, monkeypatch, tmp_path):
+        from keras_randadapt.ops import tensorflow as backend
+
+        path = tmp_path / "_native.so"
+        path.write_text("for another processor")
+        monkeypatch.setattr(native, "path", lambda: str(path))
+        assert backend._load_operation() is None
+
+    def test_threads(self, monkeypatch):
+        import tensorflow as tf
+
+        from keras_randadapt.ops import tensorflow as backend
+
+        assert 1 <= backend._threads() <= os.cpu_count()
+        monkeypatch.setattr(
+            tf.config.threading, "get_intra_op_parallelism_threads", lambda: 3
+        )
+        assert backend._threads() == 3
+
+
+class Transformed(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x):
+        return fwht(fwht(x) * self.scale)

@@ -2,6 +2,8 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -692,6 +694,25 @@ def test_tensorflow_graphs_have_every_constant_once(monkeypatch):
         return sum(size for size in sizes if size > 8)
 
     assert numbers(3) == numbers(1) > 2 * 256
+
+
+@only_tensorflow
+def test_autograph_has_nothing_to_warn_of(tmp_path):
+    """It warns once a process, of syntax that it does not know."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import tensorflow as tf\n"
+        "from keras_randadapt.ops import fwht\n"
+        "@tf.function\n"
+        "def function(x):\n"
+        "    return fwht(x)\n"
+        "print(function(tf.ones((3, 64))).shape)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "AutoGraph" not in process.stderr
 
 
 @only_tensorflow
