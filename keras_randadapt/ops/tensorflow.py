@@ -55,8 +55,8 @@ def compile_time(function):
     return function
 
 
-# AutoGraph would convert what is called from here, which has nothing to convert,
-# and warns of the syntax that it does not know.
+# There is nothing to convert for AutoGraph, which warns of the syntax that it
+# does not know.
 @tf.autograph.experimental.do_not_convert
 @steps.scaled
 def apply(x, program):
