@@ -3,8 +3,8 @@
 `_native.c` applies a program of `steps.py` to a block of rows in one pass over
 memory: Hadamard matrices of powers of two as additions (the fast Walsh-Hadamard
 transform), other cores as products with small matrices. It is built when the
-package is installed, if there is a C compiler; without it, the backends make
-matrix products.
+package is installed, if there is a C compiler; without it, and for what may be
+exported, the backends make matrix products.
 """
 
 import ctypes

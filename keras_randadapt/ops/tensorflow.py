@@ -1,7 +1,9 @@
 """TensorFlow: eager, `tf.function`, XLA and SavedModel."""
 
+import contextlib
 import itertools
 import os
+import sys
 
 import tensorflow as tf
 
@@ -134,12 +136,20 @@ def _run_native(x, program):
     return y
 
 
-@tf.RegisterGradient("KerasRandadaptTransform")
 def _gradient_of_operation(operation, upstream):
     """For forward mode, which looks into functions that have a gradient."""
     program = steps.Program.from_key(operation.get_attr("program").decode())
     upstream = tf.ensure_shape(upstream, [None, program.output_dim])
     return apply(upstream, program.transpose), None, None
+
+
+# What a first import of the package registered finds the module of a later one.
+with contextlib.suppress(KeyError):
+    tf.RegisterGradient("KerasRandadaptTransform")(
+        lambda *arguments: sys.modules[__name__]._gradient_of_operation(
+            *arguments
+        )
+    )
 
 
 def _threads():

@@ -550,6 +550,31 @@ class TestTensorFlow:
         monkeypatch.setattr(native, "path", lambda: str(path))
         assert backend._load_operation() is None
 
+    def test_imported_anew(self):
+        """As in a notebook, to take up changes."""
+        program = (
+            "import sys\n"
+            "import numpy as np\n"
+            "import tensorflow as tf\n"
+            "from keras_randadapt.ops import fwht\n"
+            "fwht(tf.ones((3, 8)))\n"
+            "for name in list(sys.modules):\n"
+            "    if name.startswith('keras_randadapt'):\n"
+            "        del sys.modules[name]\n"
+            "from keras_randadapt.ops import fwht\n"
+            "from keras_randadapt.ops import tensorflow as backend\n"
+            "assert backend._operation\n"
+            "x = tf.random.normal((3, 64))\n"
+            "with tf.autodiff.ForwardAccumulator(x, x) as accumulator:\n"
+            "    y = fwht(x)\n"
+            "tangent = accumulator.jvp(y)\n"
+            "np.testing.assert_allclose(tangent, y, atol=1e-5)\n"
+        )
+        process = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+
     def test_threads(self, monkeypatch):
         import tensorflow as tf
 
