@@ -664,9 +664,10 @@ static void tensorflow_compute(void *kernel, void *context) {
   tf.TF_DeleteStatus(status);
 }
 
-/* TensorFlow takes what registers itself while it loads a library. In a process
-   without it, there is nothing to do. */
+/* TensorFlow takes what registers itself while it loads a library. Twice would
+   end the process, so tensorflow.py says when. */
 __attribute__((constructor)) static void tensorflow_register(void) {
+  if (!getenv("_KERAS_RANDADAPT_REGISTER")) return;
   void *library = dlopen("libtensorflow_framework.so.2", RTLD_NOLOAD | RTLD_LAZY);
   if (!library) return;
   int complete = 1;
@@ -683,10 +684,11 @@ __attribute__((constructor)) static void tensorflow_register(void) {
   tf.TF_OpDefinitionBuilderAddInput(op, "x: float");
   tf.TF_OpDefinitionBuilderAddInput(op, "integers: int32");
   tf.TF_OpDefinitionBuilderAddInput(op, "floats: float");
+  /* For its gradient, which is the same operation with these first. */
+  tf.TF_OpDefinitionBuilderAddInput(op, "transposed_integers: int32");
+  tf.TF_OpDefinitionBuilderAddInput(op, "transposed_floats: float");
   tf.TF_OpDefinitionBuilderAddOutput(op, "y: float");
   tf.TF_OpDefinitionBuilderAddAttr(op, "threads: int");
-  /* What Python calls the program, for gradients. */
-  tf.TF_OpDefinitionBuilderAddAttr(op, "program: string");
   tf.TF_OpDefinitionBuilderSetShapeInferenceFunction(
       op, tf.TF_ShapeInferenceContextSetUnknownShape);
   tf.TF_RegisterOpDefinition(op, status);

@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import os
-import sys
 
 import tensorflow as tf
 
-# What is public does not tell whether XLA compiles.
+# What is public does not tell what is registered, nor whether XLA compiles, and
+# takes no operations into `tf.vectorized_map`.
+from tensorflow.python.framework import op_def_registry
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.parallel_for import pfor
 
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
@@ -22,6 +24,9 @@ _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
 # The attribute of a graph that has its constants.
 _CONSTANTS = "_keras_randadapt_constants"
+# The operation of `_native.c`, and what tells it to register itself.
+_OPERATION = "KerasRandadaptTransform"
+_REGISTER = "_KERAS_RANDADAPT_REGISTER"
 # Functions of Keras's `fit`, `evaluate` and `predict`.
 _FUNCTIONS_OF_TRAINER = frozenset(
     (
@@ -41,11 +46,16 @@ def _load_operation():
     path = native.path()
     if path is None:
         return None
+    # It may be of another copy of the package, or of an earlier import.
+    if op_def_registry.get(_OPERATION) is None:
+        os.environ[_REGISTER] = "1"
     try:
         operations = tf.load_op_library(path)
     except tf.errors.NotFoundError:
         # `native.library` will tell.
         return None
+    finally:
+        os.environ.pop(_REGISTER, None)
     return getattr(operations, "keras_randadapt_transform", None)
 
 
@@ -105,17 +115,20 @@ def _takes_native(x, program):
         and x.dtype == tf.float32
         and _stays_here()
         and native.translate(program) is not None
+        and native.translate(program.transpose) is not None
     )
 
 
 def _stays_here():
-    """Whether what is traced runs on this processor, and is never saved.
+    """Whether what is traced runs on this processor, and is not to be saved.
 
-    A SavedModel should run wherever TensorFlow does. Of what Keras traces, the
-    functions of its trainer never get into one; functions that those call may.
+    A SavedModel should run wherever TensorFlow does. Of what Keras traces, it
+    saves no functions of its trainer; functions that those call it may save.
     """
-    elsewhere = tf.config.list_logical_devices("GPU")
-    if elsewhere or tf.distribute.has_strategy() or _in_xla():
+    devices = tf.config.list_logical_devices()
+    if not all(map(_is_own_processor, devices)):
+        return False
+    if tf.distribute.has_strategy() or _in_xla():
         return False
     if tf.executing_eagerly():
         return True
@@ -123,33 +136,54 @@ def _stays_here():
     return getattr(graph, "name", None) in _FUNCTIONS_OF_TRAINER
 
 
+def _is_own_processor(device):
+    job = device.name.startswith("/job:")
+    here = not job or device.name.startswith("/job:localhost/")
+    return here and device.device_type == "CPU"
+
+
 def _run_native(x, program):
-    translated = native.translate(program)
-    y = _operation(
-        x,
-        _constant(translated.integers, tf.int32),
-        _constant(translated.floats, tf.float32),
-        threads=_threads(),
-        program=program.key,
-    )
+    constants = []
+    for one in (program, program.transpose):
+        translated = native.translate(one)
+        constants.append(_constant(translated.integers, tf.int32))
+        constants.append(_constant(translated.floats, tf.float32))
+    y = _operation(x, *constants, threads=_threads())
     y.set_shape([x.shape[0], program.output_dim])
     return y
 
 
 def _gradient_of_operation(operation, upstream):
     """For forward mode, which looks into functions that have a gradient."""
-    program = steps.Program.from_key(operation.get_attr("program").decode())
-    upstream = tf.ensure_shape(upstream, [None, program.output_dim])
-    return apply(upstream, program.transpose), None, None
-
-
-# What a first import of the package registered finds the module of a later one.
-with contextlib.suppress(KeyError):
-    tf.RegisterGradient("KerasRandadaptTransform")(
-        lambda *arguments: sys.modules[__name__]._gradient_of_operation(
-            *arguments
-        )
+    x, *constants = operation.inputs
+    y = _operation(
+        upstream,
+        *constants[2:],
+        *constants[:2],
+        threads=operation.get_attr("threads"),
     )
+    y.set_shape([None, x.shape[1]])
+    return y, None, None, None, None
+
+
+def _vectorize_operation(pfor_input):
+    """For `tf.vectorized_map`: the rows of all iterations at once."""
+    x = pfor_input.stacked_input(0)
+    sizes = tf.shape(x)
+    constants = [pfor_input.unstacked_input(i) for i in range(1, 5)]
+    y = _operation(
+        tf.reshape(x, [-1, sizes[2]]),
+        *constants,
+        threads=pfor_input.get_attr("threads"),
+    )
+    y = tf.reshape(y, tf.stack([sizes[0], sizes[1], tf.shape(y)[1]]))
+    return pfor.wrap(y, True)
+
+
+# What an earlier import of the package has registered does as well.
+with contextlib.suppress(KeyError):
+    tf.RegisterGradient(_OPERATION)(_gradient_of_operation)
+    pfor.RegisterPFor(_OPERATION)(_vectorize_operation)
 
 
 def _threads():
@@ -298,11 +332,12 @@ def with_gradient(forward, backward, *arguments, drop=0):
 def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`.
 
-    Neither TensorFlow's graph optimizer nor XLA knows that nothing is above
-    infinity.
+    Neither TensorFlow's graph optimizer nor XLA knows that nothing is below and
+    above zero. (Nor above infinity, but `enable_check_numerics` is for finding
+    that.)
     """
     if tf.executing_eagerly():
         return tensors
     first = tf.reduce_sum(awaited[(slice(1),) * awaited.shape.rank])
-    zero = first > tf.constant(float("inf"), first.dtype)
+    zero = tf.logical_and(first < 0, first > 0)
     return tuple(tensor + tf.cast(zero, tensor.dtype) for tensor in tensors)

@@ -165,3 +165,18 @@ def test_a_fence_passes_no_values_on(awaited, dtype):
         fenced = tf.function(fenced)
     got = fenced(awaited, keras.ops.convert_to_tensor(x))
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(got), x)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="TensorFlow's debugger"
+)
+def test_a_fence_has_no_numbers_that_are_looked_for():
+    import tensorflow as tf
+
+    x = tf.constant(zoo.normal(3, 4))
+    tf.debugging.enable_check_numerics()
+    try:
+        (got,) = tf.function(ops.fence)(x, x)
+    finally:
+        tf.debugging.disable_check_numerics()
+    np.testing.assert_array_equal(got, x)

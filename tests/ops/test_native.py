@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from keras_randadapt import random
+from keras_randadapt.hadamard import hadamard
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import fwht
 from keras_randadapt.ops import native
@@ -535,11 +536,7 @@ class TestTensorFlow:
         for x in (normal(24), normal(3, 23), normal(2, 3, 24)):
             with pytest.raises(tf.errors.InvalidArgumentError, match="matrix"):
                 backend._operation(
-                    x,
-                    translated.integers,
-                    translated.floats,
-                    threads=1,
-                    program="",
+                    x, *[translated.integers, translated.floats] * 2, threads=1
                 )
 
     def test_a_file_that_it_cannot_load(self, monkeypatch, tmp_path):
@@ -550,30 +547,99 @@ class TestTensorFlow:
         monkeypatch.setattr(native, "path", lambda: str(path))
         assert backend._load_operation() is None
 
-    def test_imported_anew(self):
-        """As in a notebook, to take up changes."""
-        program = (
+    @pytest.mark.parametrize("other_copy", [False, True])
+    def test_imported_anew(self, tmp_path, other_copy):
+        """As in a notebook, to take up changes, or another copy of the code."""
+        program = tmp_path / "program.py"
+        program.write_text(
             "import sys\n"
             "import numpy as np\n"
             "import tensorflow as tf\n"
-            "from keras_randadapt.ops import fwht\n"
-            "fwht(tf.ones((3, 8)))\n"
+            "def tangent_error(sign):\n"
+            "    from keras_randadapt import ops\n"
+            "    signs = np.ones((1, 64))\n"
+            "    signs[0, ::2] = sign\n"
+            "    plan = ops.RandomizedTransform(64, signs, 64, 64)\n"
+            "    x = tf.reshape(tf.range(192.0), (3, 64))\n"
+            "    with tf.autodiff.ForwardAccumulator(x, x) as accumulator:\n"
+            "        y = ops.randomized_transform(x, plan)\n"
+            "    return np.abs(accumulator.jvp(y) - y).max()\n"
+            "assert tangent_error(1) < 1e-3\n"
+            "from keras_randadapt.ops import fwht as first\n"
             "for name in list(sys.modules):\n"
             "    if name.startswith('keras_randadapt'):\n"
             "        del sys.modules[name]\n"
-            "from keras_randadapt.ops import fwht\n"
+            "sys.path[:0] = sys.argv[1:]\n"
+            "assert tangent_error(-1) < 1e-3\n"
+            "first(tf.ones((3, 128)))\n"
             "from keras_randadapt.ops import tensorflow as backend\n"
-            "assert backend._operation\n"
-            "x = tf.random.normal((3, 64))\n"
-            "with tf.autodiff.ForwardAccumulator(x, x) as accumulator:\n"
-            "    y = fwht(x)\n"
-            "tangent = accumulator.jvp(y)\n"
-            "np.testing.assert_allclose(tangent, y, atol=1e-5)\n"
+            "print(backend._operation is not None, backend.__file__)\n"
         )
+        paths = []
+        if other_copy:
+            package = HERE.parents[1] / "keras_randadapt"
+            copy = tmp_path / "copy"
+            shutil.copytree(package, copy / "keras_randadapt")
+            paths = [str(copy)]
         process = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True
+            [sys.executable, program, *paths],
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+            capture_output=True,
+            text=True,
         )
         assert process.returncode == 0, process.stderr[-3000:]
+        has_operation, file = process.stdout.split()
+        # One operation a process.
+        assert has_operation == str(not other_copy)
+        assert file.startswith(str(tmp_path)) == other_copy
+
+    def test_vectorized_map_in_a_step(self):
+        """As for the gradients of single examples."""
+        import tensorflow as tf
+
+        x = tf.constant(normal(6, 5, 24))
+
+        def one_step_on_data(x):
+            def gradient(x):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    loss = tf.reduce_sum(fwht(x) ** 3)
+                return tape.gradient(loss, x)
+
+            return tf.vectorized_map(gradient, x, fallback_to_while_loop=False)
+
+        function = tf.function(one_step_on_data)
+        # Of one iteration, and of all.
+        assert traced(function, x) == 4
+        matrix = hadamard(24)
+        expected = 3 * (x.numpy() @ matrix.T) ** 2 @ matrix
+        close(function(x).numpy(), expected)
+
+    def test_other_devices(self, monkeypatch):
+        import tensorflow as tf
+
+        from keras_randadapt.ops import tensorflow as backend
+
+        assert backend._stays_here()
+
+        class Device:
+            device_type = "CPU"
+            name = "/device:CPU:0"
+
+        def devices(device_type=None):
+            return [Device]
+
+        monkeypatch.setattr(tf.config, "list_logical_devices", devices)
+        local = "/job:localhost/replica:0/task:0/device:CPU:0"
+        for name, here in (
+            (Device.name, True),
+            (local, True),
+            (local.replace("localhost", "worker"), False),
+        ):
+            Device.name = name
+            assert backend._stays_here() is here
+        Device.name, Device.device_type = "/device:GPU:0", "GPU"
+        assert not backend._stays_here()
 
     def test_threads(self, monkeypatch):
         import tensorflow as tf
@@ -593,3 +659,34 @@ class Transformed(keras.layers.Layer):
 
     def call(self, x):
         return fwht(fwht(x) * self.scale)
+
+
+@compiled
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="PyTorch and TensorFlow do not share a process"
+)
+def test_two_copies_beside_tensorflow(tmp_path):
+    """TensorFlow, which data may come from, ends a process for less."""
+    package = HERE.parents[1] / "keras_randadapt"
+    shutil.copytree(package, tmp_path / "keras_randadapt")
+    program = (
+        "import sys\n"
+        "import numpy as np\n"
+        "import tensorflow as tf\n"
+        "tf.constant(1) + 1\n"
+        "from keras_randadapt.ops import native\n"
+        "first = native.library()\n"
+        "for name in list(sys.modules):\n"
+        "    if name.startswith('keras_randadapt'):\n"
+        "        del sys.modules[name]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from keras_randadapt.ops import native\n"
+        "assert native.library()._name != first._name\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
