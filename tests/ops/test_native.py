@@ -397,25 +397,30 @@ def traced(function, *arguments):
 @compiled
 @only_tensorflow
 class TestTensorFlow:
-    def test_eager(self, monkeypatch):
-        import tensorflow as tf
-
+    def inputs(self, monkeypatch):
+        """A list that gets what TensorFlow's operation is called with."""
         from keras_randadapt.ops import tensorflow as backend
 
         found = []
         operation = backend._operation
 
-        def counting(x, *arguments, **options):
-            found.append(tuple(x.shape))
+        def listing(x, *arguments, **options):
+            found.append(x)
             return operation(x, *arguments, **options)
 
-        monkeypatch.setattr(backend, "_operation", counting)
+        monkeypatch.setattr(backend, "_operation", listing)
+        return found
+
+    def test_eager(self, monkeypatch):
+        import tensorflow as tf
+
+        found = self.inputs(monkeypatch)
         x = tf.constant(normal(3, 5, 64))
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = fwht(x)
         tape.gradient(y, x)
-        assert found == [(15, 64)] * 2
+        assert [tuple(x.shape) for x in found] == [(15, 64)] * 2
         for dtype in ("float64", "bfloat16", "float16"):
             fwht(tf.cast(x, dtype))
         assert len(found) == 2
@@ -448,16 +453,7 @@ class TestTensorFlow:
     def test_keras_trains_evaluates_and_predicts_with_it(
         self, monkeypatch, steps
     ):
-        from keras_randadapt.ops import tensorflow as backend
-
-        found = []
-        operation = backend._operation
-
-        def counting(x, *arguments, **options):
-            found.append(x)
-            return operation(x, *arguments, **options)
-
-        monkeypatch.setattr(backend, "_operation", counting)
+        found = self.inputs(monkeypatch)
         # By their names, which Keras may change.
         model = keras.Sequential([keras.Input((64,)), Transformed()])
         model.compile("sgd", "mse", steps_per_execution=steps)
