@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py            # minutes, on one GPU
 
-In a process of its own for each backend:
+In processes of their own:
 
 - `fwht` and the randomized projection against float64, for many orders and
   dtypes: the largest error over the largest number.
@@ -12,8 +12,9 @@ In a process of its own for each backend:
 - Training steps of a stack of Llama blocks in the shape of a model of 1B
   parameters, bfloat16, 4,096 tokens, and their memory: `training_step.py`.
 
-PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, JAX matrix
-products. The table at the end has what issue trackers ask for first.
+PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX does
+where `jax_triton` is installed, beside the matrix products that it runs
+otherwise. The table at the end has what issue trackers ask for first.
 
 `--quick` runs small sizes of everything, on a CPU as well; where
 `TRITON_INTERPRET=1` is set, with the kernel.
@@ -21,6 +22,7 @@ products. The table at the end has what issue trackers ask for first.
 
 import argparse
 import concurrent.futures
+import importlib.util
 import itertools
 import json
 import math
@@ -36,6 +38,13 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 BACKENDS = ("torch", "jax")
+PRODUCTS = "jax, products"
+#: What sets a run apart: backend, and settings of the environment.
+RUNS = {
+    "torch": ("torch", {}),
+    "jax": ("jax", {}),
+    PRODUCTS: ("jax", {"KERAS_RANDADAPT_TRITON": "0"}),
+}
 ORDERS = (16, 64, 256, 768, 1024, 1536, 3584, 4096, 8192, 11008, 28672, 32768)
 SIZES = (768, 1024, 2048, 4096, 8192, 11008, 16384, 32768)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +62,8 @@ class Device:
     def __init__(self, quick):
         import keras
 
+        from keras_randadapt.ops import tiles
+
         self.launches, self.rounds = (1, 1) if quick else (10, 9)
         self.backend = keras.config.backend()
         if self.backend == "torch":
@@ -64,6 +75,7 @@ class Device:
             )
             self.copy = torch.clone
             self.compiled = lambda function: function
+            launcher = "triton"
         else:
             import jax
 
@@ -73,6 +85,9 @@ class Device:
             zero = jax.numpy.zeros(())
             self.copy = jax.jit(lambda x: x + zero.astype(x.dtype))
             self.compiled = jax.jit
+            launcher = "jax_triton"
+        kernel = tiles.kernel_is_wanted(launcher)
+        self.runs = "the kernel" if kernel else "matrix products"
 
     def tensor(self, array, dtype):
         import keras
@@ -143,7 +158,10 @@ def errors(device, orders, dtype):
         exact = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32"))
         program = plan.adjoint_program if adjoint else plan.program
         expected = reference.apply(exact.astype("float64"), program)
-        got = randomized_transform(x, plan, adjoint)
+        apply = device.compiled(
+            lambda x: randomized_transform(x, plan, adjoint)
+        )
+        got = apply(x)
         got = keras.ops.convert_to_numpy(keras.ops.cast(got, "float32"))
         error = np.abs(got - expected).max() / np.abs(expected).max()
         found.append((float(error), order))
@@ -206,7 +224,7 @@ def kernels(arguments):
             min(8, len(os.sched_getaffinity(0))), mp_context=processes
         ) as pool:
             list(pool.map(compile_kernels, jobs))
-    print(f"\n{device.backend} on {device.name}\n")
+    print(f"\n{device.backend} on {device.name}, {device.runs}\n")
     print("| dtype | largest error | at d | tolerance |\n" + "| --- " * 4 + "|")
     found = {"device": device.name, "wrong": 0, "ratios": {}}
     for dtype in DTYPES:
@@ -239,12 +257,14 @@ def kernels(arguments):
     print(json.dumps(found))
 
 
-def run(backend, *command):
-    """A benchmark on a backend; shows what it prints, returns its lines."""
+def run(name, *command):
+    """A benchmark in one of `RUNS`; shows what it prints, returns its lines."""
+    backend, settings = RUNS[name]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env={
             **os.environ,
+            **settings,
             "KERAS_BACKEND": backend,
             # Or JAX takes most of the card, and the next process the rest.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -258,30 +278,37 @@ def run(backend, *command):
         if not line.startswith("{"):
             print(line, end="", flush=True)
     if process.wait():
-        sys.exit(f"{backend}: {command} failed")
+        sys.exit(f"{name}: {command} failed")
     return lines
 
 
 def everything(arguments):
     start = time.monotonic()
     quick = ["--quick"] if arguments.quick else []
-    found = {
-        backend: json.loads(
-            run(backend, __file__, "--backend", backend, *quick)[-1]
-        )
-        for backend in BACKENDS
-    }
+    names = list(RUNS)
+    if importlib.util.find_spec("jax_triton") is None:
+        names.remove(PRODUCTS)
+        print("There is no `jax_triton`: JAX runs matrix products.")
+    found = {}
+    for name in names:
+        command = [__file__, "--backend", RUNS[name][0], *quick]
+        found[name] = json.loads(run(name, *command)[-1])
     step = [FOLDER / "training_step.py", "--dtype", "bfloat16"]
     step += ["--model", "tiny" if arguments.quick else "llama-1b"]
-    step += ["--tokens", "256" if arguments.quick else "4096"]
-    step += ["--only", "LoRA(8)", "LoRA(64)", "RLoRA(512)", "RandLoRA"]
-    for backend in BACKENDS:
-        run(backend, *step)
-        run(backend, *step, "--memory")
+    step += ["--tokens", "256" if arguments.quick else "4096", "--only"]
+    methods = ["LoRA(8)", "LoRA(64)", "RLoRA(512)", "RandLoRA"]
+    for name in names:
+        if name == PRODUCTS:
+            # What the kernel is compared with.
+            run(name, *step, "RLoRA(512)")
+        else:
+            run(name, *step, *methods)
+            run(name, *step, *methods, "--memory")
 
-    names = ", ".join(f["device"] for f in found.values())
-    print(f"\nIn short ({names}; {time.strftime('%Y-%m-%d')}):\n")
-    print("| figure | " + " | ".join(BACKENDS) + " |\n| --- | --- | --- |")
+    devices = ", ".join(sorted({f["device"] for f in found.values()}))
+    print(f"\nIn short ({devices}; {time.strftime('%Y-%m-%d')}):\n")
+    print("| figure | " + " | ".join(names) + " |")
+    print("| --- " * (1 + len(names)) + "|")
     wrong = [str(f["wrong"]) for f in found.values()]
     print(f"| dtypes with a wrong result | {' | '.join(wrong)} |")
     for dtype in TIMED:

@@ -13,6 +13,7 @@ from jax.interpreters import mlir
 
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
+from keras_randadapt.ops import tiles
 
 # A primitive of our own rather than `custom_vjp`, which has no forward mode,
 # and rather than JAX's own transposition, which turns gathers into scatters
@@ -21,6 +22,8 @@ _transform = jax.extend.core.Primitive("randomized_transform")
 # By this name XLA knows the compiled code, from this version of JAX on.
 _NATIVE = "keras_randadapt_transform"
 _FIRST_JAX = (0, 8, 0)
+# What launches a Triton kernel from JAX, where it is installed.
+_HAS_JAX_TRITON = tiles.kernel_is_wanted("jax_triton")
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
@@ -56,16 +59,23 @@ def _lower_on_cpu(ctx, x, *, program):
 
 
 def _takes_native(ctx, program):
-    module = ctx.module_context
     return (
         ctx.avals_in[0].dtype == jnp.float32
+        and _stays_here(ctx)
+        and native.translate(program) is not None
+        and _register_native()
+    )
+
+
+def _stays_here(ctx):
+    """Whether a program may hold what XLA does not know."""
+    module = ctx.module_context
+    return (
         # An exported program should run wherever XLA does.
-        and not module.lowering_parameters.for_export
+        not module.lowering_parameters.for_export
         # XLA cannot divide what it does not know among several devices. Whether
         # there are is not known under `shard_map`.
         and getattr(module.axis_context, "num_devices", None) == 1
-        and native.translate(program) is not None
-        and _register_native()
     )
 
 
@@ -96,6 +106,38 @@ def _run_native(x, program):
     shape = (*x.shape[:-1], program.output_dim)
     call = jax.ffi.ffi_call(_NATIVE, jax.ShapeDtypeStruct(shape, x.dtype))
     return call(x, translated.integers, translated.floats)
+
+
+def _lower_on_cuda(ctx, x, *, program):
+    run = _run_kernel if _takes_kernel(ctx, program) else _run
+    return mlir.lower_fun(run, multiple_results=False)(ctx, x, program=program)
+
+
+def _takes_kernel(ctx, program):
+    (x,) = ctx.avals_in
+    here = _HAS_JAX_TRITON and _stays_here(ctx) and x.size
+    if not here or _gpu() is None:
+        return False
+    from keras_randadapt.ops import triton_jax
+
+    return triton_jax.takes(program, x.dtype, _gpu())
+
+
+@functools.cache
+def _gpu():
+    """The GPU that a program is for, to `jax_triton` the first, or `None`."""
+    try:
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        # The program is for another machine.
+        return None
+
+
+def _run_kernel(x, program):
+    from keras_randadapt.ops import triton_jax
+
+    y = triton_jax.apply(x.reshape(-1, x.shape[-1]), program, _gpu())
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _run_on_cpu(x, program):
@@ -247,6 +289,7 @@ ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch
 mlir.register_lowering(_transform, mlir.lower_fun(_run, multiple_results=False))
 mlir.register_lowering(_transform, _lower_on_cpu, platform="cpu")
+mlir.register_lowering(_transform, _lower_on_cuda, platform="cuda")
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

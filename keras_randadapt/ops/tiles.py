@@ -6,13 +6,17 @@ factor. `triton.py` has the kernel.
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
+import os
 
 import numpy as np
 
 from keras_randadapt.ops import steps
 
+# To turn the kernel off, set this to 0 before the package is imported.
+_SWITCH = "KERAS_RANDADAPT_TRITON"
 # Elements that one program holds on chip: at least so many, in several rows if
 # need be, and at most so many, in one.
 _TILE = 4096
@@ -24,6 +28,13 @@ _LARGEST_SIZES = (128, 64, 32)
 _MAX_FACTORS = 3
 # The bits of a float32 that tensor cores do not take.
 _OTHER_BITS = np.uint32(0x1FFF)
+
+
+def kernel_is_wanted(package):
+    """Whether what launches the kernel is installed, and not turned off."""
+    if os.environ.get(_SWITCH, "1") == "0":
+        return False
+    return importlib.util.find_spec(package) is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import importlib.util
 import inspect
 import os
 import weakref
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
+from keras_randadapt.ops import tiles
 
 # Marks Python that is not to be traced: `torch.compile` would follow the
 # construction of the matrices down to NumPy.
@@ -22,7 +22,7 @@ _PASS_COST = 36
 # Elements a block of rows, on a CPU: what is between steps stays in cache,
 # and is not asked from the system, which costs more than the arithmetic.
 _BLOCK = 1 << 19
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = tiles.kernel_is_wanted("triton")
 
 
 def apply(x, program, before=None, after=None):
@@ -171,10 +171,10 @@ def _kernel(program, x):
         return None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if _HAS_TRITON and (x.device.type == "cuda" or interpreted):
-        from keras_randadapt.ops import triton
+        from keras_randadapt.ops import triton_torch
 
-        if triton.takes(program, x.dtype, x.device):
-            return triton.apply
+        if triton_torch.takes(program, x.dtype, x.device):
+            return triton_torch.apply
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _apply_native if native.translate(program) else None
     return None

@@ -1,4 +1,4 @@
-"""A CUDA kernel for the transforms of the PyTorch backend, in Triton.
+"""A CUDA kernel for the transforms, in Triton; of no framework.
 
 A program of `steps.py` is applied to a block of rows in one pass over memory:
 the rows are read once, held on chip through all stages of signs and Hadamard
@@ -13,117 +13,53 @@ bits that follow; the factors' entries are +- powers of two, or else (Hartley
 cores) a third product adds their other bits.
 
 Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
-CPU; slowly, for tests.
+CPU; slowly, for tests. `triton_torch.py` and `triton_jax.py` launch it.
 """
 
-import functools
 import math
 import weakref
 
-import torch
 import triton
 import triton.language as tl
 
 from keras_randadapt.ops import tiles
-from keras_randadapt.ops.torch import as_tensors
+
+DTYPES = ("float32", "bfloat16", "float16")
+#: The first generation with tensor cores for TF32.
+FIRST_MAJOR = 8
+# Prefetching into shared memory leaves room for fewer programs.
+STAGES_AHEAD = 1
 
 # Programs a multiprocessor, where each goes through many blocks of rows: a
 # multiple of the 2 or 3 for which one has room.
 _PROGRAMS = 6
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+def is_supported():
+    """Whether this Triton is not too old."""
+    return hasattr(triton, "knobs")
 
 
-def takes(program, dtype, device):
-    """Whether the kernel can apply a program to tensors of a dtype.
-
-    Not to other dtypes, nor windows, nor orders whose tile does not fit on
-    chip; and on no GPU without tensor cores for TF32.
-    """
-    return dtype in _DTYPES and _tiled(program, dtype, device) is not None
+def is_interpreted():
+    return triton.knobs.runtime.interpret
 
 
-@functools.cache
-def _room(device):
-    """Bytes of shared memory that a program of the kernel may have."""
-    if not hasattr(triton, "knobs"):
-        # Too old.
-        return 0
-    if triton.knobs.runtime.interpret:
-        return math.inf
-    if torch.version.hip or not torch.cuda.is_available():
-        return 0
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < 8:
-        return 0
-    return properties.shared_memory_per_block_optin
-
-
-def apply(x, program, before=None, after=None):
-    """`after * T (before * x)` for the rows of a matrix.
-
-    Args:
-        x: Tensor of shape `(rows, input_dim)`.
-        program: One that `takes` takes.
-        before: `None`, or tensor of shape `(input_dim,)`.
-        after: `None`, or tensor of shape `(output_dim,)`.
-
-    Returns:
-        Tensor of shape `(rows, output_dim)`, of the dtype of `x`. It has no
-        gradient.
-    """
-    y = x.new_empty(len(x), program.output_dim)
-    if len(x) == 0:
-        return y
-    tiled, adjoint = _tiled(program, x.dtype, x.device)
-    factors, signs = as_tensors(
-        tiled, (tiled.factors, tiled.signs), x.dtype, x.device
-    )
-    source, target = as_tensors(
-        tiled.tables, tiled.tables.arrays, None, x.device
-    )
-    if adjoint:
-        source, target = target, source
-    settings, warps = launch_settings(tiled, adjoint, x.dtype)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    before = None if before is None else before.contiguous()
-    after = None if after is None else after.contiguous()
-    programs = triton.cdiv(len(x), settings["ROWS"])
+def programs(rows, settings, multiprocessors):
+    """How many programs of the kernel to launch for so many rows."""
+    blocks = triton.cdiv(rows, settings["ROWS"])
     if settings["LOOP"]:
-        programs = min(programs, _PROGRAMS * _multiprocessors(x.device))
-    with torch.cuda.device_of(x):
-        _kernel[programs,](
-            x,
-            y,
-            factors,
-            signs,
-            source,
-            target,
-            before,
-            after,
-            len(x),
-            x.stride(0),
-            None if tiled.scale == 1.0 else tiled.scale,
-            **settings,
-            num_warps=warps,
-            # Prefetching into shared memory leaves room for fewer programs.
-            num_stages=1,
-            # Said, since Triton is about to change what it means not to say.
-            enable_fp_fusion=True,
-        )
-    return y
-
-
-@functools.cache
-def _multiprocessors(device):
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return min(blocks, _PROGRAMS * multiprocessors)
+    return blocks
 
 
 def launch_settings(tiled, adjoint, dtype):
-    """What is constant when the kernel is compiled, and the warps to run."""
+    """What is constant when the kernel is compiled, and the warps to run.
+
+    Args:
+        tiled: `tiles.TiledProgram`.
+        adjoint: Whether to apply its transpose.
+        dtype: One of `DTYPES`.
+    """
     known = tiled.known_settings
     if (adjoint, dtype) not in known:
         known[adjoint, dtype] = _launch_settings(tiled, adjoint, dtype)
@@ -132,7 +68,7 @@ def launch_settings(tiled, adjoint, dtype):
 
 def _launch_settings(tiled, adjoint, dtype):
     input_dim, output_dim = tiled.dims[:: -1 if adjoint else 1]
-    sizes, itemsize = tiled.sizes, dtype.itemsize
+    sizes, itemsize = tiled.sizes, _itemsize(dtype)
     tile = tiled.tile(itemsize)
     # Factors larger than a tile are read once for many, if they leave room.
     read_once = len(tiled.factors) > 1.5 * tile
@@ -149,20 +85,32 @@ def _launch_settings(tiled, adjoint, dtype):
         "PRODUCTS": tiled.products(itemsize),
         "LOOP": read_once and (itemsize < 4 or tile <= 8192),
         # Triton's interpreter has no arithmetic of bfloat16.
-        "EMULATED": dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        "EMULATED": dtype == "bfloat16" and is_interpreted(),
     }
     return settings, 4 if tile <= 8192 else 8
+
+
+def _itemsize(dtype):
+    return 4 if dtype == "float32" else 2
 
 
 _known_tiled = weakref.WeakKeyDictionary()
 
 
-def _tiled(program, dtype, device):
+def tiled_program(program, dtype, room):
     """`(tiles.TiledProgram, adjoint)`, or `None` if there is none that fits.
 
-    A program and its transpose have one.
+    Not for other dtypes, nor windows, nor orders whose tile does not fit on
+    chip. A program and its transpose have one.
+
+    Args:
+        program: `steps.Program`.
+        dtype: String.
+        room: Bytes of shared memory that a program of the kernel may have.
     """
-    key = dtype.itemsize, _room(device)
+    if dtype not in DTYPES:
+        return None
+    key = _itemsize(dtype), room
     known = _known_tiled.setdefault(program, {})
     if key not in known:
         found = tiles.fitting(program, *key)
@@ -177,7 +125,7 @@ def _tiled(program, dtype, device):
 
 # Not compiled anew for batches of another size.
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def kernel(
     x_pointer,
     y_pointer,
     factors,

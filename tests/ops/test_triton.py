@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from keras_randadapt.ops import tiles  # noqa: E402
 from keras_randadapt.ops import torch as torch_backend  # noqa: E402
 from keras_randadapt.ops import triton as kernels  # noqa: E402
+from keras_randadapt.ops import triton_torch  # noqa: E402
 
 #: Bytes of shared memory that a block may have, by compute capability.
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
@@ -47,7 +48,7 @@ def test_in_the_interpreter():
 
 
 def takes(program, dtype=torch.float32):
-    return kernels.takes(program, dtype, torch.device("cuda", 0))
+    return triton_torch.takes(program, dtype, torch.device("cuda", 0))
 
 
 def plan(order, stages=2):
@@ -63,19 +64,25 @@ class TestWhatItTakes:
         [1, 12, 768, 1536, 2304, 3584, 8192, 11008, 14336, 28672],
     )
     def test_orders(self, order, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[90]
+        )
         assert takes(_cached_program(order, True, False), torch.float16)
 
     def test_not_what_does_not_fit(self, monkeypatch):
         # As GPUs for games have.
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[86])
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[86]
+        )
         program = _cached_program(32768, True, False)
         assert not takes(program, torch.float32)
         assert takes(program, torch.float16)
         assert takes(_cached_program(16384, True, False), torch.float32)
         monkeypatch.undo()
         # Tiles beyond 32768, and factors too large for shared memory.
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[90]
+        )
         for order in (25600, 65536, 18944, 251):
             program = _cached_program(order, True, False)
             assert not takes(program, torch.float32)
@@ -87,7 +94,9 @@ class TestWhatItTakes:
         assert describe(program, torch.float16, 86)[0].sizes == (1, 128, 64)
 
     def test_not_windows(self, monkeypatch):
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[90]
+        )
         # Of a dimension with a large prime: two transforms that overlap.
         assert not takes(plan(2 * 1031).program, torch.float32)
 
@@ -109,11 +118,11 @@ class TestWhatItTakes:
             (None, 9, True),
             (hip, major, False),
         ):
-            kernels._room.cache_clear()
+            triton_torch._room.cache_clear()
             monkeypatch.setattr(torch.version, "hip", version)
             Properties.major = generation
             assert takes(program) is expected
-        kernels._room.cache_clear()
+        triton_torch._room.cache_clear()
 
     def test_not_without_a_gpu(self):
         assert not takes(_cached_program(64, True, False))
@@ -121,16 +130,20 @@ class TestWhatItTakes:
     def test_nothing_without_triton(self, monkeypatch):
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
-        assert torch_backend._kernel(program, x) is kernels.apply
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[90]
+        )
+        assert torch_backend._kernel(program, x) is triton_torch.apply
         monkeypatch.setattr(torch_backend, "_HAS_TRITON", False)
-        assert torch_backend._kernel(program, x) is not kernels.apply
+        assert torch_backend._kernel(program, x) is not triton_torch.apply
 
     def test_not_on_a_cpu(self, monkeypatch):
         assert os.environ.get("TRITON_INTERPRET") != "1"
-        monkeypatch.setattr(kernels, "_room", lambda device: SHARED_MEMORY[90])
+        monkeypatch.setattr(
+            triton_torch, "_room", lambda device: SHARED_MEMORY[90]
+        )
         program, x = _cached_program(64, True, False), torch.ones(3, 64)
-        assert torch_backend._kernel(program, x) is not kernels.apply
+        assert torch_backend._kernel(program, x) is not triton_torch.apply
 
 
 def describe(program, dtype, capability):
@@ -148,7 +161,9 @@ def compiled(program, dtype, capability, scaled=False):
     from triton.compiler import ASTSource
 
     description, adjoint = describe(program, dtype, capability)
-    settings, warps = kernels.launch_settings(description, adjoint, dtype)
+    settings, warps = kernels.launch_settings(
+        description, adjoint, triton_torch.name(dtype)
+    )
     data = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
     signature = {
         "x_pointer": data,
@@ -173,11 +188,11 @@ def compiled(program, dtype, capability, scaled=False):
             signature[name], constants[name] = "constexpr", None
     if not scaled:
         constants.update(before=None, after=None)
-    names = kernels._kernel.arg_names
+    names = kernels.kernel.arg_names
     aligned = [name for name in names if signature[name] != "constexpr"]
     aligned = set(aligned) - {"rows", "scale"}
     source = ASTSource(
-        kernels._kernel,
+        kernels.kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},

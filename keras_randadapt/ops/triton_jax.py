@@ -1,0 +1,136 @@
+"""JAX's launches of the Triton kernel, by `jax_triton`.
+
+Importing `jax_triton` needs a JAX with GPU support.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import numpy as np
+import triton
+import triton.language as tl
+
+from keras_randadapt.ops import triton as kernels
+
+
+def takes(program, dtype, gpu):
+    """Whether the kernel can apply a program to arrays of a dtype.
+
+    See `triton.tiled_program`; and on no GPU without tensor cores for TF32, nor
+    one of which JAX does not tell what has to be known.
+    """
+    return _tiled(program, dtype, gpu) is not None
+
+
+def _tiled(program, dtype, gpu):
+    return kernels.tiled_program(program, str(dtype), _room(gpu))
+
+
+def _room(gpu):
+    """Bytes of shared memory that a program of the kernel may have."""
+    if not kernels.is_supported() or not hasattr(gpu, "core_count"):
+        return 0
+    if _capability(gpu) < 10 * kernels.FIRST_MAJOR:
+        return 0
+    return getattr(gpu, "shared_memory_per_block_optin", 0)
+
+
+def _capability(gpu):
+    major, minor = gpu.compute_capability.split(".")
+    return 10 * int(major) + int(minor)
+
+
+def apply(x, program, gpu):
+    """`T x` for the rows of a matrix.
+
+    Args:
+        x: Array of shape `(rows, input_dim)`.
+        program: One that `takes` takes.
+        gpu: Device of JAX.
+
+    Returns:
+        Array of shape `(rows, output_dim)`, of the dtype of `x`. It has no
+        gradient.
+    """
+    rows = len(x)
+    tiled, adjoint = _tiled(program, x.dtype, gpu)
+    settings, warps = kernels.launch_settings(tiled, adjoint, str(x.dtype))
+    factors = jnp.asarray(tiled.factors, x.dtype)
+    # A byte each, since every call has constants of its own.
+    signs = factors if tiled.signs is None else tiled.signs.astype(np.int8)
+    tables = tiled.tables.arrays[:: -1 if adjoint else 1]
+    return jax_triton.triton_call(
+        x,
+        factors,
+        signs,
+        # Something has to be in the place of what is missing.
+        *(factors if table is None else table for table in tables),
+        rows,
+        kernel=_entry,
+        out_shape=jax.ShapeDtypeStruct((rows, program.output_dim), x.dtype),
+        grid=kernels.programs(rows, settings, gpu.core_count),
+        name="keras_randadapt_transform",
+        num_warps=warps,
+        num_stages=kernels.STAGES_AHEAD,
+        compute_capability=_capability(gpu),
+        HAS_SOURCE=tables[0] is not None,
+        HAS_TARGET=tables[1] is not None,
+        SCALE=float(tiled.scale),
+        **settings,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _entry(
+    x_pointer,
+    factors,
+    signs,
+    source,
+    target,
+    rows,
+    y_pointer,
+    HAS_SOURCE: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    SCALE: tl.constexpr,
+    INPUT_DIM: tl.constexpr,
+    OUTPUT_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SIZE_1: tl.constexpr,
+    SIZE_2: tl.constexpr,
+    SIZE_3: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    LOOP: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """The kernel with arguments in the order that `jax_triton` gives them.
+
+    Those are arrays that cannot be missing, numbers, then results.
+    """
+    kernels.kernel(
+        x_pointer,
+        y_pointer,
+        factors,
+        signs,
+        source if HAS_SOURCE else None,
+        target if HAS_TARGET else None,
+        None,
+        None,
+        rows,
+        INPUT_DIM,
+        None if SCALE == 1.0 else SCALE,
+        INPUT_DIM,
+        OUTPUT_DIM,
+        STAGES,
+        SIGNED,
+        SIZE_1,
+        SIZE_2,
+        SIZE_3,
+        ROWS,
+        ADJOINT,
+        PRODUCTS,
+        LOOP,
+        EMULATED,
+    )
