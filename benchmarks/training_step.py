@@ -70,6 +70,8 @@ SHAPES = {
     "llama": Shape(8, 512, 8, 1536, ("q_proj", "v_proj")),
     # Llama 3.2 1B's, for a GPU.
     "llama-1b": Shape(16, 2048, 32, 8192, ("q_proj", "v_proj"), 8),
+    # So small that a step's time is the host's, as of small batches on a GPU.
+    "llama-host": Shape(16, 64, 4, 128, ("q_proj", "v_proj")),
     # For a look at whether all of this runs.
     "tiny": Shape(2, 64, 2, 128, ("query", "value")),
     "llama-tiny": Shape(2, 128, 2, 128, ("q_proj", "v_proj"), 1),

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_randadapt.ops.plain import reshape
+
 
 class KernelView(NamedTuple):
     """The shape of a kernel seen as a matrix."""
@@ -61,23 +63,23 @@ class EinsumPlan:
 
     def to_view(self, kernel):
         """Kernel of the layer's shape to the matrix `view_shape`."""
-        return ops.reshape(
+        return reshape(
             _transpose(kernel, self._kernel_to_view), self.view_shape
         )
 
     def from_view(self, view):
         """Undoes `to_view`."""
         shape = [self._kernel_shape[axis] for axis in self._kernel_to_view]
-        return _transpose(ops.reshape(view, shape), self._view_to_kernel)
+        return _transpose(reshape(view, shape), self._view_to_kernel)
 
     def flatten_input(self, x):
         """Layer input to `(tokens, input_dim)`."""
         x = _transpose(x, self._flatten_x)
-        return ops.reshape(x, (-1, self.view_shape.input_dim))
+        return reshape(x, (-1, self.view_shape.input_dim))
 
     def unflatten_input(self, z, inputs):
         """Undoes `flatten_input`; `inputs` gives the batch axes."""
-        z = ops.reshape(z, (*self._batch(inputs), *self._row_sizes))
+        z = reshape(z, (*self._batch(inputs), *self._row_sizes))
         return _transpose(z, self._unflatten_x)
 
     def _batch(self, inputs):
@@ -95,29 +97,29 @@ class EinsumPlan:
             Tensor `(n, output_dim)`.
         """
         ones = [1] * (len(self._batch_axes) - 1)
-        z = ops.reshape(rows, (*ones, -1, *self._row_sizes))
+        z = reshape(rows, (*ones, -1, *self._row_sizes))
         return self.flatten_output(product(_transpose(z, self._unflatten_x)))
 
     def flatten_output(self, y):
         """Layer output to `(tokens, output_dim)`."""
         y = _transpose(y, self._flatten_y)
-        return ops.reshape(y, (-1, self.view_shape.output_dim))
+        return reshape(y, (-1, self.view_shape.output_dim))
 
     def flatten_bias(self, bias):
         """A bias with a number for each column, as a vector in their order."""
         ones = [1] * (self._output_rank - len(bias.shape))
-        y = _transpose(ops.reshape(bias, (*ones, *bias.shape)), self._flatten_y)
-        return ops.reshape(y, (self.view_shape.output_dim,))
+        y = _transpose(reshape(bias, (*ones, *bias.shape)), self._flatten_y)
+        return reshape(y, (self.view_shape.output_dim,))
 
     def unflatten_bias(self, columns, bias_shape):
         """Undoes `flatten_bias`."""
         ones = [1] * len(self._batch_axes)
-        y = ops.reshape(columns, (*ones, *self._column_sizes))
-        return ops.reshape(_transpose(y, self._unflatten_y), bias_shape)
+        y = reshape(columns, (*ones, *self._column_sizes))
+        return reshape(_transpose(y, self._unflatten_y), bias_shape)
 
     def unflatten_output(self, y, inputs):
         """Undoes `flatten_output`; `inputs` gives the batch axes."""
-        y = ops.reshape(y, (*self._batch(inputs), *self._column_sizes))
+        y = reshape(y, (*self._batch(inputs), *self._column_sizes))
         return _transpose(y, self._unflatten_y)
 
 

@@ -19,6 +19,8 @@ from keras_randadapt import _compat
 from keras_randadapt import adapter_stack
 from keras_randadapt.einsum_plan import EinsumPlan
 from keras_randadapt.einsum_plan import KernelView
+from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import reshape
 
 # Setting bias and activation aside changes the layer for the length of a
 # call; two threads must not see each other's changes.
@@ -187,24 +189,24 @@ class DenseSite(_ProductSite):
         return view
 
     def flatten_input(self, inputs):
-        return ops.reshape(inputs, (-1, self.kernel_view.input_dim))
+        return reshape(inputs, (-1, self.kernel_view.input_dim))
 
     def unflatten_input(self, rows, inputs):
         batch = ops.shape(inputs)[:-1]
-        return ops.reshape(rows, (*batch, self.kernel_view.input_dim))
+        return reshape(rows, (*batch, self.kernel_view.input_dim))
 
     def flatten_output(self, y):
-        return ops.reshape(y, (-1, self.units))
+        return reshape(y, (-1, self.units))
 
     def unflatten_output(self, columns, inputs):
-        return ops.reshape(columns, (*ops.shape(inputs)[:-1], self.units))
+        return reshape(columns, (*ops.shape(inputs)[:-1], self.units))
 
     def multiply(self, rows):
         """A matrix `(n, input_dim)` times the base kernel view."""
         return self._base_product(rows)
 
     def _float_product(self, x, kernel):
-        return ops.matmul(x, kernel)
+        return matmul(x, kernel)
 
 
 class EinsumDenseSite(_ProductSite):
@@ -297,7 +299,7 @@ class ConvSite(Site):
             channels = -1 if self.data_format == "channels_last" else 1
             shape[channels] = self.filters
             bias = ops.cast(self.merged_bias(), self.compute_dtype)
-            y = ops.add(y, ops.reshape(bias, shape))
+            y = ops.add(y, reshape(bias, shape))
         if self.activation is not None:
             y = self.activation(y)
         return y
@@ -341,7 +343,7 @@ class NormSite(Site):
         for axis, size in zip(axes, self.beta.shape, strict=True):
             shape[axis] = size
         change = self.merged_bias() - ops.cast(self.beta, "float32")
-        return y + ops.cast(ops.reshape(change, shape), y.dtype)
+        return y + ops.cast(reshape(change, shape), y.dtype)
 
 
 class EmbeddingSite(Site):

@@ -6,6 +6,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import targets
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 #: `(reduction, activation, scaling)` that each placement's paper trains with.
 _DEFAULTS = {
@@ -227,4 +228,4 @@ def _check_activation(activation):
 
 
 def _affine(x, matrix, bias):
-    return ops.matmul(x, ops.cast(matrix, x.dtype)) + ops.cast(bias, x.dtype)
+    return matmul(x, ops.cast(matrix, x.dtype)) + ops.cast(bias, x.dtype)

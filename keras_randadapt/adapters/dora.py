@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 # Below any norm that matters, and far above where its square underflows.
 _SMALLEST_SQUARE = 1e-30
@@ -179,7 +180,7 @@ class DoRA(base.Adapter):
         a, b = map(self._norms_see, factors)
         rows = ops.transpose(a)
         products = 2.0 * linear.times_base(rows)
-        products = products + ops.matmul(ops.matmul(rows, a), b)
+        products = products + matmul(matmul(rows, a), b)
         return self.base_square + ops.sum(products * b, axis=0)
 
     def _inner_delta(self, training):

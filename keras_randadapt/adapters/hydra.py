@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -128,7 +129,7 @@ class Hydra(base.Adapter):
 
     def merged(self, kernel, base, training=False):
         del training  # The same either way.
-        parallel = ops.matmul(
+        parallel = matmul(
             ops.cast(self.lora_a, "float32"), self._scaled(self.lora_b)
         )
         return kernel + parallel + self._thin(base, self.hydra_c, self.hydra_d)
@@ -140,7 +141,7 @@ class Hydra(base.Adapter):
     def _thin(self, x, first, second):
         first = ops.cast(first, x.dtype)
         second = ops.cast(self._scaled(second), x.dtype)
-        return ops.matmul(ops.matmul(x, first), second)
+        return matmul(matmul(x, first), second)
 
     def _scaled(self, variable):
         return ops.cast(variable, "float32") * self.scaling

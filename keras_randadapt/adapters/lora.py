@@ -7,6 +7,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 _FROM_KERNEL = ("pissa", "olora")
 
@@ -219,19 +220,19 @@ class LoRA(base.Adapter):
 
     def delta(self, x, training=None):
         return self._sum(
-            lambda a, b: ops.matmul(ops.matmul(x, a), b), x.dtype, training
+            lambda a, b: matmul(matmul(x, a), b), x.dtype, training
         )
 
     def delta_transpose(self, x, training=None):
         def product(a, b):
-            y = ops.matmul(x, ops.transpose(b))
-            return ops.matmul(y, ops.transpose(a))
+            y = matmul(x, ops.transpose(b))
+            return matmul(y, ops.transpose(a))
 
         return self._sum(product, x.dtype, training)
 
     def lookup(self, ids, dtype, training=None):
         def product(a, b):
-            return ops.matmul(ops.cast(ops.take(a, ids, axis=0), dtype), b)
+            return matmul(ops.cast(ops.take(a, ids, axis=0), dtype), b)
 
         return self._sum(product, dtype, training)
 

@@ -9,6 +9,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -126,11 +127,11 @@ class LoRAFA(base.Adapter):
         return inverse.astype("float32")
 
     def delta(self, x, training=None):
-        return ops.matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
+        return matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
 
     def delta_transpose(self, x, training=None):
         b = self._scaled_b(x.dtype)
-        return self.basis_a.adjoint(ops.matmul(x, ops.transpose(b)))
+        return self.basis_a.adjoint(matmul(x, ops.transpose(b)))
 
     def lookup(self, ids, dtype, training=None):
         if self.basis == "hadamard":

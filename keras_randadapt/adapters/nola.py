@@ -8,6 +8,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -107,16 +108,16 @@ class NOLA(base.Adapter):
 
     def delta(self, x, training=None):
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
-        return ops.matmul(ops.matmul(x, a), b)
+        return matmul(matmul(x, a), b)
 
     def delta_transpose(self, x, training=None):
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
-        return ops.matmul(ops.matmul(x, ops.transpose(b)), ops.transpose(a))
+        return matmul(matmul(x, ops.transpose(b)), ops.transpose(a))
 
     def lookup(self, ids, dtype, training=None):
         a, b = self.factors()
         a = ops.cast(ops.take(a, ids, axis=0), dtype)
-        return ops.matmul(a, ops.cast(b, dtype))
+        return matmul(a, ops.cast(b, dtype))
 
     def delta_kernel(self):
         return ops.matmul(*self.factors())

@@ -10,6 +10,8 @@ from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
+from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import reshape
 
 VARIANTS = ("full", "averaged", "half")
 COMPUTE = ("auto", "factored", "materialized")
@@ -261,13 +263,13 @@ class RandLoRA(base.Adapter):
             n = ops.cast(
                 mixing.form(*_in_turn(x, arguments, training)), x.dtype
             )
-            return ops.matmul(x, n if wide else ops.transpose(n))
+            return matmul(x, n if wide else ops.transpose(n))
 
         def backward(arguments, upstream):
             x, *arguments = arguments
             arguments = fence(upstream, *arguments)
             n = ops.cast(mixing.form(*arguments), x.dtype)
-            of_x = ops.matmul(upstream, ops.transpose(n) if wide else n)
+            of_x = matmul(upstream, ops.transpose(n) if wide else n)
             of_n = _outer(x, upstream) if wide else _outer(upstream, x)
             return of_x, *mixing.gradients(arguments, of_n)
 
@@ -305,7 +307,7 @@ class RandLoRA(base.Adapter):
         def forward(x, *arguments):
             kernels, of_b, of_mixing = split(arguments)
             of_mixing = _in_turn(x, of_mixing, training)
-            return ops.matmul(x, form(x.dtype, kernels, of_b, of_mixing))
+            return matmul(x, form(x.dtype, kernels, of_b, of_mixing))
 
         def backward(arguments, upstream):
             x, *arguments = arguments
@@ -313,7 +315,7 @@ class RandLoRA(base.Adapter):
             of_b = bases.fence_operands(upstream, of_b)
             of_mixing = fence(upstream, *of_mixing)
             whole = form(x.dtype, kernels, of_b, of_mixing)
-            of_x = ops.matmul(upstream, ops.transpose(whole))
+            of_x = matmul(upstream, ops.transpose(whole))
             of_whole = _outer(x, upstream)
             of_n = basis_b.adjoint(
                 of_whole if wide else ops.transpose(of_whole), of_b
@@ -374,12 +376,12 @@ class _Mixing:
     def form(self, lambdas, gamma, *a):
         """N, `(dim, terms * rank)`, float32."""
         n = self._scaled_a(a) * ops.transpose(gamma)[:, :, None] * lambdas
-        return ops.reshape(n, (self.dim, self._terms * self.rank))
+        return reshape(n, (self.dim, self._terms * self.rank))
 
     def gradients(self, arguments, upstream):
         """Of what `form` takes, from the gradient with respect to N."""
         lambdas, gamma, *a = arguments
-        upstream = ops.reshape(upstream, (self.dim, self._terms, self.rank))
+        upstream = reshape(upstream, (self.dim, self._terms, self.rank))
         upstream = upstream * self._scaled_a(a)
         of_lambdas = ops.sum(upstream * ops.transpose(gamma)[:, :, None], 0)
         of_gamma = ops.transpose(ops.sum(upstream * lambdas, -1))
@@ -401,7 +403,7 @@ def _in_turn(x, tensors, training):
 
 def _outer(x, y):
     """`x' y` of two matrices of rows, float32."""
-    return _as_float32(ops.matmul(ops.transpose(x), y))
+    return _as_float32(matmul(ops.transpose(x), y))
 
 
 def _on_rows(function, x, dim):
@@ -409,8 +411,8 @@ def _on_rows(function, x, dim):
     if len(x.shape) == 2:
         return function(x)
     batch = ops.shape(x)[:-1]
-    y = function(ops.reshape(x, (-1, x.shape[-1])))
-    return ops.reshape(y, (*batch, dim))
+    y = function(reshape(x, (-1, x.shape[-1])))
+    return reshape(y, (*batch, dim))
 
 
 def _as_float32(x):

@@ -176,7 +176,10 @@ class RLoRA(base.Adapter):
         return self.basis_a.digest() + self.basis_b.digest()
 
     def _scaled_beta(self, dtype):
-        return ops.cast(self._float(self.beta) * self.scaling, dtype)
+        beta = self._float(self.beta)
+        if self.scaling != 1.0:
+            beta = beta * self.scaling
+        return ops.cast(beta, dtype)
 
     def _float(self, variable):
         return ops.cast(variable, "float32")

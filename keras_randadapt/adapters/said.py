@@ -10,6 +10,7 @@ from keras_randadapt import arguments
 from keras_randadapt import ops as kra_ops
 from keras_randadapt import random
 from keras_randadapt.adapters import base
+from keras_randadapt.ops.plain import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -97,7 +98,7 @@ class SAID(base.Adapter):
         return kra_ops.fwht(v)[: self._size] * self._scale
 
     def delta(self, x, training=None):
-        return ops.matmul(x, ops.cast(self.delta_kernel(), x.dtype))
+        return matmul(x, ops.cast(self.delta_kernel(), x.dtype))
 
     def delta_kernel(self):
         theta = ops.cast(self.theta.variable, "float32")

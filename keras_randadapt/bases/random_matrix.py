@@ -9,6 +9,7 @@ from keras import ops
 from keras_randadapt import random
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
+from keras_randadapt.ops.plain import matmul
 
 # Digests by what a basis is: they are taken while the values are at hand.
 _digests = {}
@@ -134,7 +135,7 @@ def fence_operands(upstream, operands):
 
 
 def _times(x, values):
-    return ops.matmul(x, ops.cast(values, x.dtype))
+    return matmul(x, ops.cast(values, x.dtype))
 
 
 def _times_vjp(kept, upstream):
@@ -142,7 +143,7 @@ def _times_vjp(kept, upstream):
 
 
 def _times_transpose(x, values):
-    return ops.matmul(x, ops.transpose(ops.cast(values, x.dtype)))
+    return matmul(x, ops.transpose(ops.cast(values, x.dtype)))
 
 
 def _times_transpose_vjp(kept, upstream):

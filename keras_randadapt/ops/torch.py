@@ -50,16 +50,40 @@ def _apply_by_key(x, before, after, key):
 def _apply(x, before, after, program):
     scales = [scale for scale in (before, after) if scale is not None]
     if not scales:
-        return _Linear.apply(x, program)
+        return _linear(x, program)
     alike = all((s.dtype, s.device) == (x.dtype, x.device) for s in scales)
     if not alike or _kernel(program, x) is None:
         return _apply_around(x, program, before, after)
+    if _is_untracked(x, *scales):
+        return _run(x, program, before, after)
     return _Scaled.apply(x, before, after, program)
 
 
-@steps.scaled
-def _apply_around(x, program):
+def _linear(x, program):
+    if _is_untracked(x):
+        return _run(x, program)
     return _Linear.apply(x, program)
+
+
+_apply_around = steps.scaled(_linear)
+
+
+def _is_untracked(*tensors):
+    """Whether no derivative will be asked of what is computed with these.
+
+    As in the gradients of `with_gradient`, where an autograd function that is
+    called for nothing takes longer than compiled code for a few rows.
+    """
+    return (
+        not torch._C._are_functorch_transforms_active()
+        # Of forward mode.
+        and torch.autograd.forward_ad._current_level < 0
+        and not (
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        )
+        # A trace holds a function as it is, and would compare constants.
+        and not torch.jit.is_tracing()
+    )
 
 
 def _with_signature(function):

@@ -915,6 +915,54 @@ def test_torch_forward_mode_with_scales():
 
 
 @only_torch
+def test_torch_forward_mode_of_tensors_without_gradient():
+    """Dual numbers, of which nothing says that a derivative is wanted."""
+    import torch
+    from torch.autograd import forward_ad
+
+    plan, matrix = make(44, 2, 40, 30)
+    tensors = [torch.tensor(normal(*s)) for s in ((7, 40), (40,), (30,))]
+    x, before, after = (t.double().numpy() for t in tensors)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensors[0], tensors[0] + 1)
+        for scales in ([], tensors[1:]):
+            y = randomized_transform(dual, plan, False, *scales)
+            tangent = forward_ad.unpack_dual(y).tangent
+            expected = (x + 1) @ matrix.T
+            if scales:
+                expected = ((x + 1) * before) @ matrix.T * after
+            np.testing.assert_allclose(tangent, expected, atol=1e-5)
+    with torch.no_grad():
+        x = tensors[0].requires_grad_()
+        assert not randomized_transform(x, plan).requires_grad
+    assert randomized_transform(x, plan).requires_grad
+
+
+@only_torch
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_torch_records_nothing_for_nothing(dtype, monkeypatch):
+    """As in the gradients of adapters, where a call is most of the time."""
+    import torch
+
+    from keras_randadapt.ops import torch as torch_backend
+
+    for function in (torch_backend._Linear, torch_backend._Scaled):
+        monkeypatch.setattr(function, "apply", None)
+    plan, matrix = make(44, 2, 40, 30)
+    x, before, after = (
+        torch.tensor(normal(*shape), dtype=getattr(torch, dtype))
+        for shape in ((7, 40), (40,), (30,))
+    )
+    expected = (x * before).numpy() @ matrix.T * after.numpy()
+    for needed in (False, True):
+        with torch.no_grad():
+            y = randomized_transform(
+                x.requires_grad_(needed), plan, False, before, after
+            )
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@only_torch
 def test_torch_scales_of_another_dtype():
     """The result is of the wider dtype, as of a product."""
     import torch

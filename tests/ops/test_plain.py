@@ -1,0 +1,58 @@
+"""`ops.plain`: what Keras's operations give, on every backend."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_randadapt.ops import plain
+from tests import zoo
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "bfloat16"),
+        ("int8", "float32"),
+    ],
+    ids=str,
+)
+def test_matmul(dtypes):
+    x, y = (
+        keras.ops.cast(4 * zoo.normal(*shape), dtype)
+        for shape, dtype in zip(((2, 3, 5), (5, 4)), dtypes)
+    )
+    got, expected = plain.matmul(x, y), keras.ops.matmul(x, y)
+    assert got.dtype == expected.dtype
+    np.testing.assert_array_equal(
+        *(
+            keras.ops.convert_to_numpy(keras.ops.cast(z, "float32"))
+            for z in (got, expected)
+        )
+    )
+
+
+def test_reshape():
+    x = keras.ops.convert_to_tensor(zoo.normal(2, 3, 4))
+    x = keras.ops.transpose(x, (0, 2, 1))
+    got = plain.reshape(x, (-1, 6))
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(got),
+        keras.ops.convert_to_numpy(keras.ops.reshape(x, (-1, 6))),
+    )
+
+
+def test_what_is_no_tensor():
+    """Variables, arrays and symbolic tensors, as Keras takes them."""
+    array = zoo.normal(3, 3)
+    variable = keras.Variable(array)
+    expected = array @ array
+    for x in (array, variable):
+        got = keras.ops.convert_to_numpy(plain.matmul(x, variable))
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        assert tuple(plain.reshape(x, (9,)).shape) == (9,)
+    symbolic = keras.Input((5, 3))
+    assert plain.matmul(symbolic, array).shape == (None, 5, 3)
+    assert plain.reshape(symbolic, (-1, 3)).shape == (None, 3)
