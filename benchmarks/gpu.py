@@ -41,8 +41,8 @@ BACKENDS = ("torch", "jax")
 PRODUCTS = "jax, products"
 #: What sets a run apart: backend, and settings of the environment.
 RUNS = {
-    "torch": ("torch", {}),
-    "jax": ("jax", {}),
+    "torch": ("torch", {"KERAS_RANDADAPT_TRITON": "1"}),
+    "jax": ("jax", {"KERAS_RANDADAPT_TRITON": "1"}),
     PRODUCTS: ("jax", {"KERAS_RANDADAPT_TRITON": "0"}),
 }
 ORDERS = (16, 64, 256, 768, 1024, 1536, 3584, 4096, 8192, 11008, 28672, 32768)
@@ -62,8 +62,6 @@ class Device:
     def __init__(self, quick):
         import keras
 
-        from keras_randadapt.ops import tiles
-
         self.launches, self.rounds = (1, 1) if quick else (10, 9)
         self.backend = keras.config.backend()
         if self.backend == "torch":
@@ -75,7 +73,6 @@ class Device:
             )
             self.copy = torch.clone
             self.compiled = lambda function: function
-            launcher = "triton"
         else:
             import jax
 
@@ -85,9 +82,21 @@ class Device:
             zero = jax.numpy.zeros(())
             self.copy = jax.jit(lambda x: x + zero.astype(x.dtype))
             self.compiled = jax.jit
-            launcher = "jax_triton"
-        kernel = tiles.kernel_is_wanted(launcher)
-        self.runs = "the kernel" if kernel else "matrix products"
+
+    def way(self):
+        """What transforms are here."""
+        import keras_randadapt as kra
+
+        x = self.random(16, 1024, "float32")
+        if self.backend == "jax":
+            text = self.compiled(kra.ops.fwht).lower(x).as_text()
+            kernel = "triton_kernel_call" in text
+        else:
+            from keras_randadapt.ops import torch as backend
+
+            function = backend._kernel(projection(1024, RANK).program, x)
+            kernel = "triton" in getattr(function, "__module__", "")
+        return "the kernel" if kernel else "no kernel"
 
     def tensor(self, array, dtype):
         import keras
@@ -224,7 +233,7 @@ def kernels(arguments):
             min(8, len(os.sched_getaffinity(0))), mp_context=processes
         ) as pool:
             list(pool.map(compile_kernels, jobs))
-    print(f"\n{device.backend} on {device.name}, {device.runs}\n")
+    print(f"\n{device.backend} on {device.name}, {device.way()}\n")
     print("| dtype | largest error | at d | tolerance |\n" + "| --- " * 4 + "|")
     found = {"device": device.name, "wrong": 0, "ratios": {}}
     for dtype in DTYPES:

@@ -20,6 +20,7 @@ from keras_randadapt import adapter_stack
 from keras_randadapt.einsum_plan import EinsumPlan
 from keras_randadapt.einsum_plan import KernelView
 from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import placed
 from keras_randadapt.ops.plain import reshape
 
 # Setting bias and activation aside changes the layer for the length of a
@@ -128,7 +129,7 @@ class _ProductSite(Site):
             return self._adapted_call(inputs, training)
 
     def _adapted_call(self, inputs, training):
-        inputs = _as_float(inputs, self.compute_dtype)
+        inputs = _as_float(placed(inputs), self.compute_dtype)
         if self.adapter.relays_out:
             self.adapter.relay(self.flatten_input(inputs))
         training = self._is_training(training)

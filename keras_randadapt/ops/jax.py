@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import warnings
 
 import jax
@@ -115,28 +116,45 @@ def _lower_on_cuda(ctx, x, *, program):
 
 def _takes_kernel(ctx, program):
     (x,) = ctx.avals_in
-    here = _HAS_JAX_TRITON and _stays_here(ctx) and x.size
-    if not here or _gpu() is None:
+    if not (_HAS_JAX_TRITON and _stays_here(ctx) and x.size):
         return False
-    from keras_randadapt.ops import triton_jax
-
-    return triton_jax.takes(program, x.dtype, _gpu())
+    if _gpu() is None or _launcher() is None:
+        return False
+    return _launcher().takes(program, x.dtype, _gpu())
 
 
 @functools.cache
 def _gpu():
-    """The GPU that a program is for, to `jax_triton` the first, or `None`."""
+    """A GPU like the one that a program is for, or `None`: not known."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
     try:
-        return jax.local_devices(backend="cuda")[0]
+        gpus = jax.local_devices(backend="cuda")
     except RuntimeError:
         # The program is for another machine.
         return None
+    # On which of them it is to run, only JAX knows.
+    kinds = {(gpu.device_kind, gpu.compute_capability) for gpu in gpus}
+    return gpus[0] if len(kinds) == 1 else None
+
+
+@functools.cache
+def _launcher():
+    """The module that launches the kernel, or `None`."""
+    try:
+        from keras_randadapt.ops import triton_jax
+    except Exception as error:
+        warnings.warn(
+            "The installed `jax_triton` does not work with this JAX, and the "
+            "transforms of `keras_randadapt` will be slower on a GPU. "
+            f"Received: {type(error).__name__}: {error}"
+        )
+        return None
+    return triton_jax
 
 
 def _run_kernel(x, program):
-    from keras_randadapt.ops import triton_jax
-
-    y = triton_jax.apply(x.reshape(-1, x.shape[-1]), program, _gpu())
+    y = _launcher().apply(x.reshape(-1, x.shape[-1]), program, _gpu())
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

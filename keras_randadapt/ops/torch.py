@@ -8,6 +8,7 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
@@ -23,6 +24,22 @@ _PASS_COST = 36
 # and is not asked from the system, which costs more than the arithmetic.
 _BLOCK = 1 << 19
 _HAS_TRITON = tiles.kernel_is_wanted("triton")
+
+# What `torch.autograd.Function.apply` asks too, and does.
+try:
+    from torch._C import _are_functorch_transforms_active
+    from torch._functorch.utils import unwrap_dead_wrappers
+
+    forward_ad._current_level
+except (ImportError, AttributeError):
+    # Another PyTorch: always that function.
+    def _are_functorch_transforms_active():
+        return True
+
+
+def _unwrapped(*tensors):
+    """Without what transforms that have ended, such as `vjp`, put around."""
+    return unwrap_dead_wrappers(tensors)
 
 
 def apply(x, program, before=None, after=None):
@@ -55,13 +72,13 @@ def _apply(x, before, after, program):
     if not alike or _kernel(program, x) is None:
         return _apply_around(x, program, before, after)
     if _is_untracked(x, *scales):
-        return _run(x, program, before, after)
+        return _run(*_unwrapped(x), program, *_unwrapped(before, after))
     return _Scaled.apply(x, before, after, program)
 
 
 def _linear(x, program):
     if _is_untracked(x):
-        return _run(x, program)
+        return _run(*_unwrapped(x), program)
     return _Linear.apply(x, program)
 
 
@@ -75,9 +92,9 @@ def _is_untracked(*tensors):
     called for nothing takes longer than compiled code for a few rows.
     """
     return (
-        not torch._C._are_functorch_transforms_active()
+        not _are_functorch_transforms_active()
         # Of forward mode.
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
         and not (
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         )

@@ -3,9 +3,12 @@
 Importing `jax_triton` needs a JAX with GPU support.
 """
 
+import contextlib
+import inspect
+import os
+
 import jax
 import jax.numpy as jnp
-import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
@@ -13,11 +16,38 @@ import triton.language as tl
 from keras_randadapt.ops import triton as kernels
 
 
+@contextlib.contextmanager
+def _unchanged(name):
+    """Restores a variable of the environment."""
+    before = os.environ.get(name)
+    yield
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
+
+
+# Importing `jax_triton` takes away the folder of compiled kernels, which others
+# in this process and its children need, such as `torch.compile`.
+with _unchanged("TRITON_CACHE_DIR"):
+    import jax_triton
+
+if (
+    "compute_capability"
+    not in inspect.signature(jax_triton.triton_call).parameters
+):
+    raise ImportError("`jax_triton` 0.3.1 or newer is needed")
+
+# Generations for which Triton writes what JAX's assembler reads. From 100 on it
+# writes for a newer one.
+_CAPABILITIES = range(10 * kernels.FIRST_MAJOR, 100)
+
+
 def takes(program, dtype, gpu):
     """Whether the kernel can apply a program to arrays of a dtype.
 
     See `triton.tiled_program`; and on no GPU without tensor cores for TF32, nor
-    one of which JAX does not tell what has to be known.
+    one after Hopper, nor one of which JAX does not tell what has to be known.
     """
     return _tiled(program, dtype, gpu) is not None
 
@@ -30,7 +60,7 @@ def _room(gpu):
     """Bytes of shared memory that a program of the kernel may have."""
     if not kernels.is_supported() or not hasattr(gpu, "core_count"):
         return 0
-    if _capability(gpu) < 10 * kernels.FIRST_MAJOR:
+    if _capability(gpu) not in _CAPABILITIES:
         return 0
     return getattr(gpu, "shared_memory_per_block_optin", 0)
 

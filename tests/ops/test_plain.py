@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_randadapt as kra
 from keras_randadapt.ops import plain
 from tests import zoo
 
@@ -56,3 +57,40 @@ def test_what_is_no_tensor():
     symbolic = keras.Input((5, 3))
     assert plain.matmul(symbolic, array).shape == (None, 5, 3)
     assert plain.reshape(symbolic, (-1, 3)).shape == (None, 3)
+
+
+only_torch = pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="tests PyTorch"
+)
+
+
+@only_torch
+def test_matmul_under_autocast():
+    """Keras gives the dtype of the arguments, and PyTorch the lower one."""
+    import torch
+
+    x = keras.ops.convert_to_tensor(zoo.normal(5, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = plain.matmul(x, x), keras.ops.matmul(x, x)
+    assert got.dtype == expected.dtype == torch.float32
+
+
+@only_torch
+@pytest.mark.parametrize(
+    "adapter", [kra.LoRA(2), kra.RLoRA(4), kra.RandLoRA(2)], ids=repr
+)
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
+def test_a_site_takes_tensors_of_another_device(kind, adapter):
+    """As Keras's layers do: here from memory, as to a GPU."""
+    import torch
+
+    layer = keras.layers.Dense(4)
+    if kind == "EinsumDense":
+        layer = keras.layers.EinsumDense("...a,ab->...b", (4,))
+    model = keras.Sequential([keras.Input((3, 8)), layer])
+    kra.inject(model, adapter, "all-linear")
+    x = torch.ones(2, 3, 8)
+    assert layer(x).shape == (2, 3, 4)
+    with keras.device("meta"):
+        y = layer(x)
+    assert y.device.type == "meta" and y.shape == (2, 3, 4)

@@ -939,6 +939,33 @@ def test_torch_forward_mode_of_tensors_without_gradient():
 
 
 @only_torch
+def test_torch_pulls_back_after_a_function_transform():
+    """What `vjp` kept is wrapped then, and has no memory of its own."""
+    import torch
+
+    plan, matrix = make(44, 2, 40, 30)
+    x, before, after = (
+        torch.tensor(normal(*s)) for s in ((7, 40), (40,), (30,))
+    )
+    upstream = torch.tensor(normal(7, 30))
+
+    def apply(x, before, after):
+        return randomized_transform(x, plan, False, before, after)
+
+    _, pull = torch.func.vjp(apply, x, before, after)
+    with torch.no_grad():
+        found = pull(upstream)
+    pulled = (upstream * after).numpy() @ matrix
+    expected = (
+        pulled * before.numpy(),
+        np.sum(pulled * x.numpy(), 0),
+        np.sum((x * before).numpy() @ matrix.T * upstream.numpy(), 0),
+    )
+    for got, right in zip(found, expected):
+        np.testing.assert_allclose(got, right, atol=1e-4)
+
+
+@only_torch
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_torch_records_nothing_for_nothing(dtype, monkeypatch):
     """As in the gradients of adapters, where a call is most of the time."""

@@ -3,13 +3,14 @@
 Run by test_triton_jax.py in a process of its own, with JAX's plugin for GPUs.
 """
 
+import importlib
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_triton import triton_lib
 
 import keras_randadapt as kra
 from keras_randadapt import random
@@ -18,7 +19,11 @@ from keras_randadapt.ops import fwht
 from keras_randadapt.ops import jax as jax_backend
 from keras_randadapt.ops import randomized_transform
 from keras_randadapt.ops import triton as kernels
+from keras_randadapt.ops import triton_jax  # noqa: F401
 from tests import methods
+
+# After the module that imports it too.
+triton_lib = importlib.import_module("jax_triton.triton_lib")
 
 #: Bytes of shared memory that a block may have, by compute capability.
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
@@ -93,9 +98,18 @@ def test_compiles(order, dtype, capability, compiled, monkeypatch):
     assert kernel.shared <= tiled.shared_bytes(itemsize)
 
 
-def test_one_kernel_for_batches_of_any_size(compiled):
+@pytest.mark.parametrize(
+    "order, dtype",
+    [
+        (1024, "float32"),
+        # Where a program of the kernel goes through many rows.
+        (8192, "bfloat16"),
+    ],
+)
+def test_one_kernel_for_batches_of_any_size(order, dtype, compiled):
     for rows in (1, 2, 16, 1000, 4096):
-        assert "triton_kernel_call" in lowered(fwht, (rows, 1024))
+        text = lowered(fwht, (rows, order), dtype=dtype)
+        assert "triton_kernel_call" in text
     # Triton compiles anew for the number 1, which `jax_triton` gives it so.
     assert len(compiled) == 2
 
@@ -110,6 +124,12 @@ def test_a_training_step_of_rlora(compiled):
     # Two projections, and back through both.
     assert text.count("triton_kernel_call") == 4
     assert "gather" not in text
+
+
+def test_compiled_kernels_of_others_have_their_folder():
+    """Triton fails where `jax_triton` has set it to nothing."""
+    assert jax_backend._launcher() is not None
+    assert os.environ.get("TRITON_CACHE_DIR") != ""
 
 
 def test_exported_programs_have_no_kernel():

@@ -17,6 +17,7 @@ import torch
 from jax.interpreters import mlir
 
 import keras_randadapt as kra
+from keras_randadapt import ops
 from keras_randadapt import random
 from keras_randadapt.hadamard import hadamard
 from keras_randadapt.ops import RandomizedTransform
@@ -73,6 +74,7 @@ def tensor(array):
     return torch.tensor(array)
 
 
+find_gpu = jax_backend._gpu
 sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=triton_call)
 jax_backend._HAS_JAX_TRITON = True
 jax_backend._gpu = lambda: GPU
@@ -227,6 +229,22 @@ class TestProducts:
         monkeypatch.setattr(jax_backend, "_gpu", lambda: None)
         self.check()
 
+    def test_where_jax_triton_does_not_work(self, monkeypatch):
+        def imported():
+            for name in list(sys.modules):
+                if name.endswith("ops.triton_jax"):
+                    monkeypatch.delitem(sys.modules, name)
+            monkeypatch.delattr(ops, "triton_jax", raising=False)
+            jax_backend._launcher.cache_clear()
+
+        too_old = types.SimpleNamespace(triton_call=lambda *args, **more: None)
+        for module in (None, too_old):
+            monkeypatch.setitem(sys.modules, "jax_triton", module)
+            imported()
+            with pytest.warns(UserWarning, match="jax_triton` does not work"):
+                self.check()
+        jax_backend._launcher.cache_clear()
+
     def test_turned_off(self, monkeypatch):
         monkeypatch.setattr(jax_backend, "_HAS_JAX_TRITON", False)
         self.check()
@@ -235,6 +253,7 @@ class TestProducts:
         "change",
         [
             {"compute_capability": "7.5"},
+            {"compute_capability": "10.0"},
             {"shared_memory_per_block_optin": 1000},
             {"shared_memory_per_block_optin": None},
             {"core_count": None},
@@ -247,6 +266,24 @@ class TestProducts:
         gpu = types.SimpleNamespace(**known)
         monkeypatch.setattr(jax_backend, "_gpu", lambda: gpu)
         self.check()
+
+    def test_on_gpus_of_two_kinds(self, monkeypatch):
+        """On which of them a program is to run, only JAX knows."""
+
+        def gpu(kind, capability):
+            return types.SimpleNamespace(
+                device_kind=kind, compute_capability=capability
+            )
+
+        one, another = gpu("A", "8.0"), gpu("B", "9.0")
+        cases = [([one, one], one), ([one, another], None)]
+        for gpus, found in cases:
+            monkeypatch.setattr(jax, "local_devices", lambda backend: gpus)
+            for interpreted in (False, True):
+                monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+                find_gpu.cache_clear()
+                assert find_gpu() is (None if interpreted else found)
+        find_gpu.cache_clear()
 
     def test_where_devices_share_an_array(self):
         plan = make(44, 2, 40, 30)
