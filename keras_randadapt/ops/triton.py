@@ -16,13 +16,35 @@ Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
 CPU; slowly, for tests. `triton_torch.py` and `triton_jax.py` launch it.
 """
 
+import contextlib
 import math
+import os
+import sys
 import weakref
 
-import triton
-import triton.language as tl
-
 from keras_randadapt.ops import tiles
+
+
+@contextlib.contextmanager
+def _own_functions():
+    """Lets a library that is loaded find its own functions before others'.
+
+    TensorFlow's wheels offer their LLVM to everything that is loaded later, and
+    Triton, which has another one, crashes (tensorflow/tensorflow#124205).
+    """
+    flags = sys.getdlopenflags()
+    # Not otherwise: it would pass over an allocator that was preloaded.
+    if "tensorflow" in sys.modules:
+        sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(flags)
+
+
+with _own_functions():
+    import triton
+    import triton.language as tl
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: The first generation with tensor cores for TF32.

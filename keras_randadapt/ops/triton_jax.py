@@ -8,12 +8,11 @@ import inspect
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import triton
-import triton.language as tl
 
 from keras_randadapt.ops import triton as kernels
+from keras_randadapt.ops.triton import tl
+from keras_randadapt.ops.triton import triton
 
 
 @contextlib.contextmanager
@@ -85,7 +84,8 @@ def apply(x, program, gpu):
     rows = len(x)
     tiled, adjoint = _tiled(program, x.dtype, gpu)
     settings, warps = kernels.launch_settings(tiled, adjoint, str(x.dtype))
-    factors = jnp.asarray(tiled.factors, x.dtype)
+    # In NumPy, as what is put on a device now would have to be fetched again.
+    factors = tiled.factors.astype(x.dtype)
     # A byte each, since every call has constants of its own.
     signs = factors if tiled.signs is None else tiled.signs.astype(np.int8)
     tables = tiled.tables.arrays[:: -1 if adjoint else 1]

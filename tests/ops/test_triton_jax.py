@@ -3,6 +3,7 @@
 Neither needs a GPU. What only one can tell is told by benchmarks/gpu.py.
 """
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 if keras.config.backend() != "jax":
     pytest.skip("tests JAX", allow_module_level=True)
 
-pytest.importorskip("triton", reason="there is no Triton for this platform")
+# Not imported: TensorFlow may have been, see `ops/triton.py`.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no Triton for this platform", allow_module_level=True)
 
 HERE = pathlib.Path(__file__).parent
 # Where `make` puts what JAX needs to compile for a GPU: not beside the other
@@ -22,10 +25,10 @@ HERE = pathlib.Path(__file__).parent
 CUDA = pathlib.Path(sys.prefix) / "cuda"
 
 
-def run(name, **environment):
+def run(name, *options, **environment):
     """Runs a file of tests in a process of its own."""
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", HERE / name],
+        [sys.executable, "-m", "pytest", "-q", *options, HERE / name],
         env={**os.environ, **environment},
         cwd=HERE.parents[1],
         capture_output=True,
@@ -47,10 +50,13 @@ def test_in_the_interpreter():
 @pytest.mark.skipif(
     not CUDA.exists(), reason="`make test` installs jax_triton for this test"
 )
-def test_compiled_for_gpus():
+# After TensorFlow, which KerasHub imports, `import triton` alone crashes.
+@pytest.mark.parametrize("options", [[], ["-p", "tensorflow", "-k", "768"]])
+def test_compiled_for_gpus(options):
     path = [str(CUDA), os.environ.get("PYTHONPATH")]
     run(
         "triton_jax_compiler.py",
+        *options,
         PYTHONPATH=os.pathsep.join(filter(None, path)),
         JAX_PLATFORMS="cpu",
     )
