@@ -6,7 +6,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import targets
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import thin_product
 
 #: `(reduction, activation, scaling)` that each placement's paper trains with.
 _DEFAULTS = {
@@ -182,7 +182,9 @@ class Bottleneck(base.Adapter):
 
     def adapt_output(self, y, x, training=None):
         z = ops.cast(x, y.dtype) if self.placement == "parallel" else y
-        hidden = _affine(self.drop(z, training), self.down, self.down_bias)
+        hidden = _affine(
+            self.drop(z, training), self.down, self.down_bias, training
+        )
         activation = keras.activations.get(self.activation)
         update = _affine(activation(hidden), self.up, self.up_bias)
         return y + self.scaling * update
@@ -227,5 +229,6 @@ def _check_activation(activation):
     return name
 
 
-def _affine(x, matrix, bias):
-    return matmul(x, ops.cast(matrix, x.dtype)) + ops.cast(bias, x.dtype)
+def _affine(x, matrix, bias, training=None):
+    y = thin_product(x, ops.cast(matrix, x.dtype), training)
+    return y + ops.cast(bias, x.dtype)

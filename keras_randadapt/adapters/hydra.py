@@ -8,6 +8,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import thin_product
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -121,9 +122,11 @@ class Hydra(base.Adapter):
     def adapt(self, x, linear, training=None):
         y = linear(x)
         base_y = y if linear.base is linear else linear.base(x)
-        parallel = self._thin(self.drop(x, training), self.lora_a, self.lora_b)
+        parallel = self._thin(
+            self.drop(x, training), self.lora_a, self.lora_b, training
+        )
         sequential = self._thin(
-            self.drop(base_y, training), self.hydra_c, self.hydra_d
+            self.drop(base_y, training), self.hydra_c, self.hydra_d, training
         )
         return y + parallel + sequential
 
@@ -138,10 +141,10 @@ class Hydra(base.Adapter):
         row = ops.expand_dims(base, 0)
         return bias + self._thin(row, self.hydra_c, self.hydra_d)[0]
 
-    def _thin(self, x, first, second):
+    def _thin(self, x, first, second, training=None):
         first = ops.cast(first, x.dtype)
         second = ops.cast(self._scaled(second), x.dtype)
-        return matmul(matmul(x, first), second)
+        return matmul(thin_product(x, first, training), second)
 
     def _scaled(self, variable):
         return ops.cast(variable, "float32") * self.scaling

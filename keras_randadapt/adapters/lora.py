@@ -8,6 +8,7 @@ from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import thin_product
 
 _FROM_KERNEL = ("pissa", "olora")
 
@@ -220,7 +221,9 @@ class LoRA(base.Adapter):
 
     def delta(self, x, training=None):
         return self._sum(
-            lambda a, b: matmul(matmul(x, a), b), x.dtype, training
+            lambda a, b: matmul(thin_product(x, a, training), b),
+            x.dtype,
+            training,
         )
 
     def delta_transpose(self, x, training=None):

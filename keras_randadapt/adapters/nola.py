@@ -9,6 +9,7 @@ from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import thin_product
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -108,7 +109,7 @@ class NOLA(base.Adapter):
 
     def delta(self, x, training=None):
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
-        return matmul(matmul(x, a), b)
+        return matmul(thin_product(x, a, training), b)
 
     def delta_transpose(self, x, training=None):
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
