@@ -5,7 +5,7 @@ tensors, devices and dtypes, and PyTorch one or two on the operation. On a GPU
 that is the time that a training step of small batches waits for.
 
 A product with a tall matrix of few columns has the gradient `x' g`, as tall,
-which JAX and PyTorch compute on a CPU at a tenth of the rate of `(g' x)'`, the
+which JAX and PyTorch compute on a CPU several times slower than `(g' x)'`, the
 same numbers (benchmarks/README.md). `thin_product` makes that of it.
 """
 

@@ -19,11 +19,13 @@ from keras_randadapt.ops.triton import triton
 def _unchanged(name):
     """Restores a variable of the environment."""
     before = os.environ.get(name)
-    yield
-    if before is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = before
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 # Importing `jax_triton` takes away the folder of compiled kernels, which others

@@ -5,8 +5,6 @@ Neither needs a GPU. What only one can tell is told by benchmarks/gpu.py.
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from keras_randadapt import random
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops.transforms import _cached_program
+from tests.plans import run_apart
 
 if keras.config.backend() != "torch":
     pytest.skip("tests PyTorch", allow_module_level=True)
@@ -35,16 +34,7 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
 def test_in_the_interpreter():
     """`triton_interpreter.py`, in a process that has the interpreter."""
     here = pathlib.Path(__file__).parent
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", here / "triton_interpreter.py"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    assert " passed" in process.stdout
-    assert "skipped" not in process.stdout
+    run_apart(here / "triton_interpreter.py", TRITON_INTERPRET="1")
 
 
 def takes(program, dtype=torch.float32):

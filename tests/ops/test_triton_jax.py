@@ -6,11 +6,12 @@ Neither needs a GPU. What only one can tell is told by benchmarks/gpu.py.
 import importlib.util
 import os
 import pathlib
-import subprocess
 import sys
 
 import keras
 import pytest
+
+from tests.plans import run_apart
 
 if keras.config.backend() != "jax":
     pytest.skip("tests JAX", allow_module_level=True)
@@ -25,23 +26,9 @@ HERE = pathlib.Path(__file__).parent
 CUDA = pathlib.Path(sys.prefix) / "cuda"
 
 
-def run(name, *options, **environment):
-    """Runs a file of tests in a process of its own."""
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *options, HERE / name],
-        env={**os.environ, **environment},
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    assert " passed" in process.stdout
-    assert "skipped" not in process.stdout
-
-
 def test_in_the_interpreter():
-    run(
-        "triton_jax_interpreter.py",
+    run_apart(
+        HERE / "triton_jax_interpreter.py",
         TRITON_INTERPRET="1",
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )
@@ -54,8 +41,8 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("options", [[], ["-p", "tensorflow", "-k", "768"]])
 def test_compiled_for_gpus(options):
     path = [str(CUDA), os.environ.get("PYTHONPATH")]
-    run(
-        "triton_jax_compiler.py",
+    run_apart(
+        HERE / "triton_jax_compiler.py",
         *options,
         PYTHONPATH=os.pathsep.join(filter(None, path)),
         JAX_PLATFORMS="cpu",

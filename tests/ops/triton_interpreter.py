@@ -12,9 +12,7 @@ import pytest
 import torch
 
 import keras_randadapt as kra
-from keras_randadapt import random
 from keras_randadapt.hadamard import hadamard
-from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import fwht
 from keras_randadapt.ops import numpy as reference
 from keras_randadapt.ops import randomized_transform
@@ -22,6 +20,7 @@ from keras_randadapt.ops import torch as torch_backend
 from keras_randadapt.ops import triton as kernels
 from tests import methods
 from tests import zoo
+from tests.plans import make
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -51,19 +50,6 @@ def close(got, expected, dtype=torch.float32):
     expected = np.asarray(expected)
     error = np.abs(got.detach().double().numpy() - expected).max()
     assert error <= TOLERANCE[dtype] * np.abs(expected).max()
-
-
-def make(order, stages, inputs, outputs, gather=False, scatter=False):
-    """A plan, as `tests/ops/test_transforms.py` makes them."""
-    signs = random.signs(0, "test", (stages, order))
-    return RandomizedTransform(
-        order,
-        signs,
-        inputs,
-        outputs,
-        random.permutation(0, "in", order)[:inputs] if scatter else None,
-        random.permutation(0, "out", order)[:outputs] if gather else None,
-    )
 
 
 # Powers of two; Paley cores, symmetric (36, 76) and not (12, 20, 44); Hartley

@@ -6,6 +6,7 @@ kernel its arguments as the documentation of `jax_triton.triton_call` says; the
 real one compiles it in test_triton_jax.py.
 """
 
+import os
 import sys
 import types
 
@@ -18,15 +19,14 @@ from jax.interpreters import mlir
 
 import keras_randadapt as kra
 from keras_randadapt import ops
-from keras_randadapt import random
 from keras_randadapt.hadamard import hadamard
-from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import fwht
 from keras_randadapt.ops import jax as jax_backend
 from keras_randadapt.ops import numpy as reference
 from keras_randadapt.ops import randomized_transform
 from tests import methods
 from tests import zoo
+from tests.plans import make
 
 TOLERANCE = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1e-2}
 GPU = types.SimpleNamespace(
@@ -104,18 +104,6 @@ def close(got, expected, dtype="float32"):
 
 def exact(x):
     return np.asarray(x, "float64")
-
-
-def make(order, stages, inputs, outputs, gather=False, scatter=False):
-    signs = random.signs(0, "test", (stages, order))
-    return RandomizedTransform(
-        order,
-        signs,
-        inputs,
-        outputs,
-        random.permutation(0, "in", order)[:inputs] if scatter else None,
-        random.permutation(0, "out", order)[:outputs] if gather else None,
-    )
 
 
 def apply(x, plan, adjoint=False, before=None, after=None):
@@ -244,6 +232,19 @@ class TestProducts:
             with pytest.warns(UserWarning, match="jax_triton` does not work"):
                 self.check()
         jax_backend._launcher.cache_clear()
+
+    def test_its_import_leaves_the_environment(self):
+        """Even one that fails after it has changed it."""
+        from keras_randadapt.ops import triton_jax
+
+        for before in ({}, {"FOLDER": "kernels"}):
+            os.environ.pop("FOLDER", None)
+            os.environ.update(before)
+            with pytest.raises(ImportError):
+                with triton_jax._unchanged("FOLDER"):
+                    os.environ["FOLDER"] = ""
+                    raise ImportError
+            assert os.environ.pop("FOLDER", None) == before.get("FOLDER")
 
     def test_turned_off(self, monkeypatch):
         monkeypatch.setattr(jax_backend, "_HAS_JAX_TRITON", False)
