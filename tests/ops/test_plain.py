@@ -86,8 +86,12 @@ def test_thin_product(shape, columns, training):
     np.testing.assert_allclose(of_matrix, expected, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    keras.config.backend() == "tensorflow",
+    reason="TensorFlow computes both at one rate",
+)
 def test_a_gradient_is_computed_by_columns():
-    """`(g' x)'` rather than `x' g`, which is ten times slower on a CPU."""
+    """`(g' x)'` rather than `x' g`, which is several times slower on a CPU."""
     x, matrix = zoo.normal(50, 20), zoo.normal(20, 3, seed=1)
     if keras.config.backend() == "jax":
         import jax
@@ -98,7 +102,7 @@ def test_a_gradient_is_computed_by_columns():
         compiled = jax.jit(gradient).lower(matrix).compile().as_text()
         products = re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", compiled)
         assert sorted(products) == ["3,20", "50,3"]
-    elif keras.config.backend() == "torch":
+    else:
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
 
