@@ -88,7 +88,7 @@ def test_thin_product(shape, columns, training):
 
 @pytest.mark.skipif(
     keras.config.backend() == "tensorflow",
-    reason="TensorFlow computes both at one rate",
+    reason="TensorFlow computes both at nearly one rate",
 )
 def test_a_gradient_is_computed_by_columns():
     """`(g' x)'` rather than `x' g`, which is several times slower on a CPU."""
