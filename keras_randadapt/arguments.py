@@ -51,7 +51,13 @@ def check_initializer(initializer, argument):
         if not arguments:
             return kind
         # Plain floats: NumPy's can't be written to a config.
-        return {"name": kind, **{k: float(v) for k, v in arguments.items()}}
+        return {
+            "name": kind,
+            **{
+                key: check_scaling(value, f"{argument}[{key!r}]")
+                for key, value in arguments.items()
+            },
+        }
     try:
         found = keras.initializers.get(initializer)
         if found is None:
@@ -105,16 +111,17 @@ def own_initializer(initializer):
     return None
 
 
-def check_rank(rank, argument="rank"):
+def check_rank(rank, argument="rank", least=1):
     """Validates a rank."""
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
         raise TypeError(
             f"`{argument}` must be an integer. Received: {argument}={rank!r} "
             f"(of type {type(rank).__name__})"
         )
-    if rank < 1:
+    if rank < least:
         raise ValueError(
-            f"`{argument}` must be at least 1. Received: {argument}={rank}"
+            f"`{argument}` must be at least {least}. "
+            f"Received: {argument}={rank}"
         )
     return int(rank)
 
@@ -153,7 +160,7 @@ def check_alpha(alpha, scaling, rank, rslora=False):
 def check_scaling(scaling, argument="scaling"):
     """Validates a finite scale."""
     try:
-        value = float(scaling)
+        value = float("nan" if isinstance(scaling, str) else scaling)
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):
@@ -166,7 +173,8 @@ def check_scaling(scaling, argument="scaling"):
 
 def check_choice(value, choices, argument):
     """Validates a choice between names."""
-    if value not in choices:
+    # An array is equal to no choice, but says so of each of its elements.
+    if np.ndim(value) or value not in choices:
         raise ValueError(
             f"`{argument}` must be one of {choices}. "
             f"Received: {argument}={value!r}"

@@ -46,6 +46,12 @@ def check_model(model):
     root.check_has_values(model)
     if root.is_adapted(model):
         return
+    owner = root.owner_of(model)
+    if owner is not None:
+        raise ValueError(
+            f"Model '{model.name}' is a part of model '{owner.name}', which "
+            "has adapters attached. Inject into that one, or eject there first."
+        )
     for layer in _compat.flatten_layers(model):
         if isinstance(layer, site_classes.Site) or (
             isinstance(layer, keras.Model) and root.is_adapted(layer)

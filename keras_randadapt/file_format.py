@@ -44,7 +44,7 @@ def size(model, name):
             kind = "F" if array.dtype.kind == "f" else "I"
             dtype = f"{kind}{8 * array.dtype.itemsize}"
             shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
-    metadata = describe(model, name, None, _SOME_DIGEST)
+    metadata = describe(model, name, None, lambda prefix="": _SOME_DIGEST)
     header = {"__metadata__": {METADATA_KEY: canonical(metadata)}}
     offset = 0
     # safetensors lays tensors out by falling alignment, then by name.
@@ -86,8 +86,8 @@ def kept_tensors(state, name):
         else:
             values = record.kept_values[address]
         for i, (weight, value) in enumerate(zip(layer.weights, values)):
-            tensors[f"{address}#{i}"] = np.ascontiguousarray(
-                value.astype(stored_dtype(weight))
+            tensors[f"{address}#{i}"] = value.astype(
+                stored_dtype(weight), order="C"
             )
     return tensors
 
@@ -102,14 +102,15 @@ def stored_dtype(weight):
     return dtype
 
 
-def describe(model, name, preset, digest):
+def describe(model, name, preset, digest_of):
     """The metadata of an adapter's file.
 
     Args:
         model: An adapted model.
         name: The adapter's name.
         preset: A string or `None`; see `save_adapter`.
-        digest: The `layers_digest` of the model's base.
+        digest_of: Function of a prefix of addresses, none by default: the
+            `layers_digest` of what is below.
 
     Returns:
         dict.
@@ -117,6 +118,10 @@ def describe(model, name, preset, digest):
     state = model._randadapt
     record = state.records[name]
     adapters = state.adapters(name)
+    described = {**describe_model(model), "layers": digest_of()}
+    parts = {p: digest_of(f"{p}/") for p in _parts(model, record)}
+    if parts:
+        described["parts"] = parts
     shapes = [
         f"{adapters[a].input_dim}x{adapters[a].output_dim}"
         for a in sorted(record.addresses)
@@ -125,7 +130,7 @@ def describe(model, name, preset, digest):
         "version": VERSION,
         "name": name,
         "adapter": adapter_base.serialize(record.template),
-        "model": {**describe_model(model), "layers": digest},
+        "model": described,
         # Run-length encoded, in the order of the sorted addresses.
         "kernel_views": [
             [shape, len(list(group))]
@@ -150,6 +155,22 @@ def describe_model(model):
     if backbone is not None:
         description["backbone"] = type(backbone).__name__
     return description
+
+
+def _parts(model, record):
+    """Addresses of models inside a model that hold all that a file tells of.
+
+    Each could be given the file. Of a backbone `layers_digest` tells.
+    """
+    if _backbone(model) is not None:
+        return []
+    told = [*record.addresses, *record.kept, *record.sources.values()]
+    return [
+        address
+        for address, layer in root.layers_of(model).items()
+        if isinstance(layer, keras.Model)
+        and all(one.startswith(f"{address}/") for one in told)
+    ]
 
 
 def _backbone(model):

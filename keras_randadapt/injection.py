@@ -115,6 +115,8 @@ def inject(
     )
     if adapter.adapts_bias and not adapter.adapts_kernel:
         chosen = _with_bias(layers, chosen)
+        if targets is None:
+            _warn_of_missed_biases(layers, chosen, kept, adapter.site_kinds)
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
@@ -159,8 +161,9 @@ def attach(model, template, name, addresses, kept, layers, built, sources):
         _become_site(layers[source])
         layers[address].adapter.listen_to(layers[source].adapter, name)
     record = root.AdapterRecord(template, addresses, kept, sources)
+    held = {a for active in state.active for a in state.records[active].kept}
     for address in kept:
-        if address not in state.base_values:
+        if address not in held:
             state.base_values[address] = root.kept_layer_values(layers[address])
     record.kept_values = {
         a: [v.copy() for v in state.base_values[a]] for a in kept
@@ -240,6 +243,9 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
         for address in record.changed:
             state.layers[address].adapter.remove(one)
             _leave_unused_site(state, address)
+    kept = {a for record in state.records.values() for a in record.kept}
+    for address in state.base_values.keys() - kept:
+        del state.base_values[address]
     if not state.records:
         _leave_root(model)
     _refresh(model, before)
@@ -348,18 +354,30 @@ def _become_root(model, layers):
         layer_flags.append((layer, layer.trainable))
         for variable in _compat.owned_variables(layer):
             variable_flags.append((variable, variable.trainable))
-    model._randadapt = root.RootState(layers, layer_flags, variable_flags)
+    parts = _models(model)
+    model._randadapt = root.RootState(
+        layers,
+        layer_flags,
+        variable_flags,
+        {part: vars(part).get("quantize") for part in parts},
+    )
     # A model frozen as a whole would train no adapter.
     _compat.set_layer_trainable_flag(model, True)
     model.__class__ = root.root_class(type(model))
-    for part in _models(model):
+    for part in parts:
         vars(part)["quantize"] = types.MethodType(_refuse_quantize, part)
+        root.claim(part, model)
 
 
 def _leave_root(model):
     state = model._randadapt
-    for part in _models(model):
-        vars(part).pop("quantize")
+    for part, quantize in state.quantize_methods.items():
+        if quantize is None:
+            del vars(part)["quantize"]
+        else:
+            # Keras has one of its own on every instance.
+            vars(part)["quantize"] = quantize
+        root.release_claim(part)
     model.__class__ = model._root_base
     for layer, flag in state.layer_flags:
         _compat.set_layer_trainable_flag(layer, flag)
@@ -439,7 +457,10 @@ def _activate(model, names, freeze=True):
         record = state.records[name]
         if record.kept_values is not None:
             for address, values in record.kept_values.items():
-                root.assign_kept_layer_values(state.layers[address], values)
+                layer = state.layers[address]
+                # They may have been changed since this was done last.
+                state.base_values[address] = root.kept_layer_values(layer)
+                root.assign_kept_layer_values(layer, values)
             record.kept_values = None
     state.active = tuple(names)
     show(model, names)
@@ -532,6 +553,36 @@ def _with_bias(layers, chosen):
             stacklevel=3,
         )
     return [a for a in chosen if a not in without]
+
+
+def _warn_of_missed_biases(layers, chosen, kept, kinds):
+    """A warning for layers of a model that the training of all biases misses.
+
+    Those that have none, and those of classes that can't be adapted.
+    """
+    inside = {
+        id(layer)
+        for address in kept
+        for layer in _compat.flatten_layers(layers[address])
+    }
+    without, other = [], []
+    for address, layer in layers.items():
+        if address in chosen or id(layer) in inside or not layer.built:
+            continue
+        if site_layers.supported_class(layer, kinds) is not None:
+            without.append(address)
+        elif isinstance(getattr(layer, "bias", None), keras.Variable):
+            other.append(address)
+    for missed, reason in (
+        (without, "have no bias and are left out"),
+        (other, "have a bias but can't be adapted, so it stays frozen"),
+    ):
+        if missed:
+            warnings.warn(
+                f"{len(missed)} layers {reason}: {missed[:5]}"
+                + (" and more." if len(missed) > 5 else "."),
+                stacklevel=3,
+            )
 
 
 def _without_task_head(model, layers, chosen):

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import weakref
 
 import keras
 import numpy as np
@@ -20,6 +21,8 @@ from keras_randadapt import targets
 from keras_randadapt.adapters import base as adapter_base
 
 _ASSET = "randadapt_kept.npz"
+# Where a model inside of an adapted one has a weak reference to that.
+_OWNER = "_randadapt_owner"
 
 
 class AdapterRecord:
@@ -70,14 +73,18 @@ class RootState:
         layer_flags: `(layer, flag)` pairs: `trainable` as it was before
             injection.
         variable_flags: `(variable, flag)` pairs, likewise.
-        base_values: address to list of arrays: kept layers' values before
-            any training, which `disabled` and `eject` restore.
+        base_values: address to list of arrays: kept layers' values in the
+            base model, which `disabled` and `eject` restore. Of the moment
+            only while an active adapter keeps the layer; it has them itself
+            otherwise.
         attachments: list of functions that take off what callbacks attached
             to the model for the length of a `fit`.
         fitting: Whether `fit` is running.
+        quantize_methods: dict from model, this one and those inside of it, to
+            its own `quantize`, or `None` if it has its class's.
     """
 
-    def __init__(self, layers, layer_flags, variable_flags):
+    def __init__(self, layers, layer_flags, variable_flags, quantize_methods):
         self.layers = layers
         self.records = {}
         self.active = ()
@@ -89,6 +96,7 @@ class RootState:
         self.base_values = {}
         self.attachments = []
         self.fitting = False
+        self.quantize_methods = quantize_methods
 
     @property
     def site_addresses(self):
@@ -142,6 +150,23 @@ def check_is_model(model):
             "`model` must be a `keras.Model`. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+
+
+def claim(part, model):
+    """Notes that a model inside of an adapted one is a part of it."""
+    if part is not model:
+        vars(part)[_OWNER] = weakref.ref(model)
+
+
+def release_claim(part):
+    vars(part).pop(_OWNER, None)
+
+
+def owner_of(part):
+    """The adapted model that a model is a part of, or `None`."""
+    claimed = vars(part).get(_OWNER)
+    model = None if claimed is None else claimed()
+    return model if model is not None and is_adapted(model) else None
 
 
 def is_adapted(model) -> bool:
@@ -339,6 +364,24 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
                 f"Received: filepath={filepath}"
             )
         return self._root_base.save(self, filepath, *args, **kwargs)
+
+    def load_weights(self, *args, **kwargs):
+        # A file of the plain model is of the base model, and so are the heads
+        # in it, which adapters that keep them get as well.
+        state = self._randadapt
+        adapters = [
+            part
+            for name in state.records
+            for adapter in state.adapters(name).values()
+            for part in _compat.flatten_layers(adapter)
+        ]
+        for adapter in adapters:
+            adapter.was_loaded = False
+        super().load_weights(*args, **kwargs)
+        if not any(adapter.was_loaded for adapter in adapters):
+            for address in state.base_values:
+                layer = state.layers[address]
+                state.base_values[address] = kept_layer_values(layer)
 
     def get_config(self):
         state = self._randadapt

@@ -269,6 +269,9 @@ def select_sites(
         return chosen
     if callable(exclude) and not isinstance(exclude, re.Pattern):
         left = [a for a in chosen if not exclude(layers[a])]
+    elif isinstance(exclude, str) and exclude == "all-linear":
+        linear = _linear(candidates, kept)
+        left = [a for a in chosen if a not in linear]
     else:
         parents = match(layers, exclude, "exclude")
         left = [a for a in chosen if not _is_below(a, parents)]
@@ -325,9 +328,18 @@ def match(layers, targets, argument):
         )
     if not targets:
         raise ValueError(f"`{argument}` is empty. Received: {targets!r}")
+    places = {address: _place(address, layers) for address in layers}
     found = set()
     for target in targets:
-        hits = {a for a, layer in layers.items() if _matches(target, a, layer)}
+        if target in layers and target != places[target]:
+            # An address in full, as `sites` gives it.
+            hits = {target}
+        else:
+            hits = {
+                address
+                for address, layer in layers.items()
+                if _matches(target, places[address], layer)
+            }
         if not hits:
             raise ValueError(
                 f"`{argument}` matches no layer: {_shown(target)}. "
@@ -341,14 +353,31 @@ def _as_list(targets):
     return [targets] if isinstance(targets, (str, re.Pattern)) else targets
 
 
-def _matches(target, address, layer):
+def _place(address, layers):
+    """An address of attributes' and layers' names.
+
+    In a container an address counts classes: what is `dense_1` there may well
+    be called `encoder`, and another layer `dense_1`.
+    """
+    names = []
+    parts = address.split("/")
+    for i, part in enumerate(parts):
+        owner = "/".join(parts[:i])
+        if owner and owner not in layers:
+            layer = layers.get(f"{owner}/{part}")
+            part = part if layer is None else layer.name
+        names.append(part)
+    return "/".join(names)
+
+
+def _matches(target, place, layer):
     path = layer.path or layer.name
     if isinstance(target, re.Pattern):
-        return bool(target.search(path) or target.search(address))
+        return bool(target.search(path) or target.search(place))
     return (
         layer.name == target
         or f"/{path}".endswith(f"/{target}")
-        or f"/{address}".endswith(f"/{target}")
+        or f"/{place}".endswith(f"/{target}")
     )
 
 
@@ -373,14 +402,18 @@ def _is_query_or_value(address, layer):
     return layer.name in QUERY_VALUE_NAMES or attribute in QUERY_VALUE_NAMES
 
 
-def _all_linear(candidates, kept):
-    chosen = [
+def _linear(candidates, kept):
+    return [
         address
         for address, layer in candidates.items()
         if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
         and not _is_below(address, kept)
         and not _ROUTER.search(layer.path or "")
     ]
+
+
+def _all_linear(candidates, kept):
+    chosen = _linear(candidates, kept)
     if not chosen:
         raise ValueError(
             '`targets="all-linear"` found no Dense or EinsumDense layer '

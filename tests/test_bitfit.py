@@ -85,10 +85,25 @@ class TestBitFit:
         kra.eject(model)
         with pytest.raises(ValueError, match="has a bias to train"):
             kra.inject(model, kra.BitFit(), "plain")
+        with pytest.warns(UserWarning, match="1 layers have no bias.*dense_1"):
+            kra.inject(model, kra.BitFit())
+        kra.eject(model)
         llama, _, _ = zoo.llama()
         with pytest.raises(ValueError, match="adapts by default"):
             kra.inject(llama, kra.BitFit())
         assert kra.sites(llama) == {} and kra.sites(model) == {}
+
+    def test_layers_that_cannot_be_adapted(self):
+        model = keras.Sequential(
+            [
+                keras.Input((4, 4, 3)),
+                keras.layers.DepthwiseConv2D(2),
+                keras.layers.Conv2D(2, 2),
+            ]
+        )
+        with pytest.warns(UserWarning, match="1 layers have a bias but can't"):
+            report = kra.inject(model, kra.BitFit())
+        assert len(report.sites) == 1
 
     @pytest.mark.parametrize(
         "layer, shape",

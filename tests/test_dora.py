@@ -11,7 +11,8 @@ from tests import zoo
 from tests.test_rlora import dense_delta as rlora_delta
 from tests.test_vera import dense_delta as vera_delta
 
-VIEW = (7, 9)
+# Long enough columns for norms in closed form.
+VIEW = (70, 9)
 
 
 def _lora_delta(adapter, view, lora_a, lora_b):
@@ -121,6 +122,27 @@ class TestDoRA:
         model.fit(x, zoo.normal(8, 3), verbose=0)
         assert np.all(np.isfinite(zoo.outputs(model, x)))
 
+    @pytest.mark.parametrize("left", [0.1, 1e-3, 1e-4])
+    @pytest.mark.parametrize("dim", [1, 70])
+    def test_a_delta_that_takes_a_column_away(self, dim, left):
+        """But for a small part of it: what a closed form can't resolve."""
+        inputs = keras.Input((dim,))
+        site = keras.layers.Dense(1, use_bias=False, name="site")
+        model = zoo.set_weights(keras.Model(inputs, site(inputs)))
+        kernel = methods.numpy(site.kernel)
+        kra.inject(model, kra.DoRA(kra.LoRA(1)), "site")
+        inner = site.adapter.get("default").inner
+        inner.lora_a.assign(kernel * 1.3)
+        inner.lora_b.assign([[-(1 - left) / 1.3]])
+        x = zoo.normal(5, dim)
+        out = zoo.outputs(model, x)
+        kra.merge(model)
+        merged = zoo.outputs(model, x)
+        if dim == 1:
+            np.testing.assert_allclose(out, merged, rtol=2e-2)
+        # It is of no use, but of no harm to others.
+        assert np.abs(out).max() < 2 * np.abs(merged).max()
+
     def test_scale_of_the_direction_does_not_matter(self):
         kernel = zoo.normal(*VIEW).astype("float64")
         adapter = kra.DoRA(kra.LoRA(3))
@@ -147,7 +169,7 @@ class TestDoRA:
         kernel = zoo.normal(*VIEW).astype("float64")
         adapter.start_from(kernel.astype("float32"))
         values, magnitude = _randomize(adapter)
-        x, upstream = zoo.normal(6, 7), zoo.normal(6, 9, seed=4)
+        x, upstream = zoo.normal(6, VIEW[0]), zoo.normal(6, 9, seed=4)
         norms = np.linalg.norm(
             kernel + delta(adapter.inner, VIEW, **values), axis=0
         )
@@ -294,7 +316,7 @@ class TestDoRA:
         model.compile("sgd", "mse")
         assert isinstance(model.optimizer, kra.optimizers.MaskedGradient)
         assert len(model.losses) == 2
-        model.fit(zoo.normal(5, 7), zoo.normal(5, 9), verbose=0)
+        model.fit(zoo.normal(5, VIEW[0]), zoo.normal(5, 9), verbose=0)
 
     def test_counts(self):
         model, _, _ = zoo.bert()
@@ -326,8 +348,8 @@ class TestDoRA:
             kra.DoRA(adapter)
 
     def test_rank_above_the_dimensions(self):
-        with pytest.raises(ValueError, match="`rank` must be at most 7"):
-            _model(kra.DoRA(kra.LoRA(8)))
+        with pytest.raises(ValueError, match="`rank` must be at most 9"):
+            _model(kra.DoRA(kra.LoRA(10)))
 
     def test_config_round_trip(self):
         template = kra.DoRA(

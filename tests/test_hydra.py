@@ -106,6 +106,21 @@ class TestHydra:
             kra.set_active(model, order)
             methods.close(model(x), expected)
 
+    def test_no_sequential_branch_is_lora(self, tmp_path):
+        outputs = []
+        for template in (kra.Hydra(2, sequential_rank=0), kra.LoRA(2)):
+            model, x, targets = zoo.dense()
+            report = kra.inject(model, template, targets)
+            assert report.adapter_parameters == 2 * (10 + 6)
+            zoo.randomize(model)
+            kra.save_adapter(model, tmp_path / "file")
+            outputs.append(zoo.outputs(model, x))
+            kra.merge(model)
+            methods.close(zoo.outputs(model, x), outputs[0])
+        methods.close(*outputs)
+        plain, x, _ = zoo.dense()
+        assert not np.allclose(zoo.outputs(plain, x), outputs[0], atol=1e-2)
+
     def test_counts(self):
         """r_a (in + out) + 2 r_b out."""
         _, adapter, _, _ = _model()
@@ -116,7 +131,7 @@ class TestHydra:
         "arguments, message",
         [
             ({"rank": 0}, "`rank` must be at least 1"),
-            ({"sequential_rank": 0}, "`sequential_rank` must be at least 1"),
+            ({"sequential_rank": -1}, "`sequential_rank` must be at least 0"),
             ({"scaling": "x"}, "`scaling` must be a finite number"),
         ],
         ids=str,

@@ -152,6 +152,33 @@ class TestSeveralAdapters:
         kra.merge(model)
         np.testing.assert_allclose(zoo.outputs(model, x), of_b, atol=1e-5)
 
+    def test_a_head_outlives_its_adapter(self, tmp_path):
+        """The head of one that is gone is again what the base model has."""
+        model, x = zoo.sequential()[:2]
+        head = model.layers[-1]
+        kept = dict(keep_trainable=head.name)
+        first = model.layers[0].name
+        kra.inject(model, kra.LoRA(2), first, name="a", **kept)
+        kra.inject(model, kra.LoRA(2), first, name="b")
+        kra.eject(model, "a")
+        model.save(tmp_path / "x.keras")
+        keras.models.load_model(tmp_path / "x.keras")
+        head.set_weights([w + 1 for w in head.get_weights()])
+        kra.set_active(model, [])
+        expected = zoo.outputs(model, x)
+        kra.inject(model, kra.LoRA(2), first, name="c", **kept)
+        kra.set_active(model, "c")
+        np.testing.assert_allclose(zoo.outputs(model, x), expected, atol=1e-6)
+        # Nor is it stale while "c" is there, but waits.
+        kra.set_active(model, [])
+        head.set_weights([w + 1 for w in head.get_weights()])
+        expected = zoo.outputs(model, x)
+        kra.set_active(model, "c")
+        with kra.disabled(model):
+            np.testing.assert_array_equal(zoo.outputs(model, x), expected)
+        kra.eject(model)
+        np.testing.assert_array_equal(zoo.outputs(model, x), expected)
+
     def test_bad_names(self):
         model, _, targets = zoo.dense()
         kra.inject(model, kra.LoRA(2), targets)
@@ -542,6 +569,18 @@ class TestBadInput:
         kra.eject(model)
         model.quantize("int8")
 
+    @pytest.mark.parametrize("end", [kra.eject, kra.merge])
+    def test_quantize_after_the_end(self, end):
+        plain, model = zoo.dense()[0], zoo.dense()[0]
+        before = dict(vars(model))
+        kra.inject(model, kra.LoRA(2), "site")
+        end(model)
+        assert set(vars(model)) == set(before)
+        assert vars(model).get("quantize") is before.get("quantize")
+        plain.quantize("int8")
+        model.quantize("int8")
+        assert model.get_layer("site").quantization_mode == "int8"
+
     def test_unsupported_quantization(self):
         model, _, targets = zoo.dense()
         model.quantize("float8")
@@ -561,6 +600,20 @@ class TestBadInput:
         outer = keras.Model(inputs, backbone(inputs)["sequence_output"])
         with pytest.raises(ValueError, match="has adapters attached"):
             kra.inject(outer, kra.LoRA(2))
+
+    def test_a_part_of_an_adapted_model(self):
+        part = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(4, name="hidden")], name="part"
+        )
+        model = keras.Sequential(
+            [keras.Input((4,)), part, layers.Dense(2, name="head")]
+        )
+        kra.inject(model, kra.LoRA(2), "head")
+        with pytest.raises(ValueError, match="'part' is a part of model"):
+            kra.inject(part, kra.LoRA(2), "hidden")
+        kra.eject(model)
+        with pytest.warns(UserWarning, match="inside another model"):
+            kra.inject(part, kra.LoRA(2), "hidden")
 
     def test_part_of_another_model_warns(self):
         inner, x, _ = zoo.sequential()

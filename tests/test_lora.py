@@ -90,6 +90,14 @@ class TestLoRA:
             ({"scaling": float("nan")}, "`scaling` must be a finite number"),
             ({"alpha": "much"}, "`alpha` must be a finite number"),
             ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
+            ({"dropout": "0.1"}, "`dropout` must be a finite number"),
+            ({"dropout": None}, "`dropout` must be a finite number"),
+            ({"dtype": "int32"}, "`dtype` must be a floating-point dtype"),
+            ({"initialization": ["default"]}, "`initialization` must be one"),
+            (
+                {"b_initializer": {"name": "normal", "stddev": "a"}},
+                r"`b_initializer\['stddev'\]` must be a finite number",
+            ),
             ({"seed": -1}, "`seed`"),
             ({"a_initializer": "no_such"}, "`a_initializer` must be one of"),
             # Keras would start with an update.

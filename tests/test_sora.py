@@ -93,10 +93,21 @@ class TestSoRA:
         kra.eject(model)
         assert not isinstance(model.optimizer, kra.optimizers.ProximalL1)
 
-    def test_no_sparsity_is_no_wrapper(self):
+    def test_no_sparsity_closes_no_gate(self):
         model, x, y = _adapted(sparsity=0.0)
-        model.compile("sgd", "mse")
-        assert isinstance(model.optimizer, keras.optimizers.SGD)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(x, y, epochs=20, verbose=0)
+        assert all(np.all(gate != 0) for gate in _gates(model))
+
+    @pytest.mark.parametrize("sparsity", [0.0, 0.5])
+    def test_no_weight_decay_of_gates(self, sparsity):
+        model, x, y = _adapted(sparsity=sparsity)
+        before = _gates(model)
+        optimizer = keras.optimizers.AdamW(1e-8, weight_decay=1e7)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, verbose=0)
+        for one, two in zip(_gates(model), before):
+            np.testing.assert_allclose(one, two, rtol=1e-4)
 
     def test_a_wrapper_of_ones_own_is_kept(self):
         model, x, y = _adapted()

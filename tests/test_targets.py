@@ -71,6 +71,59 @@ class TestTargets:
         assert len(_inject(zoo.bert, exclude="transformer_layer_1")) == 2
         assert len(_inject(zoo.bert, exclude=lambda x: x.name == "value")) == 2
 
+    def test_exclude_all_linear(self):
+        model = keras.Sequential(
+            [keras.Input((8, 3)), layers.Conv1D(4, 3), layers.Dense(2)]
+        )
+        report = kra.inject(
+            model, LORA, lambda layer: True, exclude="all-linear"
+        )
+        assert len(report.sites) == 1
+        assert [type(x) for x in kra.sites(model).values()] == [
+            type(model.layers[0])
+        ]
+
+    def test_what_a_file_calls_a_layer_is_no_name(self):
+        # There, `first` is `layers/dense` and `dense` is `layers/dense_1`.
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(4, name="first"),
+                layers.Dense(4, name="dense"),
+                layers.Dense(4, name="dense_1"),
+            ]
+        )
+        for target in ("dense", re.compile("dense$")):
+            kra.inject(model, LORA, target)
+            assert [x.name for x in kra.sites(model).values()] == ["dense"]
+            kra.eject(model)
+        kra.inject(
+            model, LORA, "all-linear", exclude="dense", keep_trainable="dense_1"
+        )
+        assert [x.name for x in kra.sites(model).values()] == ["first"]
+        # But a whole address can't be misunderstood.
+        kra.eject(model)
+        kra.inject(model, LORA, ["layers/dense"])
+        assert [x.name for x in kra.sites(model).values()] == ["first"]
+
+    def test_attributes_are_names(self):
+        class Block(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.up = layers.Dense(4)
+                self.parts = [layers.Dense(4, name="part")]
+
+            def build(self, shape):
+                self.up.build(shape)
+                self.parts[0].build(shape)
+
+            def call(self, x):
+                return self.parts[0](self.up(x))
+
+        model = keras.Sequential([keras.Input((4,)), Block(), Block()])
+        report = kra.inject(model, LORA, ["up", "parts/part"])
+        assert len(report.sites) == 4
+
     def test_shared_layer_is_one_site(self):
         model, x, _ = zoo.functional()
         report = kra.inject(model, LORA, "shared")

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt import adapter_stack
+from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters.variables import AdapterVariables
 
@@ -74,12 +75,17 @@ class Adapter(AdapterVariables):
     ):
         super().__init__(dtype=dtype, name=name)
         self.seed = random.check_seed(seed)
-        if not 0.0 <= dropout < 1.0:
+        if not keras.backend.is_float_dtype(self.variable_dtype):
+            raise ValueError(
+                "`dtype` must be a floating-point dtype. "
+                f"Received: dtype={dtype!r}"
+            )
+        self.dropout = arguments.check_scaling(dropout, "dropout")
+        if not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 "`dropout` must be at least 0 and below 1. "
                 f"Received: dropout={dropout}"
             )
-        self.dropout = float(dropout)
         self.dropout_seed_generator = None
         #: The shape of the kernel view; known when `inject` calls `build`.
         self.input_dim = self.output_dim = None

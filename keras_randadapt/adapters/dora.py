@@ -9,6 +9,11 @@ from keras_randadapt.ops.plain import matmul
 
 # Below any norm that matters, and far above where its square underflows.
 _SMALLEST_SQUARE = 1e-30
+# A squared norm in closed form is a difference, of which little is right where
+# a delta takes nearly all of a column away, as one can if columns are short;
+# and nothing at this part of what is subtracted.
+_SHORT = 64
+_ROUNDED = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -171,7 +176,9 @@ class DoRA(base.Adapter):
     def _square(self, linear, training):
         """`||W + delta||^2`, `(output_dim,)`, float32."""
         factors = None
-        if not training or self.step_counter is None:
+        if self.input_dim > _SHORT and (
+            not training or self.step_counter is None
+        ):
             factors = self.inner.factors()
         if factors is None:
             delta = self._norms_see(self._inner_delta(training))
@@ -179,9 +186,10 @@ class DoRA(base.Adapter):
         # ||w + A b||^2 = ||w||^2 + 2 (A' w)' b + b' (A' A) b, an output.
         a, b = map(self._norms_see, factors)
         rows = ops.transpose(a)
-        products = 2.0 * linear.times_base(rows)
-        products = products + matmul(matmul(rows, a), b)
-        return self.base_square + ops.sum(products * b, axis=0)
+        crossed = 2.0 * ops.sum(linear.times_base(rows) * b, axis=0)
+        squares = ops.sum(matmul(matmul(rows, a), b) * b, axis=0)
+        squares = squares + self.base_square
+        return ops.maximum(squares + crossed, _ROUNDED * squares)
 
     def _inner_delta(self, training):
         if training:

@@ -33,7 +33,7 @@ class Hydra(base.Adapter):
     Args:
         rank: int. The rank of the parallel branch.
         sequential_rank: Optional int. The rank of the sequential branch, by
-            default `rank`.
+            default `rank`; 0 for none, which leaves LoRA.
         scaling: float. A constant factor of both.
         seed: int. See `Adapter`.
         dropout: float. The fraction of a branch's inputs that it does not see
@@ -80,7 +80,7 @@ class Hydra(base.Adapter):
         if sequential_rank is None:
             sequential_rank = self.rank
         self.sequential_rank = arguments.check_rank(
-            sequential_rank, "sequential_rank"
+            sequential_rank, "sequential_rank", least=0
         )
         self.scaling = arguments.check_scaling(scaling)
 
@@ -109,22 +109,25 @@ class Hydra(base.Adapter):
         self.lora_b = self.add_trainable(
             "lora_b", (self.rank, self.output_dim), "zeros"
         )
-        self.hydra_c = self.add_trainable(
-            "hydra_c",
-            (self.output_dim, self.sequential_rank),
-            "kaiming_uniform",
-        )
-        self.hydra_d = self.add_trainable(
-            "hydra_d", (self.sequential_rank, self.output_dim), "zeros"
-        )
+        if self.sequential_rank:
+            self.hydra_c = self.add_trainable(
+                "hydra_c",
+                (self.output_dim, self.sequential_rank),
+                "kaiming_uniform",
+            )
+            self.hydra_d = self.add_trainable(
+                "hydra_d", (self.sequential_rank, self.output_dim), "zeros"
+            )
         self.prepare_dropout()
 
     def adapt(self, x, linear, training=None):
         y = linear(x)
-        base_y = y if linear.base is linear else linear.base(x)
         parallel = self._thin(
             self.drop(x, training), self.lora_a, self.lora_b, training
         )
+        if not self.sequential_rank:
+            return y + parallel
+        base_y = y if linear.base is linear else linear.base(x)
         sequential = self._thin(
             self.drop(base_y, training), self.hydra_c, self.hydra_d, training
         )
@@ -135,9 +138,14 @@ class Hydra(base.Adapter):
         parallel = matmul(
             ops.cast(self.lora_a, "float32"), self._scaled(self.lora_b)
         )
-        return kernel + parallel + self._thin(base, self.hydra_c, self.hydra_d)
+        kernel = kernel + parallel
+        if not self.sequential_rank:
+            return kernel
+        return kernel + self._thin(base, self.hydra_c, self.hydra_d)
 
     def merged_bias(self, bias, base):
+        if not self.sequential_rank:
+            return bias
         row = ops.expand_dims(base, 0)
         return bias + self._thin(row, self.hydra_c, self.hydra_d)[0]
 

@@ -99,6 +99,11 @@ class LoRA(base.Adapter):
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
+        if not isinstance(site_ranks, (dict, type(None))):
+            raise TypeError(
+                "`site_ranks` must be a dict from structural addresses to "
+                f"ranks, or `None`. Received: site_ranks={site_ranks!r}"
+            )
         self.site_ranks = {
             address: arguments.check_rank(one, f"site_ranks[{address!r}]")
             for address, one in (site_ranks or {}).items()

@@ -84,10 +84,9 @@ class SoRA(gated.GatedLoRA):
         self.sparsity = arguments.check_non_negative(sparsity, "sparsity")
 
     def wrap_optimizer(self, optimizer, name):
-        if not self.sparsity or wrapper.chosen_by_user(
-            optimizer, proximal_l1.ProximalL1
-        ):
+        if wrapper.chosen_by_user(optimizer, proximal_l1.ProximalL1):
             return optimizer
+        # Without `sparsity` too: it also keeps weight decay off the gates.
         return proximal_l1.ProximalL1(
             optimizer,
             self.sparsity,

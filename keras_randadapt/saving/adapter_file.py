@@ -1,5 +1,6 @@
 """Saving and loading adapter files."""
 
+import functools
 import json
 import math
 import os
@@ -56,8 +57,10 @@ def save_adapter(
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
     record = state.records[name]
-    digest = file_format.layers_digest(model, record.addresses, record.kept)
-    metadata = file_format.describe(model, name, preset, digest)
+    digest_of = functools.partial(
+        file_format.layers_digest, model, record.addresses, record.kept
+    )
+    metadata = file_format.describe(model, name, preset, digest_of)
     data = safetensors.numpy.save(
         tensors,
         metadata={file_format.METADATA_KEY: file_format.canonical(metadata)},
@@ -123,7 +126,9 @@ def load_adapter(
     name = metadata["name"] if name is None else name
     checks.check_model(model)
     layers = root.layers_of(model)
-    rename, part = _relocation(filepath, metadata, tensors, model, layers)
+    rename, added, removed = _relocation(
+        filepath, metadata, tensors, model, layers
+    )
     template = template.relocated(rename)
     _check_base(filepath, metadata, model, preset)
 
@@ -136,7 +141,7 @@ def load_adapter(
     order = {address: i for i, address in enumerate(layers)}
     by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
     _check_views(filepath, metadata, addresses, layers, template.site_kinds)
-    _check_layers(filepath, metadata, model, addresses, kept, part)
+    _check_layers(filepath, metadata, model, addresses, kept, added, removed)
     addresses.sort(key=order.get)
     checks.check_attachable(model, layers, addresses, kept)
     present = root.is_adapted(model) and name in model._randadapt.records
@@ -200,6 +205,10 @@ def _read(filepath):
     filepath = os.fspath(filepath)
     if not os.path.exists(filepath):
         raise FileNotFoundError(f"There is no file '{filepath}'.")
+    if os.path.isdir(filepath):
+        raise ValueError(
+            f"'{filepath}' is a folder; give the path of an adapter file."
+        )
     try:
         with safetensors.safe_open(filepath, framework="np") as file:
             header = file.metadata() or {}
@@ -287,6 +296,7 @@ _FORM_OF_MODEL = {
     "class": (True, "a string", _is_string),
     "layers": (True, "a string", _is_string),
     "backbone": (False, "a string", _is_string),
+    "parts": (False, "an object of strings", _are_strings),
 }
 
 
@@ -313,11 +323,11 @@ def _site_keys(tensors):
 
 
 def _relocation(filepath, metadata, tensors, model, layers):
-    """The function from a file's addresses to the model's, and to which part.
+    """The function from a file's addresses to the model's, and two prefixes.
 
     A task holds its backbone under a prefix; a file trained on either loads
-    into the other, by adding or removing one prefix everywhere. The part is
-    the prefix that is added, or `None` if one is removed.
+    into the other, by adding the first prefix everywhere or removing the
+    second.
     """
     keys = [
         *_site_keys(tensors),
@@ -327,7 +337,7 @@ def _relocation(filepath, metadata, tensors, model, layers):
     if not keys:
         raise ValueError(f"'{filepath}' holds no site.")
     if all(key in layers for key in keys):
-        return lambda key: key, ""
+        return lambda key: key, "", ""
     prefixes = set()
     for address in layers:
         if address.endswith(f"/{keys[0]}"):
@@ -340,12 +350,12 @@ def _relocation(filepath, metadata, tensors, model, layers):
         )
     if fits:
         prefix = fits[0]
-        return lambda key: prefix + key, prefix
+        return lambda key: prefix + key, prefix, ""
     parts = os.path.commonprefix(keys).split("/")[:-1]
     for n in range(1, len(parts) + 1):
         prefix = "/".join(parts[:n]) + "/"
         if all(key.removeprefix(prefix) in layers for key in keys):
-            return lambda key: key.removeprefix(prefix), None
+            return lambda key: key.removeprefix(prefix), "", prefix
     missing = [key for key in keys if key not in layers]
     ours = file_format.describe_model(model)["class"]
     raise ValueError(
@@ -403,15 +413,14 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
         )
 
 
-def _check_layers(filepath, metadata, model, addresses, kept, part):
+def _check_layers(filepath, metadata, model, addresses, kept, added, removed):
     theirs = metadata["model"]
     ours = file_format.describe_model(model)
-    if part is None and "backbone" not in {**theirs, **ours}:
-        # The file's model was larger than this one, and said nothing of the
-        # part of it that this one is.
-        return
-    digest = file_format.layers_digest(model, addresses, kept, part or "")
-    if digest == theirs["layers"]:
+    expected = theirs["layers"]
+    if removed and "backbone" not in {**theirs, **ours}:
+        # The file's model was larger than this one.
+        expected = theirs.get("parts", {}).get(removed.removesuffix("/"))
+    if file_format.layers_digest(model, addresses, kept, added) == expected:
         return
     cls = theirs.get("backbone", theirs["class"])
     raise ValueError(

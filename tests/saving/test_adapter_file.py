@@ -311,6 +311,47 @@ class TestBaseModel:
         with pytest.raises(ValueError, match="with other layers"):
             kra.load_adapter(model(2), tmp_path / "x")
 
+    def test_scalar_weight_of_a_kept_layer(self, tmp_path):
+        def model():
+            return keras.Sequential(
+                [
+                    keras.Input((3,)),
+                    layers.Dense(4, name="hidden"),
+                    # Its count is an integer without axes.
+                    layers.Normalization(name="head"),
+                ]
+            )
+
+        first, second = model(), model()
+        first.get_layer("head").adapt(zoo.normal(20, 4))
+        report = kra.inject(first, kra.LoRA(2), "hidden", keep_trainable="head")
+        kra.save_adapter(first, tmp_path / "x")
+        assert (tmp_path / "x").stat().st_size == report.file_bytes
+        kra.load_adapter(second, tmp_path / "x")
+        for one, two in zip(
+            first.get_layer("head").weights, second.get_layer("head").weights
+        ):
+            np.testing.assert_array_equal(_numpy(one), _numpy(two))
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="is a folder"):
+            kra.load_adapter(zoo.dense()[0], tmp_path)
+
+    def test_part_of_an_unrelated_model(self, tmp_path):
+        """By class and number, its layers' addresses are in many others."""
+        part = keras.Sequential(
+            [keras.Input((6,)), layers.Dense(8, name="encoder")]
+        )
+        whole = keras.Sequential([keras.Input((6,)), part, layers.Dense(3)])
+        kra.inject(whole, kra.LoRA(2), "encoder")
+        kra.save_adapter(whole, tmp_path / "x")
+        other = keras.Sequential(
+            [keras.Input((6,)), layers.Dense(8), layers.Dense(20)]
+        )
+        with pytest.raises(ValueError, match="with other layers"):
+            kra.load_adapter(other, tmp_path / "x")
+        assert kra.sites(other) == {}
+
     def test_part_of_a_functional_model(self, tmp_path):
         """A file of the part loads into the whole, and the other way round."""
 

@@ -209,6 +209,33 @@ class TestWholeModelFiles:
 
 
 class TestWeightsFiles:
+    def test_plain_weights_are_the_base_models_heads_too(self, tmp_path):
+        def model(seed, adapted):
+            built, x, _ = zoo.sequential()
+            zoo.set_weights(built, seed=seed)
+            if adapted:
+                first, *_, head = (layer.name for layer in built.layers)
+                kra.inject(built, kra.LoRA(2), first, keep_trainable=head)
+            return built, x
+
+        plain, x = model(5, False)
+        plain.save_weights(tmp_path / "plain.weights.h5")
+        expected = zoo.outputs(plain, x)
+        adapted, _ = model(6, True)
+        own = zoo.outputs(adapted, x)
+        adapted.save_weights(tmp_path / "adapted.weights.h5")
+        adapted.load_weights(tmp_path / "plain.weights.h5")
+        with kra.disabled(adapted):
+            np.testing.assert_array_equal(zoo.outputs(adapted, x), expected)
+        # An adapted model's file has the adapter's head, not the base's.
+        adapted, _ = model(6, True)
+        head = adapted.layers[-1]
+        head.set_weights([w + 1 for w in head.get_weights()])
+        adapted.save_weights(tmp_path / "adapted.weights.h5")
+        adapted.load_weights(tmp_path / "adapted.weights.h5")
+        with kra.disabled(adapted):
+            np.testing.assert_allclose(zoo.outputs(adapted, x), own, atol=1e-6)
+
     @pytest.mark.parametrize(
         "builder",
         [
