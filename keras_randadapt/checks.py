@@ -63,9 +63,11 @@ def check_model(model):
             )
     if model._inbound_nodes:
         warnings.warn(
-            f"Model '{model.name}' is used inside another model. If that one "
-            "was trained before, its compiled steps do not know of the "
-            "adapters; inject into the outermost model instead.",
+            f"Model '{model.name}' is used inside another model. What that "
+            "one has compiled or will compile, by `fit`, `predict` or "
+            "`generate`, is not told when adapters are attached, switched, "
+            "disabled, merged or removed, and may go on as before. Inject "
+            "into the outermost model instead.",
             stacklevel=3,
         )
 
@@ -268,6 +270,23 @@ def warn_of_inference_in_fit(model, template):
             "Keras's `fit` runs the model as in inference: without dropout, "
             "and without what a method does in training only. Add the "
             "argument to `call`.",
+            stacklevel=3,
+        )
+
+
+def warn_of_frozen_in_kept(layers, kept):
+    """A warning for layers to keep trainable that have integer kernels."""
+    frozen = [
+        layer.path or layer.name
+        for address in kept
+        for layer in _compat.flatten_layers(layers[address])
+        if getattr(layer, "quantization_mode", None) is not None
+    ]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} layers of `keep_trainable` are quantized, so only "
+            f"their biases can be trained: {frozen[:5]}. Leave them out of "
+            "`quantize` with its `filters`.",
             stacklevel=3,
         )
 

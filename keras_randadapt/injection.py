@@ -54,7 +54,8 @@ def inject(
     From then on `fit`, `predict`, `save` and the rest are plain Keras. The
     adapted model computes what the base model did until it is trained. It
     does not matter whether the model is compiled or trained already; if it
-    is, its optimizer starts afresh, and no recompilation is needed.
+    is, no recompilation is needed, and `model.optimizer` is a fresh one of the
+    same config. So it is whenever other weights are trained from then on.
 
     The first adapter of a model is active. Further ones, of other names, are
     attached inactive and take over by `set_active`.
@@ -121,6 +122,7 @@ def inject(
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
     checks.warn_of_inference_in_fit(model, adapter)
+    checks.warn_of_frozen_in_kept(layers, kept)
     sources = adapter.sources(layers, chosen)
     built = building.build_adapters(adapter, name, layers, chosen, sources)
     attach(model, adapter, name, chosen, kept, layers, built, sources)

@@ -316,6 +316,9 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
             apply_trainable(self)
 
     def make_train_function(self, force=False):
+        # Of a block nothing that is trained remains, and what is not used in
+        # it moves all the same by what the optimizer remembers.
+        check_no_block(self)
         with _compat.fresh_step(self, "train_step"):
             return super().make_train_function(force)
 
@@ -558,6 +561,7 @@ def _releasing_fit(base):
 
     @functools.wraps(base.fit)
     def fit(self, *args, **kwargs):
+        check_no_block(self)
         state = self._randadapt
         state.fitting = True
         try:

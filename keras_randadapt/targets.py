@@ -250,7 +250,7 @@ def select_sites(
         chosen = _query_value(candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
         chosen = _all_linear(candidates, kept)
-    elif callable(targets) and not isinstance(targets, re.Pattern):
+    elif _is_function(targets):
         chosen = [a for a, layer in candidates.items() if targets(layer)]
         if not chosen:
             raise ValueError(
@@ -267,7 +267,7 @@ def select_sites(
         ]
     if exclude is None:
         return chosen
-    if callable(exclude) and not isinstance(exclude, re.Pattern):
+    if _is_function(exclude):
         left = [a for a in chosen if not exclude(layers[a])]
     elif isinstance(exclude, str) and exclude == "all-linear":
         linear = _linear(candidates, kept)
@@ -287,7 +287,7 @@ def select_kept(layers, keep_trainable):
     """Addresses that `keep_trainable` means, without any below another."""
     if keep_trainable is None:
         return []
-    if callable(keep_trainable) and not isinstance(keep_trainable, re.Pattern):
+    if _is_function(keep_trainable):
         found = [a for a, layer in layers.items() if keep_trainable(layer)]
         if not found:
             raise ValueError(
@@ -300,6 +300,11 @@ def select_kept(layers, keep_trainable):
         for a in found
         if not any(a.startswith(f"{other}/") for other in found)
     ]
+
+
+def _is_function(targets):
+    # Layers can be called too, but mean no choice of layers.
+    return callable(targets) and not isinstance(targets, keras.layers.Layer)
 
 
 def match(layers, targets, argument):
@@ -343,10 +348,17 @@ def match(layers, targets, argument):
         if not hits:
             raise ValueError(
                 f"`{argument}` matches no layer: {_shown(target)}. "
+                + _hint(target)
                 + _near_misses(target, layers)
             )
         found |= hits
     return [address for address in layers if address in found]
+
+
+def _hint(target):
+    if target == "all-linear":
+        return "It is to be given alone, not in a list. "
+    return ""
 
 
 def _as_list(targets):
@@ -451,10 +463,17 @@ def _refuse_unsupported(layers, target, kinds):
         )
     if not supported:
         classes = sorted({type(layers[a]).__name__ for a in chosen})
+        inside = [
+            layer.name
+            for a, layer in layers.items()
+            if _is_below(a, chosen)
+            and site_layers.supported_class(layer, kinds)
+        ]
         raise ValueError(
             f"The target {_shown(target)} matches only layers of classes "
-            f"{classes}, which can't be adapted. Supported: "
-            f"{', '.join(site_layers.class_names(kinds))}."
+            f"{classes}, which can't be adapted. "
+            + (f"Layers inside of them can: {inside[:5]}. " if inside else "")
+            + f"Supported: {', '.join(site_layers.class_names(kinds))}."
         )
 
 

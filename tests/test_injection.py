@@ -250,6 +250,24 @@ class TestBlocks:
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
         kra.eject(model)
 
+    @pytest.mark.parametrize("block", [kra.disabled, kra.merged])
+    @pytest.mark.parametrize("call", ["fit", "train_on_batch"])
+    def test_no_training_inside(self, block, call):
+        model, x, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        model.compile("adam", "mse")
+        y = zoo.normal(8, 6)
+        model.fit(x, y, verbose=0)
+        zoo.randomize(model)
+        before = [_numpy(w) for w in model.weights]
+        with block(model):
+            with pytest.raises(ValueError, match="is inside a"):
+                getattr(model, call)(x, y)
+            model.evaluate(x, y, verbose=0)
+        for one, two in zip(model.weights, before):
+            np.testing.assert_array_equal(_numpy(one), two)
+        model.fit(x, y, verbose=0)
+
     def test_no_whole_model_of_a_merged_one(self, tmp_path):
         # Its kernels hold the delta, and loading would add it again.
         model, x, targets = zoo.dense()
@@ -614,6 +632,26 @@ class TestBadInput:
         kra.eject(model)
         with pytest.warns(UserWarning, match="inside another model"):
             kra.inject(part, kra.LoRA(2), "hidden")
+
+    def test_quantized_head(self):
+        model, _, targets = zoo.dense()
+        model = keras.Sequential(
+            [
+                keras.Input((10,)),
+                *model.layers[1:],
+                layers.Dense(2, name="head"),
+            ]
+        )
+        model.quantize("int8")
+        with pytest.warns(UserWarning, match="only their biases can be"):
+            kra.inject(model, kra.LoRA(2), targets, keep_trainable="head")
+
+    def test_unknown_arguments(self):
+        with pytest.raises(
+            TypeError,
+            match="`LoRA` has no argument `r` .`rank`.., `sed` .`seed",
+        ):
+            kra.LoRA(r=2, sed=3)
 
     def test_part_of_another_model_warns(self):
         inner, x, _ = zoo.sequential()

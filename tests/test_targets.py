@@ -155,6 +155,11 @@ class TestTargets:
                 "matches no layer: re.compile..xyz",
             ),
             ({"targets": []}, "`targets` is empty"),
+            ({"targets": ["all-linear"]}, "alone, not in a list"),
+            (
+                {"targets": "self_attention_layer"},
+                "Layers inside of them can: .*'query'",
+            ),
             ({"targets": lambda layer: False}, "returned a false value"),
             (
                 {"targets": "self_attention_layer_norm"},
@@ -190,7 +195,9 @@ class TestTargets:
             kra.inject(model, LORA, **arguments)
         assert "_randadapt" not in vars(model)
 
-    @pytest.mark.parametrize("targets", [3, [3], {"query": 1}], ids=str)
+    @pytest.mark.parametrize(
+        "targets", [3, [3], {"query": 1}, layers.Dense(2)], ids=str
+    )
     def test_bad_types(self, targets):
         model, _, _ = zoo.bert()
         with pytest.raises(TypeError, match="`targets` must be a name"):

@@ -1,7 +1,9 @@
 """What every adapter has in common: the contract, and all that a method need
 not say again."""
 
+import difflib
 import hashlib
+import inspect
 from collections.abc import Callable
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +17,36 @@ from keras_randadapt import adapter_stack
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters.variables import AdapterVariables
+
+# What others call arguments of ours.
+_OTHER_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "init_lora_weights": "initialization",
+    "rank_pattern": "site_ranks",
+    "target_modules": "targets` of `inject",
+    "exclude_modules": "exclude` of `inject",
+    "modules_to_save": "keep_trainable` of `inject",
+}
+
+
+def _unknown_arguments(cls, names):
+    known = []
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and issubclass(base, Adapter):
+            known += inspect.signature(base.__init__).parameters
+    known = set(known) - {"self", "args", "kwargs", "unknown"}
+    found = []
+    for name in names:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
+        found.append(f"`{name}`" + (f" (`{meant}`?)" if meant else ""))
+    return (
+        f"`{cls.__name__}` has no argument {', '.join(found)}. "
+        f"It has: {sorted(known)}"
+    )
 
 
 class Adapter(AdapterVariables):
@@ -72,7 +104,10 @@ class Adapter(AdapterVariables):
         dropout: float = 0.0,
         dtype: str = "float32",
         name: str | None = None,
+        **unknown,
     ):
+        if unknown:
+            raise TypeError(_unknown_arguments(type(self), unknown))
         super().__init__(dtype=dtype, name=name)
         self.seed = random.check_seed(seed)
         if not keras.backend.is_float_dtype(self.variable_dtype):

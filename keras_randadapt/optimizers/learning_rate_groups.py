@@ -5,6 +5,7 @@ import re
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt import arguments
 from keras_randadapt import root
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
@@ -51,7 +52,8 @@ def learning_rate_groups(
 
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
-        ValueError: If the model has no adapter, if `optimizer` is built or
+        ValueError: If a rate is negative or no number, if the model has no
+            adapter, if `optimizer` is built or
             wraps or holds other optimizers, if a layer of the model's own is
             called "adapter" and trained, or if `adapter` is left out and
             the active adapters recommend different rates, or none, or if
@@ -100,8 +102,12 @@ def learning_rate_groups(
         raise ValueError(
             "`optimizer` is built already: give a fresh one, or its name."
         )
+    head = _checked(head, "head")
+    if lora_b is not None:
+        lora_b = _checked(lora_b, "lora_b")
     if adapter is None:
         adapter = _recommended_rate(state)
+    adapter = _checked(adapter, "adapter")
     # By path rather than by variable: paths survive saving and loading. No
     # path matches two of them.
     _check_paths(model, state)
@@ -122,6 +128,12 @@ def learning_rate_groups(
             },
         )
     )
+
+
+def _checked(rate, argument):
+    if callable(rate):
+        return rate
+    return arguments.check_non_negative(rate, argument)
 
 
 def _check_paths(model, state):

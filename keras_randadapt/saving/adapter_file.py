@@ -6,6 +6,7 @@ import math
 import os
 import reprlib
 import tempfile
+import warnings
 
 import keras
 import numpy as np
@@ -45,6 +46,7 @@ def save_adapter(
 
     Raises:
         ValueError: If the model has no adapter, or several and no `name`.
+        FileNotFoundError: If there is no folder for the file.
 
     Example:
 
@@ -54,6 +56,7 @@ def save_adapter(
     """
     state = root.state_of(model)
     name = checks.one_name(state, name)
+    _warn_of_others(model, state)
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
     record = state.records[name]
@@ -177,9 +180,31 @@ def load_adapter(
 # Writing.
 
 
+def _warn_of_others(model, state):
+    """A warning for what is trained, but is not of any adapter."""
+    ours = set()
+    for name, record in state.records.items():
+        layers = [*state.adapters(name).values()]
+        layers += [state.layers[address] for address in record.kept]
+        ours.update(id(weight) for layer in layers for weight in layer.weights)
+    others = [w.path for w in model.trainable_weights if id(w) not in ours]
+    if others:
+        warnings.warn(
+            f"{len(others)} weights are trainable that are no adapter's, so no "
+            f"adapter file holds them: {others[:5]}. Name their layers in "
+            "`keep_trainable` at injection instead of unfreezing them.",
+            stacklevel=3,
+        )
+
+
 def _write(filepath, data):
     filepath = os.fspath(filepath)
     folder = os.path.dirname(os.path.abspath(filepath))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"There is no folder '{folder}' to put the file into. "
+            f"Received: filepath={filepath!r}"
+        )
     handle, temporary = tempfile.mkstemp(
         dir=folder, prefix=f".{os.path.basename(filepath)}."
     )

@@ -205,6 +205,8 @@ class TestLearningRateGroups:
             learning_rate_groups(model, 3, **rates)
         built = keras.optimizers.Adam()
         built.build(model.trainable_variables)
+        with pytest.raises(ValueError, match="`head` must be at least 0"):
+            learning_rate_groups(model, "sgd", adapter=1, head=-1)
         with pytest.raises(ValueError, match="built already"):
             learning_rate_groups(model, built, **rates)
         with pytest.raises(ValueError, match="a plain optimizer"):

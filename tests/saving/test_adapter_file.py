@@ -333,6 +333,20 @@ class TestBaseModel:
         ):
             np.testing.assert_array_equal(_numpy(one), _numpy(two))
 
+    def test_weights_that_no_adapter_keeps(self, tmp_path):
+        model, _, _ = zoo.functional()
+        kra.inject(model, kra.LoRA(2), "shared")
+        head = model.layers[-1]
+        head.trainable = True
+        with pytest.warns(UserWarning, match=f"no adapter's.*{head.name}"):
+            kra.save_adapter(model, tmp_path / "x")
+
+    def test_no_folder(self, tmp_path):
+        model, _, targets = zoo.dense()
+        kra.inject(model, kra.LoRA(2), targets)
+        with pytest.raises(FileNotFoundError, match="There is no folder"):
+            kra.save_adapter(model, tmp_path / "nowhere" / "x")
+
     def test_a_folder(self, tmp_path):
         with pytest.raises(ValueError, match="is a folder"):
             kra.load_adapter(zoo.dense()[0], tmp_path)
