@@ -160,7 +160,7 @@ def check_alpha(alpha, scaling, rank, rslora=False):
 def check_scaling(scaling, argument="scaling"):
     """Validates a finite scale."""
     try:
-        value = float("nan" if isinstance(scaling, str) else scaling)
+        value = float("nan" if isinstance(scaling, (str, bool)) else scaling)
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):

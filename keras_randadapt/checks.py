@@ -280,7 +280,8 @@ def warn_of_frozen_in_kept(layers, kept):
         layer.path or layer.name
         for address in kept
         for layer in _compat.flatten_layers(layers[address])
-        if getattr(layer, "quantization_mode", None) is not None
+        # Kernels of float8 are floats, which are trained.
+        if "float" not in (getattr(layer, "quantization_mode", None) or "float")
     ]
     if frozen:
         warnings.warn(

@@ -8,7 +8,6 @@ whoever holds a reference to one goes on working.
 
 import contextlib
 import re
-import types
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -358,28 +357,19 @@ def _become_root(model, layers):
             variable_flags.append((variable, variable.trainable))
     parts = _models(model)
     model._randadapt = root.RootState(
-        layers,
-        layer_flags,
-        variable_flags,
-        {part: vars(part).get("quantize") for part in parts},
+        layers, layer_flags, variable_flags, parts
     )
     # A model frozen as a whole would train no adapter.
     _compat.set_layer_trainable_flag(model, True)
     model.__class__ = root.root_class(type(model))
     for part in parts:
-        vars(part)["quantize"] = types.MethodType(_refuse_quantize, part)
         root.claim(part, model)
 
 
 def _leave_root(model):
     state = model._randadapt
-    for part, quantize in state.quantize_methods.items():
-        if quantize is None:
-            del vars(part)["quantize"]
-        else:
-            # Keras has one of its own on every instance.
-            vars(part)["quantize"] = quantize
-        root.release_claim(part)
+    for part in state.parts:
+        root.release_claim(part, model)
     model.__class__ = model._root_base
     for layer, flag in state.layer_flags:
         _compat.set_layer_trainable_flag(layer, flag)
@@ -395,14 +385,6 @@ def _models(model):
         for layer in _compat.flatten_layers(model)
         if isinstance(layer, keras.Model)
     ]
-
-
-def _refuse_quantize(model, *args, **kwargs):
-    raise ValueError(
-        f"Model '{model.name}' has adapters attached, and `quantize` would "
-        "skip every adapted layer. Quantize first and inject afterwards, or "
-        "call `keras_randadapt.merge(model)` before quantizing."
-    )
 
 
 def _become_site(layer):
@@ -460,8 +442,10 @@ def _activate(model, names, freeze=True):
         if record.kept_values is not None:
             for address, values in record.kept_values.items():
                 layer = state.layers[address]
-                # They may have been changed since this was done last.
-                state.base_values[address] = root.kept_layer_values(layer)
+                # They may have been changed since this was done last. (A step
+                # that broke off may have left none.)
+                if _compat.has_values(model):
+                    state.base_values[address] = root.kept_layer_values(layer)
                 root.assign_kept_layer_values(layer, values)
             record.kept_values = None
     state.active = tuple(names)

@@ -9,8 +9,11 @@ import functools
 import io
 import json
 import os
+import types
 import weakref
+import zipfile
 
+import h5py
 import keras
 import numpy as np
 
@@ -21,8 +24,8 @@ from keras_randadapt import targets
 from keras_randadapt.adapters import base as adapter_base
 
 _ASSET = "randadapt_kept.npz"
-# Where a model inside of an adapted one has a weak reference to that.
-_OWNER = "_randadapt_owner"
+# The attribute that is a model's `_Claim`.
+_CLAIM = "_randadapt_claim"
 
 
 class AdapterRecord:
@@ -80,11 +83,10 @@ class RootState:
         attachments: list of functions that take off what callbacks attached
             to the model for the length of a `fit`.
         fitting: Whether `fit` is running.
-        quantize_methods: dict from model, this one and those inside of it, to
-            its own `quantize`, or `None` if it has its class's.
+        parts: list of the models that it claimed: this one and those inside.
     """
 
-    def __init__(self, layers, layer_flags, variable_flags, quantize_methods):
+    def __init__(self, layers, layer_flags, variable_flags, parts):
         self.layers = layers
         self.records = {}
         self.active = ()
@@ -96,7 +98,7 @@ class RootState:
         self.base_values = {}
         self.attachments = []
         self.fitting = False
-        self.quantize_methods = quantize_methods
+        self.parts = parts
 
     @property
     def site_addresses(self):
@@ -152,21 +154,60 @@ def check_is_model(model):
         )
 
 
+class _Claim:
+    """What a model is told of the adapted models that it is a part of.
+
+    Attributes:
+        owners: `WeakSet` of models.
+        quantize: The method that the model itself had, or `None` for that of
+            its class.
+    """
+
+    def __init__(self, quantize):
+        self.owners = weakref.WeakSet()
+        self.quantize = quantize
+
+
 def claim(part, model):
-    """Notes that a model inside of an adapted one is a part of it."""
-    if part is not model:
-        vars(part)[_OWNER] = weakref.ref(model)
+    """Makes a model, or `model` itself, a part of an adapted one."""
+    attributes = vars(part)
+    if _CLAIM not in attributes:
+        # Keras has a method of its own on every instance.
+        attributes[_CLAIM] = _Claim(attributes.get("quantize"))
+        attributes["quantize"] = types.MethodType(_quantize, part)
+    attributes[_CLAIM].owners.add(model)
 
 
-def release_claim(part):
-    vars(part).pop(_OWNER, None)
+def release_claim(part, model):
+    """The reverse of `claim`; the last one gives `quantize` back."""
+    attributes = vars(part)
+    attributes[_CLAIM].owners.discard(model)
+    if attributes[_CLAIM].owners:
+        return
+    quantize = attributes.pop(_CLAIM).quantize
+    if quantize is None:
+        del attributes["quantize"]
+    else:
+        attributes["quantize"] = quantize
 
 
 def owner_of(part):
-    """The adapted model that a model is a part of, or `None`."""
-    claimed = vars(part).get(_OWNER)
-    model = None if claimed is None else claimed()
-    return model if model is not None and is_adapted(model) else None
+    """An adapted model that a model is a part of, or `None`."""
+    if _CLAIM not in vars(part):
+        return None
+    return next(iter(vars(part)[_CLAIM].owners), None)
+
+
+def _quantize(part, *args, **kwargs):
+    if owner_of(part) is None:
+        # Those that it was a part of are gone, adapters and all.
+        release_claim(part, part)
+        return part.quantize(*args, **kwargs)
+    raise ValueError(
+        f"Model '{part.name}' has adapters attached, and `quantize` would "
+        "skip every adapted layer. Quantize first and inject afterwards, or "
+        "call `keras_randadapt.merge(model)` before quantizing."
+    )
 
 
 def is_adapted(model) -> bool:
@@ -368,23 +409,33 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
             )
         return self._root_base.save(self, filepath, *args, **kwargs)
 
-    def load_weights(self, *args, **kwargs):
-        # A file of the plain model is of the base model, and so are the heads
-        # in it, which adapters that keep them get as well.
+    def load_weights(self, filepath, *args, **kwargs):
         state = self._randadapt
-        adapters = [
-            part
-            for name in state.records
-            for adapter in state.adapters(name).values()
-            for part in _compat.flatten_layers(adapter)
-        ]
-        for adapter in adapters:
-            adapter.was_loaded = False
-        super().load_weights(*args, **kwargs)
-        if not any(adapter.was_loaded for adapter in adapters):
+        plain = _has_adapters(filepath) is False
+        held = {
+            address
+            for name in state.active
+            for address in state.records[name].kept
+        }
+        base = {
+            address: kept_layer_values(state.layers[address])
+            for address in state.base_values.keys() - held
+        }
+        super().load_weights(filepath, *args, **kwargs)
+        if plain:
+            # It is of the base model, and so are the heads in it, which
+            # adapters that keep them get as well.
             for address in state.base_values:
                 layer = state.layers[address]
                 state.base_values[address] = kept_layer_values(layer)
+            return
+        # Heads in it are an adapter's, and none that keeps these is active.
+        for address, values in base.items():
+            layer = state.layers[address]
+            keeping = [r for r in state.records.values() if address in r.kept]
+            if len(keeping) == 1:
+                keeping[0].kept_values[address] = kept_layer_values(layer)
+            assign_kept_layer_values(layer, values)
 
     def get_config(self):
         state = self._randadapt
@@ -493,6 +544,27 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
                 os.path.join(preset_dir, f"{name}.adapter.safetensors"),
                 name=name,
             )
+
+
+def _has_adapters(filepath):
+    """Whether a file of Keras's weights is of an adapted model.
+
+    `None` if it can't be looked into from here.
+    """
+    filepath = str(filepath)
+    if not os.path.exists(filepath):
+        return None
+    part = "/adapter/named_"
+    if filepath.endswith(".json"):
+        with open(filepath) as file:
+            return part in file.read()
+    with contextlib.ExitStack() as stack:
+        file = filepath
+        if filepath.endswith(".keras"):
+            archive = stack.enter_context(zipfile.ZipFile(filepath))
+            file = stack.enter_context(archive.open("model.weights.h5"))
+        file = stack.enter_context(h5py.File(file, "r"))
+        return bool(file.visit(lambda path: part in path or None))
 
 
 def _portable_dtype(array):

@@ -61,6 +61,24 @@ _COMMON_NAMES = {"down_proj": "up_proj", "fc2": "fc1", "dense_2": "dense_1"}
 _ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
 
 
+class Layers(dict):
+    """Every layer below a model, by structural address.
+
+    Attributes:
+        places: dict from address to the same path of names: in a container an
+            address counts classes, and what is `dense_1` there may well be
+            called `encoder`, and another layer `dense_1`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.places = {}
+
+    def attribute(self, address):
+        """The attribute that holds a layer, or its name in a container."""
+        return self.places[address].rpartition("/")[2].lstrip("_")
+
+
 def layers_by_address(model):
     """Every layer below `model`, by structural address.
 
@@ -73,22 +91,34 @@ def layers_by_address(model):
         model: A built Keras model.
 
     Returns:
-        dict from address to layer, in the order of Keras's weight files. A
-        layer used in several places is listed once, at the first.
+        `Layers`, in the order of Keras's weight files. A layer used in several
+        places is listed once, at the first.
     """
-    found = {}
+    found = Layers()
     visited = {id(model)}
-    _walk_layer(model, "", found, visited)
+    _walk_layer(model, "", "", found, visited)
     return found
 
 
-def _walk_layer(layer, address, found, visited):
-    for attribute, value in _compat.walk_attributes(layer):
-        path = f"{address}/{attribute}" if address else attribute
-        _visit(value, path, found, visited, ())
+def _join(path, name):
+    return f"{path}/{name}" if path else name
 
 
-def _visit(value, path, found, visited, containers):
+def _walk_layer(layer, address, place, found, visited):
+    pairs = list(_compat.walk_attributes(layer))
+    # Where a model lists its layers, those have attributes too.
+    names = {
+        id(value): _join(place, attribute)
+        for attribute, value in pairs
+        if isinstance(value, keras.layers.Layer)
+    }
+    for attribute, value in pairs:
+        paths = _join(address, attribute), _join(place, attribute)
+        listed = attribute == "layers" and isinstance(layer, keras.Model)
+        _visit(value, *paths, found, visited, (), names if listed else {})
+
+
+def _visit(value, path, place, found, visited, containers, names):
     if isinstance(value, keras.layers.Layer):
         if id(value) in visited:
             return
@@ -96,18 +126,22 @@ def _visit(value, path, found, visited, containers):
         if isinstance(value, adapter_stack.AdapterStack):
             return
         found[path] = value
+        found.places[path] = place
         # Nothing below these is a layer, and looking at every attribute of
         # every one would unpack quantized kernels.
         if not site_layers.looks_supported(value):
-            _walk_layer(value, path, found, visited)
+            _walk_layer(value, path, place, found, visited)
     elif isinstance(value, (list, tuple, dict)):
         # Only the containers around this one: properties make lists anew, so
         # the identity of one walked before may be another's by now.
         if not any(value is other for other in containers):
-            _visit_container(value, path, found, visited, (*containers, value))
+            containers = (*containers, value)
+            _visit_container(
+                value, path, place, found, visited, containers, names
+            )
 
 
-def _visit_container(container, path, found, visited, containers):
+def _visit_container(container, path, place, found, visited, containers, names):
     # Names inside a container count all that Keras saves, layers or not.
     used = {}
     values = container.values() if isinstance(container, dict) else container
@@ -121,7 +155,13 @@ def _visit_container(container, path, found, visited, containers):
         used[name] = used.get(name, -1) + 1
         if used[name]:
             name = f"{name}_{used[name]}"
-        _visit(value, f"{path}/{name}", found, visited, containers)
+        path_there = f"{path}/{name}"
+        if isinstance(value, keras.layers.Layer):
+            name = value.name
+        place_there = names.get(id(value), f"{place}/{name}")
+        _visit(
+            value, path_there, place_there, found, visited, containers, names
+        )
 
 
 def attention_outputs(layers):
@@ -136,7 +176,7 @@ def attention_outputs(layers):
     return [
         address
         for group in _groups(layers).values()
-        if any(_is_query_or_value(a, layers[a]) for a in group.values())
+        if any(_is_query_or_value(a, layers) for a in group.values())
         for name, address in group.items()
         if name in _ATTENTION_OUTPUT_NAMES
     ]
@@ -247,7 +287,7 @@ def select_sites(
                 + _available(candidates)
             )
     elif targets is None:
-        chosen = _query_value(candidates, kept)
+        chosen = _query_value(layers, candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
         chosen = _all_linear(candidates, kept)
     elif _is_function(targets):
@@ -333,53 +373,45 @@ def match(layers, targets, argument):
         )
     if not targets:
         raise ValueError(f"`{argument}` is empty. Received: {targets!r}")
-    places = {address: _place(address, layers) for address in layers}
     found = set()
     for target in targets:
-        if target in layers and target != places[target]:
-            # An address in full, as `sites` gives it.
-            hits = {target}
-        else:
-            hits = {
-                address
-                for address, layer in layers.items()
-                if _matches(target, places[address], layer)
-            }
+        hits = _matched(layers, target)
         if not hits:
             raise ValueError(
                 f"`{argument}` matches no layer: {_shown(target)}. "
-                + _hint(target)
+                + _hint(target, argument)
                 + _near_misses(target, layers)
             )
         found |= hits
     return [address for address in layers if address in found]
 
 
-def _hint(target):
-    if target == "all-linear":
-        return "It is to be given alone, not in a list. "
-    return ""
+def _hint(target, argument):
+    if target != "all-linear":
+        return ""
+    if argument == "keep_trainable":
+        return "That is a choice of `targets` and `exclude`. "
+    return "It is to be given alone, not in a list. "
 
 
 def _as_list(targets):
     return [targets] if isinstance(targets, (str, re.Pattern)) else targets
 
 
-def _place(address, layers):
-    """An address of attributes' and layers' names.
-
-    In a container an address counts classes: what is `dense_1` there may well
-    be called `encoder`, and another layer `dense_1`.
-    """
-    names = []
-    parts = address.split("/")
-    for i, part in enumerate(parts):
-        owner = "/".join(parts[:i])
-        if owner and owner not in layers:
-            layer = layers.get(f"{owner}/{part}")
-            part = part if layer is None else layer.name
-        names.append(part)
-    return "/".join(names)
+def _matched(layers, target):
+    if target in layers and target != layers.places[target]:
+        # An address in full, as `sites` gives it.
+        return {target}
+    hits = {
+        address
+        for address, layer in layers.items()
+        if _matches(target, layers.places[address], layer)
+    }
+    if not hits and isinstance(target, str) and "/" in target:
+        # Those in a container may have no names but Keras's own, which count
+        # all layers of a process: the end of an address is all there is.
+        hits = {a for a in layers if f"/{a}".endswith(f"/{target}")}
+    return hits
 
 
 def _matches(target, place, layer):
@@ -393,11 +425,11 @@ def _matches(target, place, layer):
     )
 
 
-def _query_value(candidates, kept):
+def _query_value(layers, candidates, kept):
     chosen = [
         address
-        for address, layer in candidates.items()
-        if _is_query_or_value(address, layer) and not _is_below(address, kept)
+        for address in candidates
+        if _is_query_or_value(address, layers) and not _is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
@@ -408,10 +440,10 @@ def _query_value(candidates, kept):
     return chosen
 
 
-def _is_query_or_value(address, layer):
+def _is_query_or_value(address, layers):
     # Some families leave projections unnamed; the attribute tells then.
-    attribute = address.rpartition("/")[2].lstrip("_")
-    return layer.name in QUERY_VALUE_NAMES or attribute in QUERY_VALUE_NAMES
+    names = {layers[address].name, layers.attribute(address)}
+    return not names.isdisjoint(QUERY_VALUE_NAMES)
 
 
 def _linear(candidates, kept):

@@ -498,12 +498,14 @@ class TestPlacement:
             kra.inject(model, kra.Bottleneck(2, placement="pfeiffer"))
 
     def test_convolutions_of_such_names_are_left_alone(self):
-        layers = {
+        layers = targets_lib.Layers()
+        for address, layer in {
             "block/attention/query": keras.layers.Dense(2, name="query"),
             "block/attention/o_proj": keras.layers.Dense(2, name="o_proj"),
             "block/fc1": keras.layers.Conv2D(2, 1, name="fc1"),
             "block/fc2": keras.layers.Conv2D(2, 1, name="fc2"),
-        }
+        }.items():
+            layers[address], layers.places[address] = layer, address
         assert targets_lib.feed_forwards(layers) == {}
         layers["block/fc1"] = keras.layers.Dense(2, name="fc1")
         layers["block/fc2"] = keras.layers.Dense(2, name="fc2")

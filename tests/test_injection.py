@@ -2,6 +2,7 @@
 what holds everywhere."""
 
 import concurrent.futures
+import gc
 import os
 import subprocess
 import sys
@@ -653,6 +654,36 @@ class TestBadInput:
         ):
             kra.LoRA(r=2, sed=3)
 
+    def test_a_part_of_two_adapted_models(self):
+        def quantized(part):
+            with pytest.raises(ValueError, match="has adapters attached"):
+                part.quantize("int8")
+
+        def whole(part):
+            return keras.Sequential(
+                [keras.Input((4,)), part, layers.Dense(2, name="head")]
+            )
+
+        part = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(4, name="hidden")]
+        )
+        first, second = whole(part), whole(part)
+        for model in (first, second):
+            kra.inject(model, kra.LoRA(2), "head")
+        quantized(part)
+        kra.eject(first)
+        quantized(part)
+        with pytest.raises(ValueError, match="is a part of model"):
+            kra.inject(part, kra.LoRA(2), "hidden")
+        # Without a word: neither it nor its adapters are any more.
+        del second, model
+        gc.collect()
+        part.quantize("int8")
+        assert part.layers[0].quantization_mode == "int8"
+        with pytest.warns(UserWarning, match="inside another"):
+            kra.inject(part, kra.LoRA(2), "hidden")
+        quantized(part)
+
     def test_part_of_another_model_warns(self):
         inner, x, _ = zoo.sequential()
         inputs = keras.Input((6,))
@@ -787,6 +818,22 @@ class TestTraining:
             pass
         assert model.optimizer is optimizer
         assert int(optimizer.iterations) == 3
+
+    def test_data_of_a_wrong_shape_in_disabled(self):
+        """On JAX such a step takes the variables' values away."""
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(4, name="hidden"),
+                layers.Dense(2, name="head"),
+            ]
+        )
+        kra.inject(model, kra.LoRA(2), "hidden", keep_trainable="head")
+        with pytest.raises(Exception, match="incompatible|shape|expected"):
+            with kra.disabled(model):
+                model.predict(zoo.normal(3, 5), verbose=0)
+        assert model._randadapt.active == ("default",)
+        assert model._randadapt.block is None
 
     def test_disabled_nests_and_survives_an_error(self):
         model, x, targets = zoo.dense()

@@ -124,6 +124,17 @@ class TestSoRA:
         with pytest.raises(ValueError, match="`sparsity` must be at least 0"):
             kra.SoRA(sparsity=-1)
 
+    @pytest.mark.parametrize("sparsity", [0.0, 0.5])
+    def test_a_whole_model_file_holds_the_optimizer(self, tmp_path, sparsity):
+        model, x, y = _adapted(sparsity=sparsity)
+        model.compile("adam", "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+        model.save(tmp_path / "x.keras")
+        again = keras.models.load_model(tmp_path / "x.keras")
+        found = [methods.numpy(v) for v in again.optimizer.variables]
+        for one, two in zip(found, model.optimizer.variables, strict=True):
+            np.testing.assert_array_equal(one, methods.numpy(two))
+
     def test_resumes_from_a_checkpoint(self, tmp_path):
         model, x, y = _adapted(sparsity=3.0)
         model.compile(keras.optimizers.Adam(0.02), "mse")

@@ -124,6 +124,46 @@ class TestTargets:
         report = kra.inject(model, LORA, ["up", "parts/part"])
         assert len(report.sites) == 4
 
+    def test_attributes_of_models(self):
+        """Of those too that Keras's files know as one of `layers`."""
+
+        class Model(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.key = layers.Dense(4)
+                self.query = layers.Dense(4)
+                self.value = layers.Dense(4)
+
+            def call(self, x):
+                return self.key(x) + self.query(x) + self.value(x)
+
+        model = Model()
+        model(zoo.normal(2, 4))
+        kra.inject(model, LORA)
+        assert set(kra.sites(model).values()) == {model.query, model.value}
+        kra.eject(model)
+        kra.inject(model, LORA, ["value", "key"])
+        assert set(kra.sites(model).values()) == {model.key, model.value}
+
+    def test_places_in_a_list_without_names(self):
+        class Block(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.parts = [layers.Dense(4), layers.Dense(4)]
+
+            def build(self, shape):
+                for part in self.parts:
+                    part.build(shape)
+
+            def call(self, x):
+                return self.parts[1](self.parts[0](x))
+
+        model = keras.Sequential([keras.Input((4,)), Block(), Block()])
+        kra.inject(model, LORA, "parts/dense_1")
+        assert list(kra.sites(model).values()) == [
+            block.parts[1] for block in model.layers
+        ]
+
     def test_shared_layer_is_one_site(self):
         model, x, _ = zoo.functional()
         report = kra.inject(model, LORA, "shared")
@@ -178,6 +218,7 @@ class TestTargets:
                 {"keep_trainable": lambda layer: False},
                 "`keep_trainable` returned a false value",
             ),
+            ({"keep_trainable": "all-linear"}, "is a choice of `targets`"),
             (
                 {"keep_trainable": "logist"},
                 "`keep_trainable` matches no layer",

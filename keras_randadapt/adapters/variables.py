@@ -242,7 +242,6 @@ class AdapterVariables(keras.layers.Layer):
         # still load.
         if not len(store.keys()):
             return
-        self.was_loaded = True
         variables = self._own_stored_variables()
         if len(store.keys()) != len(variables):
             raise ValueError(

@@ -83,6 +83,8 @@ class ProximalL1(wrapper.OptimizerWrapper):
             _compat.exclude_from_weight_decay(leaf, [variable])
             self._rate_of[i] = leaf
 
+    # TensorFlow would take the rates for state of this optimizer.
+    @_compat.no_automatic_dependency_tracking
     def transform_gradients(self, gradients, variables, step):
         # The rates of this step: the update moves schedules on.
         self._rates = {

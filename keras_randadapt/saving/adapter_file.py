@@ -185,7 +185,8 @@ def _warn_of_others(model, state):
     ours = set()
     for name, record in state.records.items():
         layers = [*state.adapters(name).values()]
-        layers += [state.layers[address] for address in record.kept]
+        if name in state.active:
+            layers += [state.layers[address] for address in record.kept]
         ours.update(id(weight) for layer in layers for weight in layer.weights)
     others = [w.path for w in model.trainable_weights if id(w) not in ours]
     if others:
@@ -444,7 +445,14 @@ def _check_layers(filepath, metadata, model, addresses, kept, added, removed):
     expected = theirs["layers"]
     if removed and "backbone" not in {**theirs, **ours}:
         # The file's model was larger than this one.
-        expected = theirs.get("parts", {}).get(removed.removesuffix("/"))
+        part = removed.removesuffix("/")
+        if part not in theirs.get("parts", {}):
+            raise ValueError(
+                f"'{filepath}' was trained on a larger model, and does not "
+                f"tell what '{part}' in it is, which this model may be. Save "
+                "it anew, or load it into the larger model."
+            )
+        expected = theirs["parts"][part]
     if file_format.layers_digest(model, addresses, kept, added) == expected:
         return
     cls = theirs.get("backbone", theirs["class"])

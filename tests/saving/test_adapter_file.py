@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import keras
 import numpy as np
@@ -340,6 +341,17 @@ class TestBaseModel:
         head.trainable = True
         with pytest.warns(UserWarning, match=f"no adapter's.*{head.name}"):
             kra.save_adapter(model, tmp_path / "x")
+        head.trainable = False
+        kra.inject(
+            model, kra.LoRA(2), "shared", keep_trainable=head.name, name="b"
+        )
+        head.trainable = True
+        with pytest.warns(UserWarning, match=f"no adapter's.*{head.name}"):
+            kra.save_adapter(model, tmp_path / "x", "default")
+        kra.set_active(model, "b")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            kra.save_adapter(model, tmp_path / "x", "b")
 
     def test_no_folder(self, tmp_path):
         model, _, targets = zoo.dense()

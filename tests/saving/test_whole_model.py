@@ -209,32 +209,60 @@ class TestWholeModelFiles:
 
 
 class TestWeightsFiles:
-    def test_plain_weights_are_the_base_models_heads_too(self, tmp_path):
-        def model(seed, adapted):
-            built, x, _ = zoo.sequential()
-            zoo.set_weights(built, seed=seed)
-            if adapted:
-                first, *_, head = (layer.name for layer in built.layers)
-                kra.inject(built, kra.LoRA(2), first, keep_trainable=head)
-            return built, x
+    @staticmethod
+    def _with_a_head(seed, name=None):
+        model, x, _ = zoo.sequential()
+        zoo.set_weights(model, seed=seed)
+        if name is not None:
+            first, *_, head = (layer.name for layer in model.layers)
+            kra.inject(
+                model, kra.LoRA(2), first, keep_trainable=head, name=name
+            )
+        return model, x
 
-        plain, x = model(5, False)
-        plain.save_weights(tmp_path / "plain.weights.h5")
+    @pytest.mark.parametrize("kind", ["x.weights.h5", "x.keras"])
+    def test_plain_weights_are_the_base_models_heads_too(self, tmp_path, kind):
+        plain, x = self._with_a_head(5)
+        plain.save(tmp_path / kind) if "keras" in kind else plain.save_weights(
+            tmp_path / kind
+        )
         expected = zoo.outputs(plain, x)
-        adapted, _ = model(6, True)
-        own = zoo.outputs(adapted, x)
-        adapted.save_weights(tmp_path / "adapted.weights.h5")
-        adapted.load_weights(tmp_path / "plain.weights.h5")
+        adapted, _ = self._with_a_head(6, "default")
+        adapted.load_weights(tmp_path / kind)
         with kra.disabled(adapted):
             np.testing.assert_array_equal(zoo.outputs(adapted, x), expected)
-        # An adapted model's file has the adapter's head, not the base's.
-        adapted, _ = model(6, True)
-        head = adapted.layers[-1]
+
+    @pytest.mark.parametrize("name", ["default", "other"])
+    @pytest.mark.parametrize("when", ["active", "disabled", "waiting"])
+    def test_adapted_weights_are_not_the_base_models(
+        self, tmp_path, name, when
+    ):
+        """A file has the head of an adapter, whatever it is called."""
+        trained, x = self._with_a_head(6, "default")
+        zoo.randomize(trained)
+        head = trained.layers[-1]
         head.set_weights([w + 1 for w in head.get_weights()])
-        adapted.save_weights(tmp_path / "adapted.weights.h5")
-        adapted.load_weights(tmp_path / "adapted.weights.h5")
+        trained.save_weights(tmp_path / "x.weights.h5")
+        adapted, _ = self._with_a_head(6, name)
+        base = zoo.outputs(self._with_a_head(6)[0], x)
+        if when == "active":
+            adapted.load_weights(tmp_path / "x.weights.h5")
+        elif when == "disabled":
+            with kra.disabled(adapted):
+                adapted.load_weights(tmp_path / "x.weights.h5")
+                np.testing.assert_array_equal(zoo.outputs(adapted, x), base)
+        else:
+            kra.set_active(adapted, [])
+            adapted.load_weights(tmp_path / "x.weights.h5")
+            kra.set_active(adapted, name)
+        if name == "default":
+            np.testing.assert_array_equal(
+                zoo.outputs(adapted, x), zoo.outputs(trained, x)
+            )
         with kra.disabled(adapted):
-            np.testing.assert_allclose(zoo.outputs(adapted, x), own, atol=1e-6)
+            np.testing.assert_array_equal(zoo.outputs(adapted, x), base)
+        kra.eject(adapted)
+        np.testing.assert_array_equal(zoo.outputs(adapted, x), base)
 
     @pytest.mark.parametrize(
         "builder",
