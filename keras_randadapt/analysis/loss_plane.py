@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import adapter_stack
+from keras_randadapt import arguments
 from keras_randadapt import injection
 from keras_randadapt import root
 from keras_randadapt import saving
@@ -258,6 +259,16 @@ class _Plane:
         u = {key: second[key] - first[key] for key in first}
         w = {key: third[key] - first[key] for key in first}
         length_u, length_w = _norm(u), _norm(w)
+        if not np.isfinite(length_u + length_w):
+            i, key = next(
+                (i, key)
+                for i, point in enumerate(points)
+                for key, value in point.items()
+                if not np.all(np.isfinite(value))
+            )
+            raise ValueError(
+                f"`points[{i}]` holds NaN or infinity: in {key!r}."
+            )
         if length_u == 0 or length_w == 0:
             raise ValueError(
                 "`points` must be three different points: two of them are "
@@ -335,11 +346,11 @@ def _check_arguments(model, points, x, resolution, margin, labels):
             "`resolution` must be an integer of at least 2, or two of them. "
             f"Received: resolution={resolution!r}"
         )
-    if not 0 <= margin < np.inf:
+    if arguments.check_scaling(margin, "margin") < 0:
         raise ValueError(
             f"`margin` must not be negative. Received: margin={margin!r}"
         )
-    if len(labels) != 3:
+    if not isinstance(labels, (list, tuple)) or len(labels) != 3:
         raise ValueError(
             f"`labels` must name three points. Received: labels={labels!r}"
         )

@@ -242,8 +242,8 @@ def delta_statistics(
             "input_dim": site.shape[0],
             "output_dim": site.shape[1],
             "rank": _rank(values, site, tolerance),
-            "effective_rank": _effective_rank(values),
-            "stable_rank": _stable_rank(values),
+            "effective_rank": _effective_rank(values, site),
+            "stable_rank": _stable_rank(values, site),
             "orthogonality_loss": site.orthogonality_loss(),
             "frobenius_norm": float(np.sqrt(np.sum(values**2))),
             "spectral_norm": float(values[0]),
@@ -257,7 +257,7 @@ def check_tolerance(tolerance):
     if tolerance is None:
         return None
     try:
-        value = float(tolerance)
+        value = float("nan" if isinstance(tolerance, str) else tolerance)
     except (TypeError, ValueError):
         value = float("nan")
     if not 0 <= value < 1:
@@ -286,7 +286,12 @@ def _rank(values, site, tolerance):
     return int(np.sum(values > threshold))
 
 
-def _effective_rank(values):
+def _without_noise(values, site):
+    return np.where(values > site.noise, values, 0.0)
+
+
+def _effective_rank(values, site):
+    values = _without_noise(values, site)
     total = values.sum()
     if total == 0:
         return 0.0
@@ -294,7 +299,8 @@ def _effective_rank(values):
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def _stable_rank(values):
+def _stable_rank(values, site):
+    values = _without_noise(values, site)
     if values[0] == 0:
         return 0.0
     return float(np.sum((values / values[0]) ** 2))

@@ -222,8 +222,10 @@ def cka(
 def _gram(features):
     features = np.reshape(features, (len(features), -1)).astype("float64")
     # CKA ignores means, and products of small numbers are exact for longer.
-    features = features - features.mean(axis=0)
-    return features @ features.T
+    centred = features - features.mean(axis=0)
+    # A mean of equal numbers need not be equal to them.
+    centred[:, np.all(features == features[:1], axis=0)] = 0.0
+    return centred @ centred.T
 
 
 def _biased_hsic(k, other):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
@@ -38,7 +39,10 @@ class RandomMatrix:
     dtype = "float32"
 
     def __init__(self, rows: int, columns: int, seed: int, role: str):
-        self.shape = (int(rows), int(columns))
+        self.shape = (
+            arguments.check_rank(rows, "rows"),
+            arguments.check_rank(columns, "columns"),
+        )
         self.seed = random.check_seed(seed)
         self.role = role
         self._variable = None

@@ -31,10 +31,11 @@ def source_of(x, y=None, sample_weight=None):
         ValueError: If arrays differ in length or are empty, or if `y` or
             `sample_weight` come with a pipeline.
     """
-    if _is_arrays(x):
+    is_text = isinstance(x, (str, bytes))
+    if not is_text and _is_arrays(x):
         return ArraySource(x, y, sample_weight)
     is_dataset = isinstance(x, keras.utils.PyDataset)
-    if not is_dataset and not hasattr(x, "__iter__"):
+    if is_text or not (is_dataset or hasattr(x, "__iter__")):
         raise TypeError(
             "`x` must be arrays, a `keras.utils.PyDataset`, a "
             "`tf.data.Dataset`, a torch `DataLoader` or another iterable of "
@@ -277,7 +278,14 @@ def _unpack(batch):
 
 
 def _size(batch):
-    return len(_leaves(batch)[0])
+    leaves = _leaves(batch)
+    if not all(leaf.shape for leaf in leaves):
+        raise ValueError(
+            "`x` must give batches, whose arrays all have an axis of "
+            "examples: batch the data set. Received a batch of shapes "
+            f"{[leaf.shape for leaf in leaves]}"
+        )
+    return len(leaves[0])
 
 
 def _take(batch, index):

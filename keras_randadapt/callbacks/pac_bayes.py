@@ -356,7 +356,18 @@ class PACBayes(keras.callbacks.Callback):
             if example is not None:
                 # Before an epoch is spent: do data, model and loss agree?
                 example = example_source.preprocess(self.model, example)
-                self._gradients.prepare(example)
+                self._prepare(example)
+
+    def _prepare(self, example):
+        try:
+            self._gradients.prepare(example)
+        except (TypeError, ValueError) as error:
+            if example[1] is not None:
+                raise
+            raise ValueError(
+                "`PACBayes` has no `y`, and without it the model's loss can't "
+                "be computed: give `PACBayes(x, y)`, or a data set of both."
+            ) from error
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._penalty.is_attached and self._attached_to is None:
@@ -487,6 +498,8 @@ def _refuse_devices(what):
 
 def _check_strength(name, value):
     try:
+        if isinstance(value, (str, bool)):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(

@@ -160,12 +160,13 @@ def _find_allocation(optimizer):
 
 def _check_length(value, argument):
     number = arguments.check_non_negative(value, argument)
-    if isinstance(value, float) and value >= 1:
+    is_count = isinstance(value, numbers.Integral)
+    if not is_count and number >= 1:
         raise ValueError(
             f"`{argument}` must be a share below 1, or an integer number of "
             f"updates. Received: {argument}={value}"
         )
-    return int(value) if isinstance(value, numbers.Integral) else number
+    return int(value) if is_count else number
 
 
 def _updates(length, total):

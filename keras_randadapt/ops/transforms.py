@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import numbers
 import operator
 from typing import Any
 
@@ -216,7 +217,7 @@ def _check_dtype(x):
 def _check_fwht(x, axis):
     _check_dtype(x)
     rank = len(x.shape)
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
         raise TypeError(f"`axis` must be an integer. Received: axis={axis!r}")
     if not -rank <= axis < rank:
         raise ValueError(
@@ -235,7 +236,7 @@ def _check_fwht(x, axis):
             f"`x` must not be empty along `axis` {axis}. "
             f"Received: shape={tuple(x.shape)}"
         )
-    return axis % rank
+    return int(axis) % rank
 
 
 def _check_input(x, plan, adjoint):

@@ -89,6 +89,11 @@ class GaLore(wrapper.OptimizerWrapper):
                 "a fresh one, or its name."
             )
         for one in wrapper.walk(self.inner_optimizer):
+            if isinstance(one, GaLore):
+                raise ValueError(
+                    "`optimizer` must not hold another `GaLore`: what is "
+                    "projected has no gradient of full size to project again."
+                )
             if type(one).__name__ in _ABSOLUTE:
                 raise ValueError(
                     f"`{type(one).__name__}` sets variables to values of its "
@@ -253,6 +258,9 @@ class _Projection:
             return vectors * ops.sign(largest)
 
         matrix = ops.convert_to_tensor(self.matrix)
+        # Others have no such vectors, and PyTorch would break off the step.
+        is_finite = ops.all(ops.isfinite(gradient))
+        is_refreshed = ops.logical_and(is_refreshed, is_finite)
         self.matrix.assign(ops.cond(is_refreshed, leading, lambda: matrix))
 
     def project(self, gradient):

@@ -391,7 +391,9 @@ class TestArguments:
             ({"resolution": 1}, ValueError, "`resolution` must be"),
             ({"resolution": (3, 2.5)}, ValueError, "`resolution` must be"),
             ({"margin": -0.1}, ValueError, "`margin` must not be negative"),
+            ({"margin": "a"}, ValueError, "`margin` must be a finite number"),
             ({"labels": "ab"}, ValueError, "`labels` must name three"),
+            ({"labels": None}, ValueError, "`labels` must name three"),
         ],
         ids=str,
     )
@@ -405,6 +407,9 @@ class TestArguments:
         other = {"layers/dense": points[1]["layers/dense"]}
         with pytest.raises(ValueError, match="must have the same keys"):
             self._call([points[0], other, points[2]], model)
+        lost = {**points[1], "layers/dense": points[1]["layers/dense"] * np.nan}
+        with pytest.raises(ValueError, match=r"`points\[1\]` holds NaN.*dense"):
+            self._call([points[0], lost, points[2]], model)
         shape = {**points[1], "layers/dense": zoo.normal(8, 6)}
         with pytest.raises(ValueError, match="must have shape"):
             self._call([points[0], shape, points[2]], model)

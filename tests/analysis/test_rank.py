@@ -221,6 +221,17 @@ class TestRanks:
         assert row["rank"] == row["effective_rank"] == row["stable_rank"] == 0
         assert row["orthogonality_loss"] == 10
 
+    @pytest.mark.parametrize(
+        "adapter", [kra.DoRA(kra.LoRA(2)), kra.DoRA(kra.VeRA(4)), kra.Hydra(2)]
+    )
+    def test_zero_delta_of_a_difference(self, adapter):
+        """Which is not quite zero, and noise has a rank."""
+        model, _, targets = zoo.sequential()
+        kra.inject(model, adapter, targets)
+        for row in kra.analysis.delta_statistics(model).rows():
+            assert row["rank"] == 0
+            assert row["effective_rank"] == row["stable_rank"] == 0
+
     @pytest.mark.parametrize("view", [(20, 16), (16, 20)], ids=str)
     def test_orthogonality_of_orthonormal_factors(self, view):
         model = self._with_spectrum([1, 1, 1, 1, 1], view)
@@ -330,7 +341,9 @@ class TestErrors:
             # An adapter that is named need not be active.
             assert len(function(model, "default")) == 1
 
-    @pytest.mark.parametrize("tolerance", [-0.1, 1, "much", float("nan")])
+    @pytest.mark.parametrize(
+        "tolerance", [-0.1, 1, "much", "0.1", float("nan")]
+    )
     def test_tolerance(self, tolerance):
         model, _ = _dense()
         with pytest.raises(ValueError, match="`tolerance` must be at least"):

@@ -69,7 +69,18 @@ class TestLinearCKA:
 
     def test_of_constants_is_nan(self):
         x = zoo.normal(8, 3)
-        assert np.isnan(kra.analysis.linear_cka(x, np.ones((8, 2))))
+        for constant in (1.0, 0.1, 3.3):
+            for n in (3, 8, 12):
+                x, other = (
+                    zoo.normal(max(n, 4), 3),
+                    np.full((max(n, 4), 2), constant),
+                )
+                for debiased in (True, False):
+                    for one in (x, other * 0.7):
+                        value = kra.analysis.linear_cka(
+                            one, other, debiased=debiased
+                        )
+                        assert np.isnan(value)
 
     def test_errors(self):
         x = zoo.normal(8, 3)

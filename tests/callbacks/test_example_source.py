@@ -261,6 +261,21 @@ class TestData:
         np.testing.assert_array_equal(flat(model), before)
         assert not attachments(model)
 
+    def test_labels_that_are_missing(self):
+        x, y = data_of()
+        with pytest.raises(ValueError, match="`PACBayes` has no `y`"):
+            fit(network(), PACBayes(x), x, y)
+
+    def test_a_text(self):
+        with pytest.raises(TypeError, match="`x` must be arrays"):
+            PACBayes("abc")
+
+    def test_examples_for_batches(self):
+        x, y = data_of()
+        examples = _Reiterable(lambda: zip(x, y[:, 0]))
+        with pytest.raises(ValueError, match="batch the data set"):
+            fit(network(), PACBayes(examples), x, y)
+
     def test_empty_pipeline(self):
         x, y = data_of()
         model = network()

@@ -57,7 +57,7 @@ class TestNumbers:
         )
         zoo.set_weights(model)
         kernel = ops.convert_to_numpy(model.layers[0].kernel).astype(float)
-        kra.inject(model, WholeDelta(), "dense")
+        kra.inject(model, WholeDelta(), "all-linear")
         model.compile(keras.optimizers.SGD(0.3), "mse")
         callback = PACBayes(x, y, strength=0.1, samples=6, seed=0)
         fit(model, callback, x, y, epochs=1)
@@ -969,6 +969,7 @@ class TestBadInput:
         "arguments, error, match",
         [
             ({"strength": -1.0}, ValueError, "`strength` must be finite"),
+            ({"strength": "0.1"}, TypeError, "`strength` must be a number"),
             ({"strength": float("nan")}, ValueError, "`strength` must be"),
             ({"strength": "much"}, TypeError, "`strength` must be a number"),
             ({"head_strength": -1}, ValueError, "`head_strength`"),

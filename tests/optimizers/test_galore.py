@@ -207,6 +207,17 @@ class TestGaLore:
         methods.close(after, 0.95 * before - 0.1 * p @ p.T @ mean, 1e-4)
 
     @needs_multi
+    def test_a_gradient_that_is_not_finite(self):
+        """The step is lost, as with any optimizer, and not the projection."""
+        optimizer = GaLore("sgd", rank=2, update_interval=1)
+        variables, gradients = _variables((6, 9))
+        _apply(optimizer, gradients, variables)
+        (projection,) = optimizer._projections.values()
+        before = methods.numpy(projection.matrix)
+        (value,) = _apply(optimizer, [gradients[0] * np.nan], variables)
+        assert np.isnan(value).all()
+        np.testing.assert_array_equal(methods.numpy(projection.matrix), before)
+
     def test_optimizers_are_chosen_by_path(self):
         variables, gradients = _variables((6, 9), (6, 9))
         before = [methods.numpy(v) for v in variables]
@@ -285,6 +296,8 @@ class TestGaLore:
         built.build(variables)
         with pytest.raises(ValueError, match="is built already"):
             GaLore(built)
+        with pytest.raises(ValueError, match="must not hold another `GaLore`"):
+            GaLore(GaLore("adam"))
         variables, _ = _variables((6, 9))
         with pytest.raises(ValueError, match="use_ema"):
             GaLore(keras.optimizers.SGD(use_ema=True)).build(variables)
