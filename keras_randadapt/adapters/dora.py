@@ -31,8 +31,8 @@ class DoRA(base.Adapter):
     The update depends on the base kernel: beside other active adapters, it is
     `adapted kernel - W` that is added. `||W||` is computed when the adapter
     is attached, so load a base model's weights before that. Where the inner
-    adapter has two thin factors, the norms come from products of these with
-    the kernel and no delta is formed.
+    adapter has two thin factors and the columns are longer than 64, the norms
+    come from products of these with the kernel and no delta is formed.
 
     Train it at the inner adapter's learning rate.
 

@@ -185,7 +185,8 @@ def _warn_of_others(model, state):
     ours = set()
     for name, record in state.records.items():
         layers = [*state.adapters(name).values()]
-        if name in state.active:
+        # In a block those are trained that were active before it.
+        if name in state.active or state.block:
             layers += [state.layers[address] for address in record.kept]
         ours.update(id(weight) for layer in layers for weight in layer.weights)
     others = [w.path for w in model.trainable_weights if id(w) not in ours]

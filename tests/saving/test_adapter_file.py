@@ -352,6 +352,8 @@ class TestBaseModel:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             kra.save_adapter(model, tmp_path / "x", "b")
+            with kra.disabled(model):
+                kra.save_adapter(model, tmp_path / "x", "b")
 
     def test_no_folder(self, tmp_path):
         model, _, targets = zoo.dense()
