@@ -206,7 +206,6 @@ class TestGaLore:
         mean = (gradients[0] + gradients[1]) / 2
         methods.close(after, 0.95 * before - 0.1 * p @ p.T @ mean, 1e-4)
 
-    @needs_multi
     def test_a_gradient_that_is_not_finite(self):
         """The step is lost, as with any optimizer, and not the projection."""
         optimizer = GaLore("sgd", rank=2, update_interval=1)
@@ -218,6 +217,7 @@ class TestGaLore:
         assert np.isnan(value).all()
         np.testing.assert_array_equal(methods.numpy(projection.matrix), before)
 
+    @needs_multi
     def test_optimizers_are_chosen_by_path(self):
         variables, gradients = _variables((6, 9), (6, 9))
         before = [methods.numpy(v) for v in variables]
