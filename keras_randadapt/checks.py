@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt import claims
 from keras_randadapt import file_format
 from keras_randadapt import root
 from keras_randadapt import site_classes
@@ -46,7 +47,7 @@ def check_model(model):
     root.check_has_values(model)
     if root.is_adapted(model):
         return
-    owner = root.owner_of(model)
+    owner = claims.owner_of(model)
     if owner is not None:
         raise ValueError(
             f"Model '{model.name}' is a part of model '{owner.name}', which "
@@ -290,6 +291,37 @@ def warn_of_frozen_in_kept(layers, kept):
             "`quantize` with its `filters`.",
             stacklevel=3,
         )
+
+
+def warn_of_missed_biases(layers, chosen, kept, kinds):
+    """A warning for layers of a model that the training of all biases misses.
+
+    Those that have none, and those of classes that can't be adapted.
+    """
+    inside = {
+        id(layer)
+        for address in kept
+        for layer in _compat.flatten_layers(layers[address])
+    }
+    without, other = [], []
+    for address, layer in layers.items():
+        if address in chosen or id(layer) in inside or not layer.built:
+            continue
+        if site_layers.supported_class(layer, kinds) is not None:
+            without.append(address)
+        elif isinstance(getattr(layer, "bias", None), keras.Variable):
+            other.append(address)
+    for missed, words in (
+        (without, "Layers without a bias are left out: "),
+        (other, "Biases of layers that can't be adapted stay frozen: "),
+    ):
+        if missed:
+            more = len(missed) - 5
+            warnings.warn(
+                f"{words}{missed[:5]}"
+                + (f" and {more} more." if more > 0 else "."),
+                stacklevel=3,
+            )
 
 
 def _check_distribution(address, kernel):

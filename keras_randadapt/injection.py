@@ -20,6 +20,7 @@ from keras_randadapt import _compat
 from keras_randadapt import adapter_stack
 from keras_randadapt import building
 from keras_randadapt import checks
+from keras_randadapt import claims
 from keras_randadapt import quantized_kernels
 from keras_randadapt import report as report_lib
 from keras_randadapt import root
@@ -71,8 +72,8 @@ def inject(
             `keep_trainable`; a function of a layer that returns a bool; or
             `None`, the query and value projections (for `BitFit`, whatever has
             a bias; for `Bottleneck`, attention and feed-forward outputs).
-        exclude: Which of these to leave out: names, pattern or function. A
-            name may also be of a layer that contains targets.
+        exclude: Which of these to leave out: names, pattern, `"all-linear"` or
+            function. A name may also be of a layer that contains targets.
         keep_trainable: Layers that are trained along with the adapter and
             saved with it, such as a classification head: names, pattern or
             function.
@@ -116,7 +117,9 @@ def inject(
     if adapter.adapts_bias and not adapter.adapts_kernel:
         chosen = _with_bias(layers, chosen)
         if targets is None:
-            _warn_of_missed_biases(layers, chosen, kept, adapter.site_kinds)
+            checks.warn_of_missed_biases(
+                layers, chosen, kept, adapter.site_kinds
+            )
     if targets == "all-linear":
         chosen = _without_task_head(model, layers, chosen)
     checks.check_attachable(model, layers, chosen, kept)
@@ -363,13 +366,13 @@ def _become_root(model, layers):
     _compat.set_layer_trainable_flag(model, True)
     model.__class__ = root.root_class(type(model))
     for part in parts:
-        root.claim(part, model)
+        claims.claim(part, model)
 
 
 def _leave_root(model):
     state = model._randadapt
     for part in state.parts:
-        root.release_claim(part, model)
+        claims.release(part, model)
     model.__class__ = model._root_base
     for layer, flag in state.layer_flags:
         _compat.set_layer_trainable_flag(layer, flag)
@@ -539,36 +542,6 @@ def _with_bias(layers, chosen):
             stacklevel=3,
         )
     return [a for a in chosen if a not in without]
-
-
-def _warn_of_missed_biases(layers, chosen, kept, kinds):
-    """A warning for layers of a model that the training of all biases misses.
-
-    Those that have none, and those of classes that can't be adapted.
-    """
-    inside = {
-        id(layer)
-        for address in kept
-        for layer in _compat.flatten_layers(layers[address])
-    }
-    without, other = [], []
-    for address, layer in layers.items():
-        if address in chosen or id(layer) in inside or not layer.built:
-            continue
-        if site_layers.supported_class(layer, kinds) is not None:
-            without.append(address)
-        elif isinstance(getattr(layer, "bias", None), keras.Variable):
-            other.append(address)
-    for missed, reason in (
-        (without, "have no bias and are left out"),
-        (other, "have a bias but can't be adapted, so it stays frozen"),
-    ):
-        if missed:
-            warnings.warn(
-                f"{len(missed)} layers {reason}: {missed[:5]}"
-                + (" and more." if len(missed) > 5 else "."),
-                stacklevel=3,
-            )
 
 
 def _without_task_head(model, layers, chosen):

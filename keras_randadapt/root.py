@@ -9,11 +9,7 @@ import functools
 import io
 import json
 import os
-import types
-import weakref
-import zipfile
 
-import h5py
 import keras
 import numpy as np
 
@@ -24,8 +20,6 @@ from keras_randadapt import targets
 from keras_randadapt.adapters import base as adapter_base
 
 _ASSET = "randadapt_kept.npz"
-# The attribute that is a model's `_Claim`.
-_CLAIM = "_randadapt_claim"
 
 
 class AdapterRecord:
@@ -152,62 +146,6 @@ def check_is_model(model):
             "`model` must be a `keras.Model`. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
-
-
-class _Claim:
-    """What a model is told of the adapted models that it is a part of.
-
-    Attributes:
-        owners: `WeakSet` of models.
-        quantize: The method that the model itself had, or `None` for that of
-            its class.
-    """
-
-    def __init__(self, quantize):
-        self.owners = weakref.WeakSet()
-        self.quantize = quantize
-
-
-def claim(part, model):
-    """Makes a model, or `model` itself, a part of an adapted one."""
-    attributes = vars(part)
-    if _CLAIM not in attributes:
-        # Keras has a method of its own on every instance.
-        attributes[_CLAIM] = _Claim(attributes.get("quantize"))
-        attributes["quantize"] = types.MethodType(_quantize, part)
-    attributes[_CLAIM].owners.add(model)
-
-
-def release_claim(part, model):
-    """The reverse of `claim`; the last one gives `quantize` back."""
-    attributes = vars(part)
-    attributes[_CLAIM].owners.discard(model)
-    if attributes[_CLAIM].owners:
-        return
-    quantize = attributes.pop(_CLAIM).quantize
-    if quantize is None:
-        del attributes["quantize"]
-    else:
-        attributes["quantize"] = quantize
-
-
-def owner_of(part):
-    """An adapted model that a model is a part of, or `None`."""
-    if _CLAIM not in vars(part):
-        return None
-    return next(iter(vars(part)[_CLAIM].owners), None)
-
-
-def _quantize(part, *args, **kwargs):
-    if owner_of(part) is None:
-        # Those that it was a part of are gone, adapters and all.
-        release_claim(part, part)
-        return part.quantize(*args, **kwargs)
-    raise ValueError(
-        f"Model '{part.name}' has adapters attached, and `quantize` would "
-        "skip every adapted layer. Quantize first and inject afterwards, or "
-        "call `keras_randadapt.merge(model)` before quantizing."
-    )
 
 
 def is_adapted(model) -> bool:
@@ -410,8 +348,10 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
         return self._root_base.save(self, filepath, *args, **kwargs)
 
     def load_weights(self, filepath, *args, **kwargs):
+        from keras_randadapt.saving import weights_file
+
         state = self._randadapt
-        plain = _has_adapters(filepath) is False
+        plain = weights_file.has_adapters(filepath) is False
         held = {
             address
             for name in state.active
@@ -544,27 +484,6 @@ class AdaptedRoot(_compat.KeepsTrainingFlag):
                 os.path.join(preset_dir, f"{name}.adapter.safetensors"),
                 name=name,
             )
-
-
-def _has_adapters(filepath):
-    """Whether a file of Keras's weights is of an adapted model.
-
-    `None` if it can't be looked into from here.
-    """
-    filepath = str(filepath)
-    if not os.path.exists(filepath):
-        return None
-    part = "/adapter/named_"
-    if filepath.endswith(".json"):
-        with open(filepath) as file:
-            return part in file.read()
-    with contextlib.ExitStack() as stack:
-        file = filepath
-        if filepath.endswith(".keras"):
-            archive = stack.enter_context(zipfile.ZipFile(filepath))
-            file = stack.enter_context(archive.open("model.weights.h5"))
-        file = stack.enter_context(h5py.File(file, "r"))
-        return bool(file.visit(lambda path: part in path or None))
 
 
 def _portable_dtype(array):

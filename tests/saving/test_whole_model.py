@@ -223,9 +223,8 @@ class TestWeightsFiles:
     @pytest.mark.parametrize("kind", ["x.weights.h5", "x.keras"])
     def test_plain_weights_are_the_base_models_heads_too(self, tmp_path, kind):
         plain, x = self._with_a_head(5)
-        plain.save(tmp_path / kind) if "keras" in kind else plain.save_weights(
-            tmp_path / kind
-        )
+        save = plain.save if kind.endswith(".keras") else plain.save_weights
+        save(tmp_path / kind)
         expected = zoo.outputs(plain, x)
         adapted, _ = self._with_a_head(6, "default")
         adapted.load_weights(tmp_path / kind)

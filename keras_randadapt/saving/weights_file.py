@@ -1,0 +1,28 @@
+"""Keras's own files of weights, seen from outside."""
+
+import contextlib
+import os
+import zipfile
+
+import h5py
+
+
+def has_adapters(filepath):
+    """Whether a file of Keras's weights is of an adapted model.
+
+    `None` if it can't be looked into from here.
+    """
+    filepath = str(filepath)
+    if not os.path.exists(filepath):
+        return None
+    part = "/adapter/named_"
+    if filepath.endswith(".json"):
+        with open(filepath) as file:
+            return part in file.read()
+    with contextlib.ExitStack() as stack:
+        file = filepath
+        if filepath.endswith(".keras"):
+            archive = stack.enter_context(zipfile.ZipFile(filepath))
+            file = stack.enter_context(archive.open("model.weights.h5"))
+        file = stack.enter_context(h5py.File(file, "r"))
+        return bool(file.visit(lambda path: part in path or None))
