@@ -12,9 +12,9 @@ In processes of their own:
 - Training steps of a stack of Llama blocks in the shape of a model of 1B
   parameters, bfloat16, 4,096 tokens, and their memory: `training_step.py`.
 
-PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX does
-where `jax_triton` is installed, beside the matrix products that it runs
-otherwise. The table at the end has what issue trackers ask for first.
+PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX is
+asked to, where `jax_triton` is installed, beside the matrix products that it
+runs otherwise. The table at the end has what issue trackers ask for first.
 
 `--quick` runs small sizes of everything, on a CPU as well; where
 `TRITON_INTERPRET=1` is set, with the kernel.

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_randadapt.ops import steps
 
-# To turn the kernel off, set this to 0 before the package is imported.
+# Set before the package is imported: 0 turns the kernel off, 1 turns it on.
 _SWITCH = "KERAS_RANDADAPT_TRITON"
 # Elements that one program holds on chip: at least so many, in several rows if
 # need be, and at most so many, in one.
@@ -30,9 +30,14 @@ _MAX_FACTORS = 3
 _OTHER_BITS = np.uint32(0x1FFF)
 
 
-def kernel_is_wanted(package):
-    """Whether what launches the kernel is installed, and not turned off."""
-    if os.environ.get(_SWITCH, "1") == "0":
+def kernel_is_wanted(package, unless_told=True):
+    """Whether what launches the kernel is installed, and turned on.
+
+    Args:
+        package: What launches it.
+        unless_told: Whether it is on where the environment says nothing.
+    """
+    if os.environ.get(_SWITCH, "1" if unless_told else "0") == "0":
         return False
     return importlib.util.find_spec(package) is not None
 

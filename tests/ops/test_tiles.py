@@ -79,3 +79,17 @@ def test_factors_are_read_once_for_all_stages():
 
 def test_nothing_where_there_is_no_room():
     assert tiles.fitting(make(768, 1, 768, 768).program, 4, 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "torch", "jax"),
+    [(None, True, False), ("0", False, False), ("1", True, True)],
+)
+def test_where_the_kernel_is_wanted(told, torch, jax, monkeypatch):
+    """In PyTorch unless told otherwise; in JAX where one asks for it."""
+    monkeypatch.delenv("KERAS_RANDADAPT_TRITON", raising=False)
+    if told:
+        monkeypatch.setenv("KERAS_RANDADAPT_TRITON", told)
+    assert tiles.kernel_is_wanted("numpy") == torch
+    assert tiles.kernel_is_wanted("numpy", unless_told=False) == jax
+    assert not tiles.kernel_is_wanted("no_such_package")

@@ -45,5 +45,6 @@ def test_compiled_for_gpus(options):
         HERE / "triton_jax_compiler.py",
         *options,
         PYTHONPATH=os.pathsep.join(filter(None, path)),
+        KERAS_RANDADAPT_TRITON="1",
         JAX_PLATFORMS="cpu",
     )
