@@ -73,8 +73,9 @@ METHODS = {
 #: all of them the rest in `make test-full`.
 _EVERYWHERE = {"lora"}
 _HEART = {"rlora", "randlora", "rmlora"}
-_BRIEF = {"dense", "embedding", "bert_classifier"}
+_BRIEF = {"dense", "embedding"}
 _CORE = _BRIEF | {
+    "bert_classifier",
     "dense_int8",
     "conv2d_grouped",
     "einsum_query",

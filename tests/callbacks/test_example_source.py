@@ -167,6 +167,7 @@ class TestData:
             information.append(callback.information)
         np.testing.assert_allclose(*information, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_nested_inputs_and_integers(self):
         model, x, _ = zoo.bert_classifier()
         kra.inject(model, kra.RLoRA(5), keep_trainable="logits")

@@ -38,7 +38,15 @@ def test_in_the_interpreter():
     not CUDA.exists(), reason="`make test` installs jax_triton for this test"
 )
 # After TensorFlow, which KerasHub imports, `import triton` alone crashes.
-@pytest.mark.parametrize("options", [[], ["-p", "tensorflow", "-k", "768"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(
+            ["-p", "tensorflow", "-k", "768"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_compiled_for_gpus(options):
     path = [str(CUDA), os.environ.get("PYTHONPATH")]
     run_apart(
