@@ -51,13 +51,20 @@ def test_it_is_built_where_there_is_a_compiler():
 
 
 @on_a_backend_with_it
-def test_all_works_without_it():
+@pytest.mark.parametrize(
+    "names",
+    [
+        "not (low_precision or large_orders)",
+        pytest.param(
+            "low_precision or large_orders", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_all_works_without_it(names):
     """`test_transforms.py`, by matrix products."""
-    tests = HERE / "test_transforms.py"
-    # Not all: every run of the suite has this test.
-    some = ["-m", "not slow", "-k", "not low_precision and not large_orders"]
+    chosen = ["-m", "not slow", "-k", names, HERE / "test_transforms.py"]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *some, tests],
+        [sys.executable, "-m", "pytest", "-q", *chosen],
         env={**os.environ, "KERAS_RANDADAPT_NATIVE": "0"},
         cwd=HERE.parents[1],
         capture_output=True,
