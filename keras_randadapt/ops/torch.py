@@ -23,7 +23,7 @@ _PASS_COST = 36
 # Elements a block of rows, on a CPU: what is between steps stays in cache,
 # and is not asked from the system, which costs more than the arithmetic.
 _BLOCK = 1 << 19
-_HAS_TRITON = tiles.kernel_is_wanted("triton")
+_HAS_TRITON = tiles.kernel_is_wanted()
 
 # What `torch.autograd.Function.apply` asks too, and does.
 try:

@@ -13,7 +13,7 @@ bits that follow; the factors' entries are +- powers of two, or else (Hartley
 cores) a third product adds their other bits.
 
 Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
-CPU; slowly, for tests. `triton_torch.py` and `triton_jax.py` launch it.
+CPU; slowly, for tests. `triton_torch.py` launches it.
 """
 
 import contextlib
