@@ -29,15 +29,60 @@ from keras_randadapt.adapters import RLoRA
 from keras_randadapt.adapters import RMLoRA
 from keras_randadapt.adapters import SoRA
 from keras_randadapt.adapters import VeRA
-from keras_randadapt.compaction import compact
-from keras_randadapt.compaction import truncate
-from keras_randadapt.injection import disabled
-from keras_randadapt.injection import eject
-from keras_randadapt.injection import inject
-from keras_randadapt.injection import set_active
-from keras_randadapt.injection import sites
-from keras_randadapt.merging import merge
-from keras_randadapt.merging import merged
-from keras_randadapt.saving import load_adapter
-from keras_randadapt.saving import save_adapter
+from keras_randadapt.model import whole_model as _whole_model
+from keras_randadapt.model.compact import compact
+from keras_randadapt.model.compact import truncate
+from keras_randadapt.model.inject import inject
+from keras_randadapt.model.load import load_adapter
+from keras_randadapt.model.merge import merge
+from keras_randadapt.model.merge import merged
+from keras_randadapt.model.save import save_adapter
+from keras_randadapt.model.switch import disabled
+from keras_randadapt.model.switch import eject
+from keras_randadapt.model.switch import set_active
+from keras_randadapt.model.switch import sites
 from keras_randadapt.version import __version__
+
+__all__ = [
+    "__version__",
+    "AdaLoRA",
+    "Adapter",
+    "adapters",
+    "analysis",
+    "bases",
+    "BitFit",
+    "Bottleneck",
+    "callbacks",
+    "compact",
+    "disabled",
+    "DoRA",
+    "DyLoRA",
+    "eject",
+    "hadamard",
+    "Hydra",
+    "inject",
+    "load_adapter",
+    "LoRA",
+    "LoRAFA",
+    "merge",
+    "merged",
+    "NOLA",
+    "ops",
+    "optimizers",
+    "RandLoRA",
+    "random",
+    "regularizers",
+    "RLoRA",
+    "RMLoRA",
+    "SAID",
+    "save_adapter",
+    "set_active",
+    "sites",
+    "SoRA",
+    "truncate",
+    "VeRA",
+]
+
+
+def __dir__():
+    return __all__

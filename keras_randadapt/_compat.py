@@ -168,13 +168,12 @@ def unpickle_model(buffer):
     return keras.Model._unpickle_model(buffer)
 
 
-def alias_registered_class(cls, registered_class):
-    """Serializes instances of `cls` under `registered_class`'s name.
+def alias_registered_class(cls, name):
+    """Serializes instances of `cls` under a registered name.
 
     Keras looks registered names up by the exact class, and injection makes a
     class for every class of model that it meets.
     """
-    name = keras.saving.get_registered_name(registered_class)
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.sites import supported
 from tests import methods
 from tests import zoo
 
@@ -28,7 +29,7 @@ class TestBitFit:
             site = model.get_layer(name)
             d = zoo.normal(6, seed=3)
             site.adapter.get("default").bias_delta.assign(d)
-            bias = kra.site_layers.bias_variable(expected.get_layer(name))
+            bias = supported.bias_variable(expected.get_layer(name))
             bias.assign(methods.numpy(bias) + d)
         out = zoo.outputs(expected, x)
         methods.close(zoo.outputs(model, x), out)
@@ -70,11 +71,11 @@ class TestBitFit:
             site = model.get_layer(name)
             d = 1e-4 * zoo.normal(6, seed=3)
             site.adapter.get("default").bias_delta.assign(d)
-            bias = kra.site_layers.bias_variable(site)
+            bias = supported.bias_variable(site)
             expected.append(methods.numpy(bias) + d)
         kra.merge(model)
         for name, value in zip(("one", "norm"), expected):
-            bias = kra.site_layers.bias_variable(model.get_layer(name))
+            bias = supported.bias_variable(model.get_layer(name))
             np.testing.assert_allclose(methods.numpy(bias), value, rtol=1e-6)
 
     def test_layers_without_a_bias(self):

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
-from keras_randadapt import targets as targets_lib
+from keras_randadapt.sites import addresses
+from keras_randadapt.sites import kerashub
+from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import supported
 from tests import methods
 from tests import zoo
 
@@ -184,7 +187,7 @@ class TestRelay:
         assert type(model.get_layer(FIRST)) not in classes
         kra.inject(model, kra.LoRA(2), FIRST, name="lora")
         kra.eject(model, "default")
-        assert isinstance(model.get_layer(FIRST), kra.site_classes.Site)
+        assert isinstance(model.get_layer(FIRST), layer_lib.AdaptedLayer)
         kra.eject(model)
         assert [type(layer) for layer in model.layers] == classes
         np.testing.assert_array_equal(zoo.outputs(model, x), base)
@@ -396,14 +399,14 @@ class TestPlacement:
     )
     def test_kerashub(self, family, attention, networks):
         model = self._families()[family]()
-        layers = targets_lib.layers_by_address(model)
-        assert len(targets_lib.attention_outputs(layers)) == attention
-        found = targets_lib.feed_forwards(layers)
+        layers = addresses.layers_by_address(model)
+        assert len(kerashub.attention_outputs(layers)) == attention
+        found = kerashub.feed_forwards(layers)
         assert len(found) == networks
         for last, first in found.items():
             # Each goes from the model's features and comes back to them.
-            dims = kra.site_layers.view_of(layers[first]).input_dim
-            assert kra.site_layers.view_of(layers[last]).output_dim == dims
+            dims = supported.view_of(layers[first]).input_dim
+            assert supported.view_of(layers[last]).output_dim == dims
         report = kra.inject(model, kra.Bottleneck(3))
         assert len(report.sites) == attention + networks
         kra.inject(model, kra.Bottleneck(3, placement="pfeiffer"), name="p")
@@ -498,7 +501,7 @@ class TestPlacement:
             kra.inject(model, kra.Bottleneck(2, placement="pfeiffer"))
 
     def test_convolutions_of_such_names_are_left_alone(self):
-        layers = targets_lib.Layers()
+        layers = addresses.Layers()
         for address, layer in {
             "block/attention/query": keras.layers.Dense(2, name="query"),
             "block/attention/o_proj": keras.layers.Dense(2, name="o_proj"),
@@ -506,10 +509,10 @@ class TestPlacement:
             "block/fc2": keras.layers.Conv2D(2, 1, name="fc2"),
         }.items():
             layers[address], layers.places[address] = layer, address
-        assert targets_lib.feed_forwards(layers) == {}
+        assert kerashub.feed_forwards(layers) == {}
         layers["block/fc1"] = keras.layers.Dense(2, name="fc1")
         layers["block/fc2"] = keras.layers.Dense(2, name="fc2")
-        assert targets_lib.feed_forwards(layers) == {"block/fc2": "block/fc1"}
+        assert kerashub.feed_forwards(layers) == {"block/fc2": "block/fc1"}
 
     def test_mixture_of_experts(self):
         import keras_hub

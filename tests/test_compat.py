@@ -190,7 +190,9 @@ def test_alias_registered_class():
     class Other:
         pass
 
-    _compat.alias_registered_class(Other, Registered)
+    _compat.alias_registered_class(
+        Other, keras.saving.get_registered_name(Registered)
+    )
     assert keras.saving.get_registered_name(Other) == "tests>Registered"
 
 

@@ -16,6 +16,7 @@ import pytest
 from keras import layers
 
 import keras_randadapt as kra
+from keras_randadapt.sites import layer as layer_lib
 from tests import zoo
 
 BACKEND = keras.config.backend()
@@ -1066,11 +1067,11 @@ class TestThreads:
         adapted = type(layer)
 
         def class_inside():
-            with kra.site_classes.as_base_class(layer):
+            with layer_lib.as_base_class(layer):
                 return type(layer)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            with kra.site_classes.as_base_class(layer):
+            with layer_lib.as_base_class(layer):
                 other = pool.submit(class_inside)
                 with pytest.raises(concurrent.futures.TimeoutError):
                     other.result(0.2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.sites import supported
 from tests import zoo
 
 #: Templates with ranks that fit the smallest kernels of the zoo.
@@ -420,11 +421,11 @@ class TestMatrix:
             assert keras.backend.standardize_dtype(delta.dtype) == "float32"
             if case.quantized or "embedding" in case.builder.__name__:
                 continue
-            kernel = layer.to_view(kra.site_layers.kernel_variable(layer))
+            kernel = layer.to_view(supported.kernel_variable(layer))
             self._check(layer, kernel + delta)
 
     def _check_bias(self, layer, adapter):
-        bias = kra.site_layers.bias_variable(layer)
+        bias = supported.bias_variable(layer)
         if bias is None:
             return
         base = layer.bias_to_view(bias)

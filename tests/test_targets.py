@@ -7,7 +7,7 @@ import pytest
 from keras import layers
 
 import keras_randadapt as kra
-from keras_randadapt import targets as targets_lib
+from keras_randadapt.sites import addresses
 from tests import zoo
 
 LORA = kra.LoRA(2)
@@ -303,8 +303,8 @@ class TestAddresses:
         second = zoo.sequential()[0]
         paths = [[x.path for x in m._flatten_layers()] for m in (first, second)]
         assert paths[0] != paths[1]
-        assert list(targets_lib.layers_by_address(first)) == list(
-            targets_lib.layers_by_address(second)
+        assert list(addresses.layers_by_address(first)) == list(
+            addresses.layers_by_address(second)
         )
 
 

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_randadapt import adapter_stack
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters.variables import AdapterVariables
+from keras_randadapt.sites.product import Product
 
 # What others call arguments of ours.
 _OTHER_NAMES = {
@@ -217,14 +217,14 @@ class Adapter(AdapterVariables):
     def adapt(
         self,
         x: Any,
-        linear: adapter_stack.Product,
+        linear: Product,
         training: bool | None = None,
     ) -> Any:
         """The site's output before bias and activation.
 
         Args:
             x: Tensor of shape `(..., input_dim)`.
-            linear: `adapter_stack.Product`. Called with a tensor like `x`, it
+            linear: `Product`. Called with a tensor like `x`, it
                 gives the product that this adapter adapts,
                 `(..., output_dim)`; `linear.kernel()` is the kernel view, or
                 `None` where it can't be had. `linear.base` is the product
@@ -420,28 +420,3 @@ class Adapter(AdapterVariables):
             f"{name}={value!r}" for name, value in self.get_config().items()
         )
         return f"<{type(self).__name__} {arguments}>"
-
-
-def serialize(template: Adapter) -> dict[str, Any]:
-    """A JSON-ready description of an adapter template."""
-    return {
-        "class": keras.saving.get_registered_name(type(template)),
-        "config": template.get_config(),
-    }
-
-
-def deserialize(config: dict[str, Any]) -> Adapter:
-    """The template that `serialize` described.
-
-    Raises:
-        ValueError: If the class is not a registered adapter: a file must not
-            be able to name any other class.
-    """
-    cls = keras.saving.get_registered_object(config["class"])
-    if not isinstance(cls, type) or not issubclass(cls, Adapter):
-        raise ValueError(
-            f"'{config['class']}' is no registered adapter. If it is your "
-            "own, import its module first. This version of keras_randadapt "
-            "may also be older than the file."
-        )
-    return cls.from_config(config["config"])

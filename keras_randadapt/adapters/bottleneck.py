@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from keras_randadapt import arguments
-from keras_randadapt import targets
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.plain import thin_product
+from keras_randadapt.sites import kerashub
 
 #: `(reduction, activation, scaling)` that each placement's paper trains with.
 _DEFAULTS = {
@@ -149,15 +149,15 @@ class Bottleneck(base.Adapter):
         )
 
     def default_targets(self, layers):
-        networks = targets.feed_forwards(layers)
+        networks = kerashub.feed_forwards(layers)
         if self.placement != "houlsby" or not networks:
             return networks
-        return {*networks, *targets.attention_outputs(layers)}
+        return {*networks, *kerashub.attention_outputs(layers)}
 
     def sources(self, layers, addresses):
         if self.placement != "parallel":
             return {}
-        networks = targets.feed_forwards(layers)
+        networks = kerashub.feed_forwards(layers)
         return {a: networks[a] for a in addresses if a in networks}
 
     def build(self, kernel_view):

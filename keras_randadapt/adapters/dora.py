@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt.adapters import base
+from keras_randadapt.adapters import configs
 from keras_randadapt.ops.plain import matmul
 
 # Below any norm that matters, and far above where its square underflows.
@@ -201,7 +202,7 @@ class DoRA(base.Adapter):
 
     def get_config(self):
         config = {
-            "adapter": base.serialize(self.inner),
+            "adapter": configs.serialize(self.inner),
             "detach_norm": self.detach_norm,
         }
         if self.dtype != "float32":
@@ -212,4 +213,4 @@ class DoRA(base.Adapter):
     def from_config(cls, config):
         config = dict(config)
         inner = config.pop("adapter")
-        return cls(base.deserialize(inner), **config)
+        return cls(configs.deserialize(inner), **config)

@@ -2,8 +2,8 @@
 
 from keras_randadapt.analysis.information import LayerInformation
 from keras_randadapt.analysis.information import layer_information
+from keras_randadapt.analysis.kernels import kernels
 from keras_randadapt.analysis.loss_plane import LossPlane
-from keras_randadapt.analysis.loss_plane import kernels
 from keras_randadapt.analysis.loss_plane import mode_connectivity
 from keras_randadapt.analysis.rank import SingularValues
 from keras_randadapt.analysis.rank import delta_statistics

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 
-from keras_randadapt import adapter_stack
-from keras_randadapt import checks
-from keras_randadapt import quantized_kernels
-from keras_randadapt import root
-from keras_randadapt import site_layers
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import checks
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.sites import product
+from keras_randadapt.sites import quantized
+from keras_randadapt.sites import supported
 
 _EPSILON = float(np.finfo("float32").eps)
 
@@ -30,7 +30,7 @@ class SiteDelta:
     def __init__(self, address, layer, gram, noise):
         self.address = address
         self.layer = layer
-        self.shape = tuple(site_layers.view_of(layer))
+        self.shape = tuple(supported.view_of(layer))
         self.gram = gram
         self.noise = noise
 
@@ -83,11 +83,11 @@ def site_deltas(model, name=None):
 
 
 def check_measurable(model, name):
-    """The `RootState` of a model whose deltas can be measured."""
-    state = root.state_of(model)
+    """The `AdaptedState` of a model whose deltas can be measured."""
+    state = state_lib.state_of(model)
     if state.block == "merged":
         # The kernels hold the deltas.
-        root.check_no_block(model)
+        state_lib.check_no_block(model)
     if name is not None:
         checks.check_names(state, [name])
     elif not state.active:
@@ -109,8 +109,8 @@ def check_measurable(model, name):
 
 def base_kernel_view(layer):
     """A site's base kernel view, float32, dequantized if need be."""
-    kernel = quantized_kernels.float_kernel(layer)
-    return keras.ops.cast(site_layers.as_view(layer, kernel), "float32")
+    kernel = quantized.float_kernel(layer)
+    return keras.ops.cast(supported.as_view(layer, kernel), "float32")
 
 
 def _gram(layer, adapters):
@@ -121,7 +121,7 @@ def _gram(layer, adapters):
         delta = sum(_numpy(adapter.delta_kernel()) for adapter in adapters)
         return _gram_of_matrix(delta), 0.0
     base = base_kernel_view(layer)
-    merged = _numpy(adapter_stack.fold(adapters, base))
+    merged = _numpy(product.fold(adapters, base))
     # A few roundings of each element of the merged kernel. The norm of their
     # error bounds every singular value that it can raise.
     noise = 4 * _EPSILON * float(np.linalg.norm(merged))

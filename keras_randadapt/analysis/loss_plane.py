@@ -8,16 +8,14 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt import adapter_stack
 from keras_randadapt import arguments
-from keras_randadapt import injection
-from keras_randadapt import root
-from keras_randadapt import saving
-from keras_randadapt import site_classes
-from keras_randadapt import site_layers
-from keras_randadapt.analysis import deltas
+from keras_randadapt.analysis import kernels as kernels_lib
+from keras_randadapt.analysis import plane as plane_lib
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import Table
+from keras_randadapt.model import load
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import switch
 
 
 class LossPlane:
@@ -96,49 +94,6 @@ class LossPlane:
         )
 
 
-def kernels(model: keras.Model, keys=None) -> dict[str, np.ndarray]:
-    """Copies of the kernels that a model computes with, deltas folded in.
-
-    This is where models adapted by different methods, or trained in full, can
-    be compared: their trained weights have nothing in common, their kernels
-    have the same shapes.
-
-    Args:
-        model: A built Keras model, adapted or not.
-        keys: Which to copy: such as the keys of another model's copies. Under
-            a structural address there is that layer's kernel view, under
-            `"address#i"` weight `i` of the layer `address`, under
-            `"address#bias"` its bias as adapters leave it. By default the
-            kernel views of an adapted model's sites, the biases that an active
-            adapter adapts, and all weights of the layers that the active
-            adapters keep trainable.
-
-    Returns:
-        dict from key to float32 array; a kernel view has shape `(input_dim,
-        output_dim)`.
-
-    Raises:
-        TypeError: If `model` is no Keras model.
-        ValueError: If a key means nothing in this model, if a kernel is
-            quantized and its layer is no site, or if the model has no adapter
-            and there are no `keys`.
-
-    Example:
-
-    ```python
-    before = kra.analysis.kernels(model)
-    model.fit(x, y, verbose=0)
-    after = kra.analysis.kernels(model)
-    ```
-    """
-    root.check_is_model(model)
-    if keys is None:
-        keys = _default_keys(root.state_of(model))
-    layers = root.layers_of(model)
-    _check_keys(layers, keys)
-    return {key: _read(layers, key) for key in keys}
-
-
 def mode_connectivity(
     model: keras.Model,
     points,
@@ -206,22 +161,22 @@ def mode_connectivity(
     shape = _check_arguments(model, points, x, resolution, margin, labels)
     with contextlib.ExitStack() as stack:
         if all(isinstance(point, dict) for point in points):
-            if root.is_adapted(model):
-                root.check_no_block(model)
+            if state_lib.is_adapted(model):
+                state_lib.check_no_block(model)
             points = _check_kernel_points(model, points)
-            plane = _Plane(points)
-            if root.is_adapted(model):
-                stack.enter_context(injection.disabled(model))
-            layers = root.layers_of(model)
-            variables = [_variable(layers, key) for key in points[0]]
+            plane = plane_lib.Plane(points)
+            if state_lib.is_adapted(model):
+                stack.enter_context(switch.disabled(model))
+            layers = state_lib.layers_of(model)
+            variables = [kernels_lib.variable(layers, key) for key in points[0]]
             stack.enter_context(_restored(model, variables))
 
             def write(values):
                 for key, value in values.items():
-                    _write(layers, key, value)
+                    kernels_lib.write(layers, key, value)
         else:
             points = _check_trainable_points(model, points)
-            plane = _Plane(points)
+            plane = plane_lib.Plane(points)
             variables = list(model.trainable_variables)
             stack.enter_context(_restored(model, variables))
 
@@ -250,73 +205,12 @@ def mode_connectivity(
     )
 
 
-class _Plane:
-    """The plane through three points; each a dict of arrays."""
-
-    def __init__(self, points):
-        first, second, third = points
-        self.origin = first
-        u = {key: second[key] - first[key] for key in first}
-        w = {key: third[key] - first[key] for key in first}
-        length_u, length_w = _norm(u), _norm(w)
-        if not np.isfinite(length_u + length_w):
-            i, key = next(
-                (i, key)
-                for i, point in enumerate(points)
-                for key, value in point.items()
-                if not np.all(np.isfinite(value))
-            )
-            raise ValueError(
-                f"`points[{i}]` holds NaN or infinity: in {key!r}."
-            )
-        if length_u == 0 or length_w == 0:
-            raise ValueError(
-                "`points` must be three different points: two of them are "
-                "equal."
-            )
-        self.u = {key: part / length_u for key, part in u.items()}
-        along = _inner(w, self.u)
-        v = {key: w[key] - along * self.u[key] for key in w}
-        length_v = _norm(v)
-        # Float32 weights: a smaller remainder is their rounding.
-        if length_v <= 1e-5 * length_w:
-            raise ValueError(
-                "`points` lie on one line, through which there is no single "
-                "plane. Give a third model that is trained from another seed "
-                "or by another method."
-            )
-        self.v = {key: part / length_v for key, part in v.items()}
-        self.points = np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
-
-    def at(self, a, b):
-        return {
-            key: start + a * self.u[key] + b * self.v[key]
-            for key, start in self.origin.items()
-        }
-
-    def grid(self, shape, margin):
-        low, high = self.points.min(axis=0), self.points.max(axis=0)
-        low, high = low - margin * (high - low), high + margin * (high - low)
-        return [
-            np.linspace(start, stop, n)
-            for start, stop, n in zip(low, high, shape)
-        ]
-
-
-def _inner(a, b):
-    return float(sum(np.sum(a[key] * b[key]) for key in a))
-
-
-def _norm(a):
-    return float(np.sqrt(_inner(a, a)))
-
-
 # Checks.
 
 
 def _check_arguments(model, points, x, resolution, margin, labels):
     """Validates what is no point; returns `(columns, rows)`."""
-    root.check_is_model(model)
+    state_lib.check_is_model(model)
     if not getattr(model, "compiled", False):
         raise ValueError(
             f"Model '{model.name}' is not compiled, so it has no loss: call "
@@ -358,9 +252,9 @@ def _check_arguments(model, points, x, resolution, margin, labels):
 
 
 def _check_kernel_points(model, points):
-    layers = root.layers_of(model)
+    layers = state_lib.layers_of(model)
     keys = list(points[0])
-    _check_keys(layers, keys)
+    kernels_lib.check_keys(layers, keys)
     for i, point in enumerate(points):
         if set(point) != set(keys):
             different = sorted(set(point) ^ set(keys))
@@ -376,7 +270,7 @@ def _check_kernel_points(model, points):
                     f"'{layers[key].quantization_mode}', which can't hold "
                     "the points between two models. Use a float model."
                 )
-            expected = _shape(layers, key)
+            expected = kernels_lib.shape(layers, key)
             if np.shape(point[key]) != expected:
                 raise ValueError(
                     f"`points[{i}]['{key}']` must have shape {expected}. "
@@ -389,8 +283,8 @@ def _check_kernel_points(model, points):
 
 def _check_trainable_points(model, points):
     variables = model.trainable_variables
-    if root.is_adapted(model):
-        root.check_no_block(model)
+    if state_lib.is_adapted(model):
+        state_lib.check_no_block(model)
     values = []
     for i, point in enumerate(points):
         if isinstance(point, (str, os.PathLike)):
@@ -412,14 +306,17 @@ def _check_trainable_points(model, points):
                 f"{shapes[:5]}"
             )
         values.append(
-            {k: np.asarray(_numpy(v), "float64") for k, v in enumerate(point)}
+            {
+                k: np.asarray(kernels_lib.as_numpy(v), "float64")
+                for k, v in enumerate(point)
+            }
         )
     return values
 
 
 def _file_values(model, path):
     """Values of the trainable variables after loading an adapter file."""
-    state = root.state_of(model)
+    state = state_lib.state_of(model)
     if len(state.active) != 1:
         raise ValueError(
             "Adapter files are points of a model with one active adapter. "
@@ -427,103 +324,11 @@ def _file_values(model, path):
             "`keras_randadapt.set_active(model, name)`."
         )
     with _restored(model, list(model.trainable_variables)):
-        saving.load_adapter(model, path, name=state.active[0])
-        return [_numpy(v) for v in model.trainable_variables]
+        load.load_adapter(model, path, name=state.active[0])
+        return [kernels_lib.as_numpy(v) for v in model.trainable_variables]
 
 
 # Reading, writing and restoring.
-
-
-def _default_keys(state):
-    active = [state.records[name] for name in state.active]
-    kept = {address for record in active for address in record.kept}
-    with_bias = {
-        address
-        for record in active
-        if record.template.adapts_bias
-        for address in record.addresses
-    }
-    keys = []
-    for address, layer in zip(state.site_addresses, state.site_layers):
-        if site_layers.kernel_variable(layer) is not None:
-            keys.append(address)
-        if (
-            address in with_bias
-            and site_layers.bias_variable(layer) is not None
-        ):
-            keys.append(f"{address}#bias")
-    for address in state.layers:
-        if address in kept:
-            number = len(state.layers[address].weights)
-            keys += [f"{address}#{i}" for i in range(number)]
-    return keys
-
-
-def _check_keys(layers, keys):
-    for key in keys:
-        address, _, index = str(key).partition("#")
-        layer = layers.get(address)
-        if layer is None:
-            raise ValueError(f"The model has no layer at '{address}'.")
-        if index == "bias":
-            supported = site_layers.looks_supported(layer, any_kind=True)
-            if not supported or site_layers.bias_variable(layer) is None:
-                raise ValueError(f"Layer '{address}' has no bias.")
-        elif index:
-            if not index.isdigit() or int(index) >= len(layer.weights):
-                raise ValueError(
-                    f"'{key}' means no weight: layer '{address}' has "
-                    f"{len(layer.weights)}."
-                )
-        elif not layer.built or site_layers.supported_class(layer) is None:
-            raise ValueError(
-                f"Layer '{address}' is a {type(layer).__name__}, which has no "
-                f"kernel view. Name its weights: '{address}#0' and so on."
-            )
-        elif layer.quantization_mode is not None and not isinstance(
-            layer, site_classes.Site
-        ):
-            raise ValueError(
-                f"The kernel of '{address}' is quantized to "
-                f"'{layer.quantization_mode}': it can be read only while an "
-                "adapter is attached there."
-            )
-
-
-def _variable(layers, key):
-    address, _, index = key.partition("#")
-    if index == "bias":
-        return site_layers.bias_variable(layers[address])
-    if index:
-        return layers[address].weights[int(index)]
-    return site_layers.kernel_variable(layers[address])
-
-
-def _shape(layers, key):
-    if "#" in key:
-        return tuple(_variable(layers, key).shape)
-    return tuple(site_layers.view_of(layers[key]))
-
-
-def _read(layers, key):
-    address, _, index = key.partition("#")
-    layer = layers[address]
-    if index == "bias" and isinstance(layer, site_classes.Site):
-        return _numpy(layer.merged_bias()).astype("float32")
-    if index:
-        return _numpy(_variable(layers, key)).astype("float32")
-    if not isinstance(layer, site_classes.Site):
-        view = site_layers.as_view(layer, site_layers.kernel_variable(layer))
-        return _numpy(view).astype("float32")
-    view = deltas.base_kernel_view(layer)
-    return _numpy(adapter_stack.fold(layer.adapter.active(), view))
-
-
-def _write(layers, key, value):
-    value = value.astype("float32")
-    if "#" not in key:
-        value = site_layers.from_view(layers[key], value)
-    _variable(layers, key).assign(value)
 
 
 @contextlib.contextmanager
@@ -535,15 +340,12 @@ def _restored(model, variables):
     """
     if keras.config.backend() == "jax":
         variables = {id(v): v for v in [*variables, *model.variables]}.values()
-    values = [(variable, _numpy(variable)) for variable in variables]
+    values = [
+        (variable, kernels_lib.as_numpy(variable)) for variable in variables
+    ]
     try:
         yield
     finally:
         _compat.forget_jax_state(model)
         for variable, value in values:
             variable.assign(value)
-
-
-def _numpy(value):
-    """A copy, as a NumPy array of the same dtype."""
-    return np.array(keras.ops.convert_to_numpy(value))

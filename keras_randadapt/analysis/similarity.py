@@ -6,11 +6,11 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt import injection
-from keras_randadapt import root
-from keras_randadapt import targets
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import Table
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import switch
+from keras_randadapt.sites import selection
 
 ESTIMATORS = ("debiased", "biased", "minibatch")
 
@@ -178,13 +178,13 @@ def cka(
         - [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327), equations 2
           and 3: the estimate from minibatches.
     """
-    root.check_is_model(model_a)
+    state_lib.check_is_model(model_a)
     if model_b is None:
-        root.state_of(model_a)
-        root.check_no_block(model_a)
-        model_b, off = model_a, injection.disabled(model_a)
+        state_lib.state_of(model_a)
+        state_lib.check_no_block(model_a)
+        model_b, off = model_a, switch.disabled(model_a)
     else:
-        root.check_is_model(model_b)
+        state_lib.check_is_model(model_b)
         off = contextlib.nullcontext()
     if estimator not in ESTIMATORS:
         raise ValueError(
@@ -312,9 +312,9 @@ def _choose(model, names, argument):
         raise ValueError(
             f"Model '{model.name}' is not built. Call it once on data first."
         )
-    layers = root.layers_of(model)
+    layers = state_lib.layers_of(model)
     if names is not None:
-        found = targets.match(layers, names, argument)
+        found = selection.match(layers, names, argument)
         return {a: (layers[a], True) for a in found}
     outer = {id(layer) for layer in _outer_layers(model)}
     return {a: (x, False) for a, x in layers.items() if id(x) in outer}

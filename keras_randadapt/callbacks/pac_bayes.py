@@ -11,9 +11,10 @@ from keras_randadapt import _compat
 from keras_randadapt import analysis
 from keras_randadapt import arguments
 from keras_randadapt import random
-from keras_randadapt import root
 from keras_randadapt.callbacks import example_source
+from keras_randadapt.callbacks import pac_bayes_checks as checks
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
+from keras_randadapt.model import state as state_lib
 from keras_randadapt.regularizers import pac_bayes
 
 _ATTRIBUTE = "pac_bayes"
@@ -136,12 +137,14 @@ class PACBayes(keras.callbacks.Callback):
         chunk_size: int | None = None,
     ):
         super().__init__()
-        self.strength = _check_strength("strength", strength)
-        self.head_strength = _check_strength("head_strength", head_strength)
-        self.samples = _check_count("samples", samples)
+        self.strength = checks.check_strength("strength", strength)
+        self.head_strength = checks.check_strength(
+            "head_strength", head_strength
+        )
+        self.samples = checks.check_count("samples", samples)
         self.every = every
         if every != "epoch":
-            self.every = _check_count("every", every, 'or "epoch"')
+            self.every = checks.check_count("every", every, 'or "epoch"')
             # Not a method: Keras waits for every step's logs where a callback
             # has one.
             self.on_train_batch_end = self._count_steps
@@ -155,7 +158,7 @@ class PACBayes(keras.callbacks.Callback):
         )
         self.seed = random.check_seed(seed)
         if chunk_size is not None:
-            chunk_size = _check_count("chunk_size", chunk_size, "or None")
+            chunk_size = checks.check_count("chunk_size", chunk_size, "or None")
         self.chunk_size = chunk_size
         self._pipeline = x
         self._source = example_source.source_of(x, y, sample_weight)
@@ -223,10 +226,12 @@ class PACBayes(keras.callbacks.Callback):
     # Attaching and detaching.
 
     def set_model(self, model):
-        _check_one_device(model)
-        state = root.state_of(model)
-        root.check_no_block(model)
-        weights, heads = self._weights(model, state)
+        checks.check_one_device(model)
+        state = state_lib.state_of(model)
+        state_lib.check_no_block(model)
+        weights, heads = checks.regularized_weights(
+            model, state, self.head_strength
+        )
         if self._penalty is None:
             penalty = self._new_penalty(weights, heads)
         else:
@@ -249,41 +254,6 @@ class PACBayes(keras.callbacks.Callback):
         # `BackupAndRestore` reads its file.
         if penalty.is_attached:
             self._attach(model, state, stack)
-
-    def _weights(self, model, state):
-        """The regularized weights, adapters' and kept layers'."""
-        sites = {}
-        seen = set()
-        for address in state.site_addresses:
-            found = [
-                variable
-                for adapter in state.layers[address].adapter.active()
-                for variable in adapter.trainable_variables
-                # Some methods share weights between sites.
-                if not (id(variable) in seen or seen.add(id(variable)))
-            ]
-            if found:
-                sites[address] = found
-        if not sites:
-            raise ValueError(
-                f"Model '{model.name}' has no active adapter with trainable "
-                "weights to regularize. Active: "
-                f"{list(state.active)}. See `keras_randadapt.set_active`."
-            )
-        heads = {}
-        if self.head_strength:
-            for name in state.active:
-                for address in state.records[name].kept:
-                    heads[address] = list(
-                        state.layers[address].trainable_variables
-                    )
-            if not heads:
-                raise ValueError(
-                    "`head_strength` is for the layers of `keep_trainable`, "
-                    f"of which model '{model.name}' has none. Received: "
-                    f"head_strength={self.head_strength}"
-                )
-        return pac_bayes.FlatWeights(sites), pac_bayes.FlatWeights(heads)
 
     def _new_penalty(self, weights, heads):
         owner = weights.variables[0].path.rpartition("/adapter/")[0]
@@ -470,58 +440,3 @@ class PACBayes(keras.callbacks.Callback):
         digest = hashlib.sha256(f"PACBayes {self.seed} {number}".encode())
         seed = int.from_bytes(digest.digest()[:4], "little")
         return example_source.own_random_state(seed, self._pipeline)
-
-
-def _check_one_device(model):
-    if keras.config.backend() == "torch":
-        from torch.nn.parallel import DistributedDataParallel
-
-        if isinstance(model, DistributedDataParallel):
-            _refuse_devices("torch's DistributedDataParallel")
-    if keras.config.backend() == "tensorflow":
-        root.check_is_model(model)
-        replicas = model.distribute_strategy.num_replicas_in_sync
-        if replicas > 1:
-            _refuse_devices(f"a tf.distribute strategy of {replicas} replicas")
-    distribution = keras.distribution.distribution()
-    if distribution is not None and keras.config.backend() != "jax":
-        _refuse_devices(f"a {type(distribution).__name__}")
-
-
-def _refuse_devices(what):
-    raise ValueError(
-        f"`PACBayes` does not work with {what}: every device would estimate "
-        "by itself. Train on one device, or on JAX, where "
-        "`keras.distribution` is supported."
-    )
-
-
-def _check_strength(name, value):
-    try:
-        if isinstance(value, (str, bool)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"`{name}` must be a number, at least 0; `y` is given before "
-            f"`strength`. Received: {name}={example_source._short(value)}"
-        ) from None
-    if not 0 <= number < float("inf"):
-        raise ValueError(
-            f"`{name}` must be finite and at least 0. "
-            f"Received: {name}={value!r}"
-        )
-    return number
-
-
-def _check_count(name, value, otherwise=""):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(
-            f"`{name}` must be an integer {otherwise}".rstrip()
-            + f". Received: {name}={value!r} (of type {type(value).__name__})"
-        )
-    if value < 1:
-        raise ValueError(
-            f"`{name}` must be at least 1. Received: {name}={value}"
-        )
-    return int(value)

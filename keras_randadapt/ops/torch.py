@@ -4,7 +4,6 @@ import ctypes
 import functools
 import inspect
 import os
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch.autograd import forward_ad
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
 from keras_randadapt.ops import tiles
+from keras_randadapt.ops import torch_tensors
 
 # Marks Python that is not to be traced: `torch.compile` would follow the
 # construction of the matrices down to NumPy.
@@ -381,41 +381,15 @@ def _constants(step, x):
     match step:
         case steps.Kronecker():
             matrices = [factor.matrix for factor in _grouped(step, x.dtype)]
-            return as_tensors(step, matrices, x.dtype, x.device)
+            return torch_tensors.as_tensors(step, matrices, x.dtype, x.device)
         case steps.Multiply():
-            return as_tensors(step, (step.vector,), x.dtype, x.device)
+            return torch_tensors.as_tensors(
+                step, (step.vector,), x.dtype, x.device
+            )
         case steps.Take():
-            return as_tensors(step, (step.index,), torch.int32, x.device)
-
-
-_known_tensors = weakref.WeakKeyDictionary()
-
-
-def as_tensors(owner, arrays, dtype, device):
-    """Arrays as tensors, kept for the next call as long as `owner` lives.
-
-    `None` stays `None`.
-    """
-    if torch.compiler.is_compiling():
-        return _copies(arrays, dtype, device)
-    known = _known_tensors.setdefault(owner, {})
-    if (device, dtype) not in known:
-        tensors = _copies(arrays, dtype, device)
-        if {type(t) for t in tensors} - {torch.Tensor, type(None)}:
-            # Fake tensors must not outlive the trace that made them.
-            return tensors
-        known[device, dtype] = tensors
-    return known[device, dtype]
-
-
-def _copies(arrays, dtype, device):
-    # `torch.tensor` copies: read-only arrays are not for sharing. What is made
-    # in inference mode could not be kept for a backward pass later.
-    with torch.inference_mode(False):
-        return tuple(
-            None if a is None else torch.tensor(a, dtype=dtype, device=device)
-            for a in arrays
-        )
+            return torch_tensors.as_tensors(
+                step, (step.index,), torch.int32, x.device
+            )
 
 
 def with_gradient(forward, backward, *arguments, drop=0):

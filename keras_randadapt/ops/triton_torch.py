@@ -6,7 +6,7 @@ import math
 import torch
 
 from keras_randadapt.ops import triton
-from keras_randadapt.ops.torch import as_tensors
+from keras_randadapt.ops.torch_tensors import as_tensors
 
 
 def takes(program, dtype, device):

@@ -1,8 +1,19 @@
 """Optimizers for adapters."""
 
+import importlib
+
 from keras_randadapt.optimizers.galore import GaLore
-from keras_randadapt.optimizers.learning_rate_groups import learning_rate_groups
 from keras_randadapt.optimizers.masked_gradient import MaskedGradient
 from keras_randadapt.optimizers.proximal_l1 import ProximalL1
 from keras_randadapt.optimizers.rank_allocation import RankAllocation
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
+
+
+def __getattr__(name):
+    # It is about an adapted model, so its module is above this one.
+    if name == "learning_rate_groups":
+        module = importlib.import_module(
+            "keras_randadapt.model.learning_rate_groups"
+        )
+        return module.learning_rate_groups
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

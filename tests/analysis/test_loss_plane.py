@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import keras_randadapt as kra
-from keras_randadapt.analysis import loss_plane
+from keras_randadapt.analysis import plane as plane_lib
 from tests import zoo
 
 
@@ -75,7 +75,7 @@ class TestPlane:
             {"a": zoo.normal(3, 4, seed=s), "b": zoo.normal(5, seed=s)}
             for s in range(3)
         ]
-        plane = loss_plane._Plane(points)
+        plane = plane_lib.Plane(points)
         flat = [np.concatenate([p["a"].ravel(), p["b"]]) for p in points]
         for i, j in ((0, 1), (0, 2), (1, 2)):
             np.testing.assert_allclose(
@@ -103,10 +103,10 @@ class TestPlane:
         a, b = {"a": zoo.normal(4, seed=0)}, {"a": zoo.normal(4, seed=1)}
         middle = {"a": (a["a"] + b["a"]) / 2}
         with pytest.raises(ValueError, match="lie on one line"):
-            loss_plane._Plane([a, b, middle])
+            plane_lib.Plane([a, b, middle])
         for points in ([a, a, b], [a, b, a], [a, b, b]):
             with pytest.raises(ValueError, match="equal|one line"):
-                loss_plane._Plane(points)
+                plane_lib.Plane(points)
 
 
 class TestTrainables:

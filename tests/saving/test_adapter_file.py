@@ -12,7 +12,7 @@ import safetensors.numpy
 from keras import layers
 
 import keras_randadapt as kra
-from keras_randadapt import file_format
+from keras_randadapt.model import file_format
 from tests import methods
 from tests import zoo
 

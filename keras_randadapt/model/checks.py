@@ -8,13 +8,12 @@ from collections.abc import Iterable
 import keras
 
 from keras_randadapt import _compat
-from keras_randadapt import claims
-from keras_randadapt import file_format
-from keras_randadapt import root
-from keras_randadapt import site_classes
-from keras_randadapt import site_layers
-from keras_randadapt.adapters import base as adapter_base
+from keras_randadapt.adapters import configs
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import parts
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import supported
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
@@ -29,9 +28,9 @@ _READS_KERNELS = {
 
 def check_model(model):
     """Raises an error if adapters can't be attached to a model."""
-    root.check_is_model(model)
-    root.check_no_block(model)
-    root.check_not_fitting(model)
+    state_lib.check_is_model(model)
+    state_lib.check_no_block(model)
+    state_lib.check_not_fitting(model)
     if _compat.is_nnx_enabled():
         raise NotImplementedError(
             "Keras runs on NNX (`KERAS_NNX_ENABLED`), whose modules do not "
@@ -44,18 +43,18 @@ def check_model(model):
             "weights yet. Call it once on data or call `model.build(...)`, "
             "then inject."
         )
-    root.check_has_values(model)
-    if root.is_adapted(model):
+    state_lib.check_has_values(model)
+    if state_lib.is_adapted(model):
         return
-    owner = claims.owner_of(model)
+    owner = parts.owner_of(model)
     if owner is not None:
         raise ValueError(
             f"Model '{model.name}' is a part of model '{owner.name}', which "
             "has adapters attached. Inject into that one, or eject there first."
         )
     for layer in _compat.flatten_layers(model):
-        if isinstance(layer, site_classes.Site) or (
-            isinstance(layer, keras.Model) and root.is_adapted(layer)
+        if isinstance(layer, layer_lib.AdaptedLayer) or (
+            isinstance(layer, keras.Model) and state_lib.is_adapted(layer)
         ):
             raise ValueError(
                 f"A part of model '{model.name}' has adapters attached "
@@ -91,7 +90,7 @@ def check_adapter(adapter):
             f"and clones it: write `{type(adapter).__name__}(...)` anew."
         )
     try:
-        file_format.canonical(adapter_base.serialize(adapter))
+        configs.canonical(configs.serialize(adapter))
     except TypeError as error:
         raise TypeError(
             "`adapter` has an argument that no file can store, such as a "
@@ -106,7 +105,7 @@ def check_new_name(model, name):
             "`name` must consist of letters, digits, `_` and `-`, and start "
             f"with a letter or digit. Received: name={name!r}"
         )
-    if root.is_adapted(model) and name in model._randadapt.records:
+    if state_lib.is_adapted(model) and name in model._randadapt.records:
         raise ValueError(
             f"Model '{model.name}' has an adapter called '{name}' already. "
             "Give another `name`, or eject that one first: "
@@ -118,7 +117,7 @@ def check_names(state, names):
     """Validates names of attached adapters.
 
     Args:
-        state: A `RootState`.
+        state: A `AdaptedState`.
         names: A name or an iterable of names.
 
     Returns:
@@ -170,9 +169,9 @@ def check_attachable(model, layers, addresses, kept):
         for variable in _compat.owned_variables(layer):
             owners.setdefault(id(variable), []).append(layer)
     for address in addresses:
-        site_layers.check_site(address, layers[address])
+        supported.check_site(address, layers[address])
         _check_parent(address, layers)
-        kernel = site_layers.kernel_variable(layers[address])
+        kernel = supported.kernel_variable(layers[address])
         if kernel is None:
             continue
         sharing = owners.get(id(kernel), [])
@@ -196,7 +195,7 @@ def _check_overlap(model, addresses, kept):
     have one owner.
     """
     all_sites, all_kept = list(addresses), list(kept)
-    if root.is_adapted(model):
+    if state_lib.is_adapted(model):
         for record in model._randadapt.records.values():
             all_sites += record.addresses
             all_kept += record.kept
@@ -307,7 +306,7 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
     for address, layer in layers.items():
         if address in chosen or id(layer) in inside or not layer.built:
             continue
-        if site_layers.supported_class(layer, kinds) is not None:
+        if supported.supported_class(layer, kinds) is not None:
             without.append(address)
         elif isinstance(getattr(layer, "bias", None), keras.Variable):
             other.append(address)

@@ -7,10 +7,11 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt import injection
-from keras_randadapt import quantized_kernels
-from keras_randadapt import root
-from keras_randadapt import site_layers
+from keras_randadapt.model import attach
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import switch
+from keras_randadapt.sites import quantized
+from keras_randadapt.sites import supported
 
 
 def merge(model: keras.Model) -> keras.Model:
@@ -20,7 +21,7 @@ def merge(model: keras.Model) -> keras.Model:
     Kernels quantized to int8 or int4 are dequantized, merged and quantized
     anew with fresh scales, which rounds the delta to the new grid. Kept
     layers keep what they learned. The model's `trainable` flags are those
-    from before the injection.
+    from before the attach.
 
     Args:
         model: An adapted model.
@@ -33,9 +34,9 @@ def merge(model: keras.Model) -> keras.Model:
             merged, or if a merged kernel would hold NaN or infinity; nothing
             is changed then.
     """
-    state = root.state_of(model)
-    root.check_no_block(model)
-    root.check_not_fitting(model)
+    state = state_lib.state_of(model)
+    state_lib.check_no_block(model)
+    state_lib.check_not_fitting(model)
     _check_mergeable(state)
     _check_finite_merge(state)
     for layer in state.site_layers:
@@ -44,10 +45,10 @@ def merge(model: keras.Model) -> keras.Model:
     # What the active adapters' heads learned is what stays.
     for name in state.active:
         for address in state.records[name].kept:
-            state.base_values[address] = root.kept_layer_values(
+            state.base_values[address] = state_lib.kept_layer_values(
                 state.layers[address]
             )
-    return injection.eject(model)
+    return switch.eject(model)
 
 
 @contextlib.contextmanager
@@ -69,9 +70,9 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     Raises:
         ValueError: As `merge` does.
     """
-    state = root.state_of(model)
-    root.check_no_block(model)
-    functions = injection.functions_of_fit(model)
+    state = state_lib.state_of(model)
+    state_lib.check_no_block(model)
+    functions = attach.functions_of_fit(model)
     _check_mergeable(state)
     _check_finite_merge(state)
     active = state.active
@@ -82,21 +83,21 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
             if layer.adapter.active():
                 before[layer] = _kernel_values(layer)
                 _write_merged(layer)
-        injection.show(model, ())
+        attach.show(model, ())
         state.functions.bring_back(model, ())
         yield model
     finally:
         state.block = None
         for layer, values in before.items():
             _restore_kernel(layer, values)
-        injection.show(model, active)
+        attach.show(model, active)
         state.functions.bring_back(model, active)
-        injection.restore_functions(functions)
+        attach.restore_functions(functions)
 
 
 def _merged_kernel(layer):
     """The merged kernel of a site, float32, in the layer's own shape."""
-    kernel = quantized_kernels.float_kernel(layer)
+    kernel = quantized.float_kernel(layer)
     return keras.ops.convert_to_numpy(
         layer.from_view(layer._merged_kernel_view(kernel))
     )
@@ -107,7 +108,7 @@ def _adapts_kernel(layer):
 
 
 def _adapts_bias(layer):
-    return site_layers.bias_variable(layer) is not None and any(
+    return supported.bias_variable(layer) is not None and any(
         adapter.adapts_bias for adapter in layer.adapter.active()
     )
 
@@ -119,7 +120,7 @@ def _write_merged(layer):
     if kernel is not None:
         _write_kernel(layer, kernel)
     if bias is not None:
-        site_layers.bias_variable(layer).assign(bias)
+        supported.bias_variable(layer).assign(bias)
 
 
 def _merged_values(layer):
@@ -127,7 +128,7 @@ def _merged_values(layer):
     if _adapts_kernel(layer):
         kernel = _merged_kernel(layer)
         if layer.quantization_mode is None:
-            dtype = site_layers.kernel_variable(layer).dtype
+            dtype = supported.kernel_variable(layer).dtype
             kernel = keras.ops.cast(kernel, dtype)
         yield kernel
     if _adapts_bias(layer):
@@ -165,9 +166,9 @@ def _check_finite_merge(state):
 
 def _write_kernel(layer, kernel):
     if layer.quantization_mode is None:
-        site_layers.kernel_variable(layer).assign(kernel)
+        supported.kernel_variable(layer).assign(kernel)
     else:
-        quantized_kernels.requantize(layer, kernel)
+        quantized.requantize(layer, kernel)
 
 
 def _kernel_values(layer):

@@ -6,7 +6,7 @@ import keras
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
-from keras_randadapt import root
+from keras_randadapt.model import state as state_lib
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
 Rate = float | keras.optimizers.schedules.LearningRateSchedule
@@ -71,7 +71,7 @@ def learning_rate_groups(
     )
     ```
     """
-    state = root.state_of(model)
+    state = state_lib.state_of(model)
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         raise NotImplementedError(
             "`learning_rate_groups` uses `keras.optimizers.MultiOptimizer`, "

@@ -3,7 +3,7 @@
 import math
 
 from keras_randadapt import _compat
-from keras_randadapt import file_format
+from keras_randadapt.model import file_format
 
 
 class Report:

@@ -1,29 +1,33 @@
 """Which layers can be sites, and what is asked of a layer, a site or not.
 
-Which of them become sites is decided in `targets` and done in `injection`;
-what a site computes is in `site_classes`.
+`selection` says which of them become sites, and `layer` and its neighbours say
+what these compute.
 """
 
 import functools
 
 import keras
 
-from keras_randadapt import site_classes
+from keras_randadapt.sites import convolution
+from keras_randadapt.sites import dense
+from keras_randadapt.sites import embedding
+from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import normalization
 
 #: Quantization modes whose layers can be sites.
 QUANTIZATION_MODES = (None, "int8", "int4")
 
 _SITE_CLASSES = {
-    keras.layers.Dense: site_classes.DenseSite,
-    keras.layers.EinsumDense: site_classes.EinsumDenseSite,
-    keras.layers.Conv1D: site_classes.ConvSite,
-    keras.layers.Conv2D: site_classes.ConvSite,
-    keras.layers.Conv3D: site_classes.ConvSite,
-    keras.layers.Embedding: site_classes.EmbeddingSite,
-    keras.layers.ReversibleEmbedding: site_classes.ReversibleEmbeddingSite,
-    keras.layers.LayerNormalization: site_classes.NormSite,
-    keras.layers.BatchNormalization: site_classes.NormSite,
-    keras.layers.GroupNormalization: site_classes.NormSite,
+    keras.layers.Dense: dense.AdaptedDense,
+    keras.layers.EinsumDense: dense.AdaptedEinsumDense,
+    keras.layers.Conv1D: convolution.AdaptedConv,
+    keras.layers.Conv2D: convolution.AdaptedConv,
+    keras.layers.Conv3D: convolution.AdaptedConv,
+    keras.layers.Embedding: embedding.AdaptedEmbedding,
+    keras.layers.ReversibleEmbedding: embedding.AdaptedReversibleEmbedding,
+    keras.layers.LayerNormalization: normalization.AdaptedNorm,
+    keras.layers.BatchNormalization: normalization.AdaptedNorm,
+    keras.layers.GroupNormalization: normalization.AdaptedNorm,
 }
 
 #: What most methods take; see `Adapter.site_kinds`.
@@ -47,7 +51,7 @@ def supported_class(layer, kinds=KERNEL_KINDS):
     overrides it computes something that this library does not know.
     """
     own = type(layer)
-    if issubclass(own, site_classes.Site):
+    if issubclass(own, layer_lib.AdaptedLayer):
         own = own._site_base
     for cls in own.__mro__:
         if cls in _SITE_CLASSES:
@@ -73,7 +77,7 @@ def is_matrix_product(layer):
     Every Dense layer is, and so are nearly all EinsumDense layers.
     """
     if isinstance(layer, keras.layers.EinsumDense):
-        return site_classes.einsum_plan_of(layer).is_matrix_product
+        return dense.einsum_plan_of(layer).is_matrix_product
     return isinstance(layer, keras.layers.Dense)
 
 
@@ -148,13 +152,15 @@ def check_site(address, layer):
             f"'{layer.quantization_mode}'. Adapters attach to float, int8 and "
             "int4 kernels."
         )
-    if "adapter" in vars(layer) and not isinstance(layer, site_classes.Site):
+    if "adapter" in vars(layer) and not isinstance(
+        layer, layer_lib.AdaptedLayer
+    ):
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' has an attribute `adapter` "
             "of its own, the name that adapters are kept under."
         )
     if isinstance(layer, keras.layers.EinsumDense):
-        plan = site_classes.einsum_plan_of(layer)
+        plan = dense.einsum_plan_of(layer)
         if layer.quantization_mode is not None and not plan.is_matrix_product:
             raise ValueError(
                 f"Layer '{layer.name}' at '{address}' is quantized to "

@@ -2,243 +2,25 @@
 
 import difflib
 import re
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import keras
 
-from keras_randadapt import _compat
-from keras_randadapt import adapter_stack
-from keras_randadapt import site_layers
+from keras_randadapt.sites import kerashub
+from keras_randadapt.sites import supported
 
-#: The names that query and value projections go by in KerasHub's families;
-#: the last four are one kernel for query, key and value together.
-QUERY_VALUE_NAMES = (
-    "query",
-    "value",
-    "query_dense",
-    "value_dense",
-    "query_proj",
-    "value_proj",
-    "q_proj",
-    "v_proj",
-    "query_projector",
-    "value_projector",
-    "q_dense_layer",
-    "v_dense_layer",
-    "query_key_value",
-    "attention_qkv",
-    "qkv",
-    "in_proj_qkv",
+#: What `targets`, `exclude` and `keep_trainable` may be.
+Targets = (
+    str
+    | re.Pattern
+    | Sequence[str | re.Pattern]
+    | Callable[[keras.layers.Layer], bool]
+    | None
 )
-
-#: What their output projections are called beside them.
-_ATTENTION_OUTPUT_NAMES = (
-    "attention_output",
-    "attention_projection",
-    "output_dense",
-    "output_projector",
-    "output_proj",
-    "o_dense_layer",
-    "o_proj",
-    "out_proj",
-    "proj",
-)
-
-#: The first and the last layer of KerasHub's feed-forward networks. Where the
-#: first is gated, the gate has the same input.
-_FEED_FORWARD_NAMES = {
-    "feedforward_output_dense": "feedforward_intermediate_dense",
-    "mlp_output_dense": "mlp_intermediate_dense",
-    "dense_4h_to_h": "dense_h_to_4h",
-    "output_projector": "input_projector",
-    "ffw_linear": "ffw_gating",
-    "mlp_dense_2": "mlp_dense_1",
-}
-
-#: Others that are called so count beside attention only.
-_COMMON_NAMES = {"down_proj": "up_proj", "fc2": "fc1", "dense_2": "dense_1"}
 
 #: Layers that choose experts: adapting them shifts every token's routing.
 _ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
-
-
-class Layers(dict):
-    """Every layer below a model, by structural address.
-
-    Attributes:
-        places: dict from address to the same path of names: in a container an
-            address counts classes, and what is `dense_1` there may well be
-            called `encoder`, and another layer `dense_1`.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.places = {}
-
-    def attribute(self, address):
-        """The attribute that holds a layer, or its name in a container."""
-        return self.places[address].rpartition("/")[2].lstrip("_")
-
-
-def layers_by_address(model):
-    """Every layer below `model`, by structural address.
-
-    The address is the path that the layer's weights have inside a
-    `.weights.h5` file: made of attribute names and class names, so equal on
-    every backend and in every run, where `layer.path` is neither unique nor
-    stable.
-
-    Args:
-        model: A built Keras model.
-
-    Returns:
-        `Layers`, in the order of Keras's weight files. A layer used in several
-        places is listed once, at the first.
-    """
-    found = Layers()
-    visited = {id(model)}
-    _walk_layer(model, "", "", found, visited)
-    return found
-
-
-def _join(path, name):
-    return f"{path}/{name}" if path else name
-
-
-def _walk_layer(layer, address, place, found, visited):
-    pairs = list(_compat.walk_attributes(layer))
-    # Where a model lists its layers, those have attributes too.
-    names = {
-        id(value): _join(place, attribute)
-        for attribute, value in pairs
-        if isinstance(value, keras.layers.Layer)
-    }
-    for attribute, value in pairs:
-        paths = _join(address, attribute), _join(place, attribute)
-        listed = attribute == "layers" and isinstance(layer, keras.Model)
-        _visit(value, *paths, found, visited, (), names if listed else {})
-
-
-def _visit(value, path, place, found, visited, containers, names):
-    if isinstance(value, keras.layers.Layer):
-        if id(value) in visited:
-            return
-        visited.add(id(value))
-        if isinstance(value, adapter_stack.AdapterStack):
-            return
-        found[path] = value
-        found.places[path] = place
-        # Nothing below these is a layer, and looking at every attribute of
-        # every one would unpack quantized kernels.
-        if not site_layers.looks_supported(value):
-            _walk_layer(value, path, place, found, visited)
-    elif isinstance(value, (list, tuple, dict)):
-        # Only the containers around this one: properties make lists anew, so
-        # the identity of one walked before may be another's by now.
-        if not any(value is other for other in containers):
-            containers = (*containers, value)
-            _visit_container(
-                value, path, place, found, visited, containers, names
-            )
-
-
-def _visit_container(container, path, place, found, visited, containers, names):
-    # Names inside a container count all that Keras saves, layers or not.
-    used = {}
-    values = container.values() if isinstance(container, dict) else container
-    for value in list(values):
-        if _compat.is_saveable(value):
-            name = _compat.snake_case(type(value).__name__)
-        elif isinstance(value, (list, tuple, dict)):
-            name = "container"
-        else:
-            continue
-        used[name] = used.get(name, -1) + 1
-        if used[name]:
-            name = f"{name}_{used[name]}"
-        path_there = f"{path}/{name}"
-        if isinstance(value, keras.layers.Layer):
-            name = value.name
-        place_there = names.get(id(value), f"{place}/{name}")
-        _visit(
-            value, path_there, place_there, found, visited, containers, names
-        )
-
-
-def attention_outputs(layers):
-    """Addresses of the output projections of attention.
-
-    Args:
-        layers: dict from address to layer, see `layers_by_address`.
-
-    Returns:
-        list of addresses.
-    """
-    return [
-        address
-        for group in _groups(layers).values()
-        if any(_is_query_or_value(a, layers) for a in group.values())
-        for name, address in group.items()
-        if name in _ATTENTION_OUTPUT_NAMES
-    ]
-
-
-def feed_forwards(layers):
-    """The feed-forward networks of KerasHub's transformers.
-
-    Args:
-        layers: dict from address to layer, see `layers_by_address`.
-
-    Returns:
-        dict from the address of a network's last layer to that of its first.
-    """
-    attention = attention_outputs(layers)
-    found = {}
-    for parent, group in _groups(layers).items():
-        pairs = dict(_FEED_FORWARD_NAMES)
-        if _is_in_block(parent, attention):
-            pairs |= _COMMON_NAMES
-        for last, first in pairs.items():
-            pair = group.get(last), group.get(first)
-            if None not in pair and _is_network(pair, layers):
-                found[pair[0]] = pair[1]
-    return found
-
-
-def _is_network(pair, layers):
-    for address in pair:
-        linear = (keras.layers.Dense, keras.layers.EinsumDense)
-        if not isinstance(layers[address], linear):
-            return False
-        # What it gives is gated, and added to that of other experts.
-        if "shared_expert" in address:
-            return False
-        # Keras itself calls unnamed layers `dense_1` and `dense_2`: the
-        # attribute tells.
-        name = layers[address].name
-        attribute = address.rpartition("/")[2].lstrip("_")
-        if name in ("dense_1", "dense_2") and attribute != name:
-            return False
-    return True
-
-
-def _groups(layers):
-    """Layers by their parent's address: dicts from name to address."""
-    groups = {}
-    for address, layer in layers.items():
-        parent = address.rpartition("/")[0]
-        groups.setdefault(parent, {}).setdefault(layer.name, address)
-    return groups
-
-
-def _is_in_block(parent, attention):
-    """Whether attention is beside this group of layers, or one level up."""
-    block = parent.rpartition("/")[0]
-    return any(
-        owner.rpartition("/")[2] != "layers"
-        and any(address.startswith(f"{owner}/") for address in attention)
-        for owner in (parent, block)
-        if owner
-    )
 
 
 def select_sites(
@@ -246,13 +28,13 @@ def select_sites(
     targets,
     exclude,
     kept,
-    kinds=site_layers.KERNEL_KINDS,
+    kinds=supported.KERNEL_KINDS,
     default=None,
 ):
     """The addresses that `targets` means and `exclude` does not.
 
     Args:
-        layers: dict from address to layer, see `layers_by_address`.
+        layers: dict from address to layer, see `addresses.layers_by_address`.
         targets: See `inject`.
         exclude: See `inject`.
         kept: Addresses that stay trainable; `"all-linear"` and `None` leave
@@ -271,7 +53,7 @@ def select_sites(
     candidates = {
         address: layer
         for address, layer in layers.items()
-        if layer.built and site_layers.supported_class(layer, kinds) is not None
+        if layer.built and supported.supported_class(layer, kinds) is not None
     }
     if targets is None and default is not None:
         wanted = default(layers)
@@ -303,7 +85,7 @@ def select_sites(
         for target in _as_list(targets):
             _refuse_unsupported(layers, target, kinds)
         chosen = [
-            a for a in chosen if site_layers.supported_class(layers[a], kinds)
+            a for a in chosen if supported.supported_class(layers[a], kinds)
         ]
     if exclude is None:
         return chosen
@@ -429,7 +211,8 @@ def _query_value(layers, candidates, kept):
     chosen = [
         address
         for address in candidates
-        if _is_query_or_value(address, layers) and not _is_below(address, kept)
+        if kerashub.is_query_or_value(address, layers)
+        and not _is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
@@ -438,12 +221,6 @@ def _query_value(layers, candidates, kept):
             'or give "all-linear". ' + _available(candidates)
         )
     return chosen
-
-
-def _is_query_or_value(address, layers):
-    # Some families leave projections unnamed; the attribute tells then.
-    names = {layers[address].name, layers.attribute(address)}
-    return not names.isdisjoint(QUERY_VALUE_NAMES)
 
 
 def _linear(candidates, kept):
@@ -476,36 +253,35 @@ def _is_below(address, parents):
 def _refuse_unsupported(layers, target, kinds):
     """An error if a target matched only layers that can't be adapted."""
     chosen = match(layers, target, "targets")
-    supported = [
-        a for a in chosen if site_layers.supported_class(layers[a], kinds)
+    adaptable = [
+        a for a in chosen if supported.supported_class(layers[a], kinds)
     ]
     overridden = [
         a
         for a in chosen
-        if site_layers.looks_supported(layers[a]) and a not in supported
+        if supported.looks_supported(layers[a]) and a not in adaptable
     ]
     if overridden:
         layer = layers[overridden[0]]
-        names = site_layers.overridden(type(layer))
+        names = supported.overridden(type(layer))
         raise ValueError(
             f"Layer '{layer.name}' at '{overridden[0]}' is a "
             f"{type(layer).__name__} that overrides `{names[0]}`, so what it "
             "computes is not known. Leave it out of `targets`, or let it "
             f"inherit `{names[0]}`."
         )
-    if not supported:
+    if not adaptable:
         classes = sorted({type(layers[a]).__name__ for a in chosen})
         inside = [
             layer.name
             for a, layer in layers.items()
-            if _is_below(a, chosen)
-            and site_layers.supported_class(layer, kinds)
+            if _is_below(a, chosen) and supported.supported_class(layer, kinds)
         ]
         raise ValueError(
             f"The target {_shown(target)} matches only layers of classes "
             f"{classes}, which can't be adapted. "
             + (f"Layers inside of them can: {inside[:5]}. " if inside else "")
-            + f"Supported: {', '.join(site_layers.class_names(kinds))}."
+            + f"Supported: {', '.join(supported.class_names(kinds))}."
         )
 
 
@@ -528,7 +304,7 @@ def _near_misses(target, layers):
     if close:
         return f"Near misses: {close}."
     return _available(
-        {a: x for a, x in layers.items() if site_layers.supported_class(x)}
+        {a: x for a, x in layers.items() if supported.supported_class(x)}
     )
 
 

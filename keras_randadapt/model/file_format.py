@@ -17,9 +17,9 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt import root
-from keras_randadapt import site_layers
-from keras_randadapt.adapters import base as adapter_base
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.sites import supported
 
 VERSION = 1
 METADATA_KEY = "keras_randadapt"
@@ -27,7 +27,7 @@ METADATA_KEY = "keras_randadapt"
 # Every digest of layers is as long; the size of a file needs no more of it.
 _SOME_DIGEST = "0" * 16
 
-_ALL_KINDS = (*site_layers.KERNEL_KINDS, "norm")
+_ALL_KINDS = (*supported.KERNEL_KINDS, "norm")
 
 
 def size(model, name):
@@ -45,7 +45,7 @@ def size(model, name):
             dtype = f"{kind}{8 * array.dtype.itemsize}"
             shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
     metadata = describe(model, name, None, lambda prefix="": _SOME_DIGEST)
-    header = {"__metadata__": {METADATA_KEY: canonical(metadata)}}
+    header = {"__metadata__": {METADATA_KEY: configs.canonical(metadata)}}
     offset = 0
     # safetensors lays tensors out by falling alignment, then by name.
     order = sorted(shapes, key=lambda k: (-int(shapes[k][0][1:]), k))
@@ -82,7 +82,7 @@ def kept_tensors(state, name):
     for address in record.kept:
         layer = state.layers[address]
         if record.kept_values is None:
-            values = root.kept_layer_values(layer)
+            values = state_lib.kept_layer_values(layer)
         else:
             values = record.kept_values[address]
         for i, (weight, value) in enumerate(zip(layer.weights, values)):
@@ -129,7 +129,7 @@ def describe(model, name, preset, digest_of):
     metadata = {
         "version": VERSION,
         "name": name,
-        "adapter": adapter_base.serialize(record.template),
+        "adapter": configs.serialize(record.template),
         "model": described,
         # Run-length encoded, in the order of the sorted addresses.
         "kernel_views": [
@@ -148,8 +148,8 @@ def describe(model, name, preset, digest_of):
 
 def describe_model(model):
     cls = type(model)
-    if root.is_adapted(model):
-        cls = model._root_base
+    if state_lib.is_adapted(model):
+        cls = model._own_class
     description = {"class": cls.__name__}
     backbone = _backbone(model)
     if backbone is not None:
@@ -167,7 +167,7 @@ def _parts(model, record):
     told = [*record.addresses, *record.kept, *record.sources.values()]
     return [
         address
-        for address, layer in root.layers_of(model).items()
+        for address, layer in state_lib.layers_of(model).items()
         if isinstance(layer, keras.Model)
         and all(one.startswith(f"{address}/") for one in told)
     ]
@@ -196,7 +196,7 @@ def layers_digest(model, sites, kept, prefix=""):
     Returns:
         A string of 16 characters.
     """
-    layers = root.layers_of(model)
+    layers = state_lib.layers_of(model)
     # By identity, since a backbone's own addresses are others.
     left_out = {
         id(layer)
@@ -207,7 +207,7 @@ def layers_digest(model, sites, kept, prefix=""):
     if backbone is not None:
         parts = {id(layer) for layer in _compat.flatten_layers(backbone)}
         if all(id(layers[address]) in parts for address in sites):
-            layers, prefix = root.layers_of(backbone), ""
+            layers, prefix = state_lib.layers_of(backbone), ""
     lines = []
     for address, layer in sorted(layers.items()):
         if not address.startswith(prefix):
@@ -224,10 +224,10 @@ def _view_of(layer):
     """The kernel view of a layer that can be a site, `None` for others."""
     if not layer.built:
         return None
-    if site_layers.supported_class(layer, _ALL_KINDS) is None:
+    if supported.supported_class(layer, _ALL_KINDS) is None:
         return None
     try:
-        return site_layers.view_of(layer)
+        return supported.view_of(layer)
     except (AttributeError, ValueError):
         # A normalization without an offset, an einsum that repeats a label,
         # or a kernel that was quantized away.
@@ -251,12 +251,6 @@ def _basis_key(adapter):
 
 def _short_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def canonical(metadata):
-    return json.dumps(
-        metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
 
 
 def _array(variable):

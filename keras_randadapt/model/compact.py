@@ -3,12 +3,12 @@
 import keras
 
 from keras_randadapt import arguments
-from keras_randadapt import building
-from keras_randadapt import checks
-from keras_randadapt import injection
-from keras_randadapt import report as report_lib
-from keras_randadapt import root
 from keras_randadapt.adapters import LoRA
+from keras_randadapt.model import attach
+from keras_randadapt.model import build
+from keras_randadapt.model import checks
+from keras_randadapt.model import report as report_lib
+from keras_randadapt.model import state as state_lib
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -74,9 +74,9 @@ def truncate(
 
 
 def _replace(model, name, low_rank):
-    state = root.state_of(model)
-    root.check_no_block(model)
-    root.check_not_fitting(model)
+    state = state_lib.state_of(model)
+    state_lib.check_no_block(model)
+    state_lib.check_not_fitting(model)
     name = checks.one_name(state, name)
     record = state.records[name]
     found = {
@@ -100,10 +100,10 @@ def _replace(model, name, low_rank):
         dropout=record.template.dropout,
         dtype=record.template.dtype,
     )
-    built = building.build_adapters(template, name, state.layers, addresses, {})
+    built = build.build_adapters(template, name, state.layers, addresses, {})
     for address in addresses:
         a, b, _ = found[address]
         built[address].lora_a.assign(a)
         built[address].lora_b.assign(b)
-    injection.replace(model, name, template, built)
+    attach.replace(model, name, template, built)
     return report_lib.Report(model, name)

@@ -1,234 +1,19 @@
-"""Saving and loading adapter files."""
+"""What must hold of an adapter file before anything of it is used."""
 
-import functools
 import json
 import math
 import os
 import reprlib
-import tempfile
-import warnings
 
-import keras
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from keras_randadapt import building
-from keras_randadapt import checks
-from keras_randadapt import file_format
-from keras_randadapt import injection
-from keras_randadapt import report
-from keras_randadapt import root
-from keras_randadapt import site_layers
-from keras_randadapt.adapters import base as adapter_base
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import file_format
+from keras_randadapt.sites import supported
 
 
-def save_adapter(
-    model: keras.Model,
-    filepath: str | os.PathLike,
-    name: str | None = None,
-    *,
-    preset: str | None = None,
-) -> None:
-    """Saves one adapter: its trained weights, config and seed.
-
-    Nothing that a seed rebuilds is stored, nor any of the base model but the
-    layers that were kept trainable. The file says what base model it is for,
-    by class and by a hash of its layers' addresses and shapes. The file is
-    complete or absent: it is written beside its destination and moved there.
-
-    Args:
-        model: An adapted model.
-        filepath: Path of the file, by convention `*.safetensors`.
-        name: Which adapter; the only one by default.
-        preset: Optional string: the name of the KerasHub preset that the
-            base model came from. Loading can then check it.
-
-    Raises:
-        ValueError: If the model has no adapter, or several and no `name`.
-        FileNotFoundError: If there is no folder for the file.
-
-    Example:
-
-    ```python
-    kra.save_adapter(model, "sentiment.safetensors")
-    ```
-    """
-    state = root.state_of(model)
-    name = checks.one_name(state, name)
-    _warn_of_others(model, state)
-    tensors = file_format.site_tensors(state, name)
-    tensors.update(file_format.kept_tensors(state, name))
-    record = state.records[name]
-    digest_of = functools.partial(
-        file_format.layers_digest, model, record.addresses, record.kept
-    )
-    metadata = file_format.describe(model, name, preset, digest_of)
-    data = safetensors.numpy.save(
-        tensors,
-        metadata={file_format.METADATA_KEY: file_format.canonical(metadata)},
-    )
-    _write(filepath, data)
-
-
-def load_adapter(
-    model: keras.Model,
-    filepath: str | os.PathLike,
-    name: str | None = None,
-    *,
-    preset: str | None = None,
-) -> report.Report:
-    """Loads a saved adapter into a model, attaching it if need be.
-
-    Files load on every backend, whichever wrote them, and into the backbone
-    of the task that they were trained on. Loading is strict: every check is
-    made before anything changes. The base model must have the layers that the
-    adapter was trained on, adapted or not, of the same shapes; layers that
-    were kept trainable are compared weight by weight, and of a KerasHub task
-    only the backbone counts. A float and an int8 or int4 model are alike.
-
-    A model without adapters computes with the loaded one at once. Beside
-    other adapters it is attached inactive; see `set_active`. If the model has
-    an adapter of this name, of the same config and on the same sites, its
-    weights are replaced.
-
-    Args:
-        model: A built Keras model of the architecture that the adapter was
-            trained on.
-        filepath: Path of the file.
-        name: The adapter's name in the model; the name that it was saved
-            under by default.
-        preset: Optional string: the preset that this model came from. If the
-            file states one too, the two must be equal.
-
-    Returns:
-        A `Report` of the adapter.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, foreign, or of a newer format, or
-            holds anything that it does not account for, if the model is of
-            another class, has other layers or lacks a site, a shape or dtype
-            differs, a basis would not be rebuilt as it was, or the name is
-            taken by a different adapter. The model is then as it was.
-
-    Example:
-
-    ```python
-    kra.load_adapter(model, "sentiment.safetensors")
-    ```
-    """
-    tensors, metadata = _read(filepath)
-    try:
-        template = adapter_base.deserialize(metadata["adapter"])
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"'{filepath}' describes an adapter that can't be made here: "
-            f"{error}"
-        ) from error
-    name = metadata["name"] if name is None else name
-    checks.check_model(model)
-    layers = root.layers_of(model)
-    rename, added, removed = _relocation(
-        filepath, metadata, tensors, model, layers
-    )
-    template = template.relocated(rename)
-    _check_base(filepath, metadata, model, preset)
-
-    addresses = [rename(key) for key in _site_keys(tensors)]
-    kept = [rename(key) for key in metadata["kept"]]
-    sources = {
-        rename(key): rename(source)
-        for key, source in metadata.get("sources", {}).items()
-    }
-    order = {address: i for i, address in enumerate(layers)}
-    by_address = {rename(key): tensors[key] for key in _site_keys(tensors)}
-    _check_views(filepath, metadata, addresses, layers, template.site_kinds)
-    _check_layers(filepath, metadata, model, addresses, kept, added, removed)
-    addresses.sort(key=order.get)
-    checks.check_attachable(model, layers, addresses, kept)
-    present = root.is_adapted(model) and name in model._randadapt.records
-    if present:
-        _check_same(filepath, model, name, template, addresses, kept, sources)
-        built = model._randadapt.adapters(name)
-    else:
-        checks.check_new_name(model, name)
-        built = building.build_adapters(
-            template, name, layers, addresses, sources
-        )
-    _check_bases(filepath, metadata, built)
-    values = _adapter_values(filepath, built, by_address)
-    kept_values = _kept_values(filepath, metadata, tensors, rename, layers)
-
-    # Nothing below can fail for anything in the file.
-    if not present:
-        injection.attach(
-            model, template, name, addresses, kept, layers, built, sources
-        )
-    for address, arrays in values.items():
-        for weight, array in zip(built[address].stored_weights(), arrays):
-            weight.assign(array)
-    record = model._randadapt.records[name]
-    if record.kept_values is None:
-        for address, arrays in kept_values.items():
-            root.assign_kept_layer_values(layers[address], arrays)
-    else:
-        record.kept_values = kept_values
-    return report.Report(model, name)
-
-
-# Writing.
-
-
-def _warn_of_others(model, state):
-    """A warning for what is trained, but is not of any adapter."""
-    ours = set()
-    for name, record in state.records.items():
-        layers = [*state.adapters(name).values()]
-        # In a block those are trained that were active before it.
-        if name in state.active or state.block:
-            layers += [state.layers[address] for address in record.kept]
-        ours.update(id(weight) for layer in layers for weight in layer.weights)
-    others = [w.path for w in model.trainable_weights if id(w) not in ours]
-    if others:
-        warnings.warn(
-            f"{len(others)} weights are trainable that are no adapter's, so no "
-            f"adapter file holds them: {others[:5]}. Name their layers in "
-            "`keep_trainable` at injection instead of unfreezing them.",
-            stacklevel=3,
-        )
-
-
-def _write(filepath, data):
-    filepath = os.fspath(filepath)
-    folder = os.path.dirname(os.path.abspath(filepath))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"There is no folder '{folder}' to put the file into. "
-            f"Received: filepath={filepath!r}"
-        )
-    handle, temporary = tempfile.mkstemp(
-        dir=folder, prefix=f".{os.path.basename(filepath)}."
-    )
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, filepath)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-# Reading and checking.
-
-
-def _read(filepath):
+def read(filepath):
     filepath = os.fspath(filepath)
     if not os.path.exists(filepath):
         raise FileNotFoundError(f"There is no file '{filepath}'.")
@@ -265,9 +50,7 @@ def _read(filepath):
         ) from error
     _check_form(filepath, metadata, _FORM)
     _check_form(filepath, metadata["model"], _FORM_OF_MODEL, "model.")
-    unknown = sorted(
-        set(metadata.get("sources", {})) - set(_site_keys(tensors))
-    )
+    unknown = sorted(set(metadata.get("sources", {})) - set(site_keys(tensors)))
     if unknown:
         raise ValueError(
             f"'{filepath}' is damaged: it tells the inputs of sites that it "
@@ -345,11 +128,11 @@ def _check_form(filepath, content, form, prefix=""):
             )
 
 
-def _site_keys(tensors):
+def site_keys(tensors):
     return sorted(key for key in tensors if "#" not in key)
 
 
-def _relocation(filepath, metadata, tensors, model, layers):
+def relocation(filepath, metadata, tensors, model, layers):
     """The function from a file's addresses to the model's, and two prefixes.
 
     A task holds its backbone under a prefix; a file trained on either loads
@@ -357,7 +140,7 @@ def _relocation(filepath, metadata, tensors, model, layers):
     second.
     """
     keys = [
-        *_site_keys(tensors),
+        *site_keys(tensors),
         *metadata["kept"],
         *metadata.get("sources", {}).values(),
     ]
@@ -393,7 +176,7 @@ def _relocation(filepath, metadata, tensors, model, layers):
     )
 
 
-def _check_base(filepath, metadata, model, preset):
+def check_base(filepath, metadata, model, preset):
     theirs = metadata["model"]
     ours = file_format.describe_model(model)
     equal = theirs["class"] == ours["class"]
@@ -414,7 +197,7 @@ def _check_base(filepath, metadata, model, preset):
         )
 
 
-def _check_views(filepath, metadata, addresses, layers, kinds):
+def check_views(filepath, metadata, addresses, layers, kinds):
     runs = metadata["kernel_views"]
     # Counted first: a damaged count would fill the memory.
     if sum(n for _, n in runs) != len(addresses):
@@ -424,12 +207,12 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
     wrong = []
     for address, theirs in zip(addresses, views):
         layer = layers[address]
-        if not layer.built or site_layers.supported_class(layer, kinds) is None:
+        if not layer.built or supported.supported_class(layer, kinds) is None:
             raise ValueError(
                 f"'{filepath}' adapts '{address}', which in this model is a "
                 f"{type(layers[address]).__name__} and can't be adapted."
             )
-        ours = "{}x{}".format(*site_layers.view_of(layers[address]))
+        ours = "{}x{}".format(*supported.view_of(layers[address]))
         if ours != theirs:
             wrong.append(f"'{address}' ({theirs} in the file, {ours} here)")
     if wrong:
@@ -440,7 +223,7 @@ def _check_views(filepath, metadata, addresses, layers, kinds):
         )
 
 
-def _check_layers(filepath, metadata, model, addresses, kept, added, removed):
+def check_layers(filepath, metadata, model, addresses, kept, added, removed):
     theirs = metadata["model"]
     ours = file_format.describe_model(model)
     expected = theirs["layers"]
@@ -464,11 +247,11 @@ def _check_layers(filepath, metadata, model, addresses, kept, added, removed):
     )
 
 
-def _check_same(filepath, model, name, template, addresses, kept, sources):
+def check_same(filepath, model, name, template, addresses, kept, sources):
     record = model._randadapt.records[name]
-    ours = adapter_base.serialize(record.template)
-    theirs = adapter_base.serialize(template)
-    if file_format.canonical(ours) != file_format.canonical(theirs):
+    ours = configs.serialize(record.template)
+    theirs = configs.serialize(template)
+    if configs.canonical(ours) != configs.canonical(theirs):
         difference = f"the file's is {theirs}, the model's {ours}"
     elif set(record.addresses) != set(addresses):
         difference = "they are on different sites"
@@ -484,7 +267,7 @@ def _check_same(filepath, model, name, template, addresses, kept, sources):
     )
 
 
-def _check_bases(filepath, metadata, built):
+def check_bases(filepath, metadata, built):
     ours = file_format.basis_hashes(built)
     theirs = metadata["bases"]
     # Roles are last parts of addresses, which no relocation changes.
@@ -501,7 +284,7 @@ def _check_bases(filepath, metadata, built):
         )
 
 
-def _adapter_values(filepath, built, tensors):
+def adapter_values(filepath, built, tensors):
     values = {}
     for address, adapter in built.items():
         flat = tensors[address]
@@ -521,7 +304,7 @@ def _adapter_values(filepath, built, tensors):
     return values
 
 
-def _kept_values(filepath, metadata, tensors, rename, layers):
+def kept_values(filepath, metadata, tensors, rename, layers):
     unknown = {key for key in tensors if "#" in key}
     values = {}
     for key in metadata["kept"]:

@@ -3,13 +3,13 @@
 import keras
 from keras import ops
 
-from keras_randadapt import site_layers
+from keras_randadapt.sites import supported
 
 
 def float_kernel(site):
     """A site's base kernel as floats, dequantized where it is quantized."""
     if site.quantization_mode is None:
-        return site_layers.kernel_variable(site)
+        return supported.kernel_variable(site)
     return dequantized_kernel(site)
 
 
@@ -32,7 +32,7 @@ def requantize(site, kernel):
     config = site._site_base.get_config(site)
     twin = site._site_base.from_config({**config, "dtype": source})
     twin.build_from_config(site.get_build_config())
-    site_layers.kernel_variable(twin).assign(kernel)
+    supported.kernel_variable(twin).assign(kernel)
     arguments = {}
     if getattr(site, "quantization_config", None) is not None:
         arguments["config"] = site.quantization_config

@@ -3,9 +3,9 @@
 import keras
 
 from keras_randadapt import _compat
-from keras_randadapt import checks
-from keras_randadapt import site_layers
 from keras_randadapt.adapters import variables as adapter_variables
+from keras_randadapt.model import checks
+from keras_randadapt.sites import supported
 
 
 def build_adapters(template, name, layers, addresses, sources):
@@ -19,7 +19,7 @@ def build_adapters(template, name, layers, addresses, sources):
             checks.check_called(template, address, layers)
             if address in sources:
                 _check_source(sources[address], address, layers)
-            template.check(tuple(site_layers.view_of(layers[address])))
+            template.check(tuple(supported.view_of(layers[address])))
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
     with adapter_variables.shared_bases():
@@ -30,14 +30,14 @@ def build_adapters(template, name, layers, addresses, sources):
             path = layer.path
             if not path or paths.count(path) > 1:
                 path = address
-            view = tuple(site_layers.view_of(layer))
+            view = tuple(supported.view_of(layer))
             clone = template.for_site(address, name)
             clone.input_dim, clone.output_dim = view
             clone.site_number = number
-            bias = site_layers.bias_variable(layer)
+            bias = supported.bias_variable(layer)
             clone.bias_shape = None if bias is None else tuple(bias.shape)
             source = layers[sources.get(address, address)]
-            clone.source_dim = site_layers.view_of(source).input_dim
+            clone.source_dim = supported.view_of(source).input_dim
             with keras.name_scope("adapter", override_parent=path):
                 clone.build(view)
             built[address] = clone
@@ -45,12 +45,12 @@ def build_adapters(template, name, layers, addresses, sources):
 
 
 def _check_kind(template, layer):
-    if site_layers.kind_of(layer) not in template.site_kinds:
+    if supported.kind_of(layer) not in template.site_kinds:
         raise ValueError(
             f"`{type(template).__name__}` does not adapt a "
             f"{type(layer).__name__}. Leave it out with `exclude`."
         )
-    if template.adapts_output and not site_layers.is_matrix_product(layer):
+    if template.adapts_output and not supported.is_matrix_product(layer):
         raise ValueError(
             f"`{type(template).__name__}` adapts outputs of matrix products, "
             f"and the equation '{layer.equation}' is none. Leave the layer "
@@ -62,15 +62,15 @@ def _check_source(address, site_address, layers):
     layer = layers.get(address)
     if (
         layer is None
-        or site_layers.supported_class(layer, ("product",)) is None
-        or not site_layers.is_matrix_product(layer)
+        or supported.supported_class(layer, ("product",)) is None
+        or not supported.is_matrix_product(layer)
     ):
         raise ValueError(
             f"Its input comes from '{address}', which must be a Dense or "
             f"EinsumDense layer. Received: {layer}. Leave the site out with "
             "`exclude`."
         )
-    site_layers.check_site(address, layer)
+    supported.check_site(address, layer)
     for one in (layer, layers[site_address]):
         if _compat.calls_in_graph(one) > 1:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""An adapted model: its state, how it changes, and its files."""

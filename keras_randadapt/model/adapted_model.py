@@ -1,0 +1,326 @@
+"""The class of an adapted model, mixed into the model's own class.
+
+The model keeps its identity and gets a subclass of its own class, as sites
+do, so that configs and whole-model files carry the adapters.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import save as save_lib
+from keras_randadapt.model import training as training_lib
+from keras_randadapt.model import weights_file
+from keras_randadapt.model.state import assign_kept_layer_values
+from keras_randadapt.model.state import check_no_block
+from keras_randadapt.model.state import kept_layer_values
+from keras_randadapt.sites import layer as layer_lib
+
+#: The one name under which adapted models of every class are saved; see
+#: `whole_model`.
+REGISTERED_NAME = "keras_randadapt>AdaptedModel"
+
+_ASSET = "randadapt_kept.npz"
+
+
+class AdaptedModel(_compat.KeepsTrainingFlag):
+    """Mixed into the outermost model's own class; see `adapted_class`."""
+
+    _own_class = None
+
+    def __new__(cls, *args, **kwargs):
+        # `keras.models.clone_model` calls the class of the model it clones:
+        # what it gets is a model without adapters.
+        return cls._own_class(*args, **kwargs)
+
+    @property
+    def trainable(self):
+        return self._own_class.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        self._own_class.trainable.fset(self, value)
+        if value and "_randadapt" in vars(self):
+            # `model.trainable = True` must not thaw the base model.
+            training_lib.apply_trainable(self)
+
+    def make_train_function(self, force=False):
+        # Of a block nothing that is trained remains, and what is not used in
+        # it moves all the same by what the optimizer remembers.
+        check_no_block(self)
+        with _compat.fresh_step(self, "train_step"):
+            return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        self._forget_functions_if(force)
+        with _compat.fresh_step(self, "test_step"):
+            return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        self._forget_functions_if(force)
+        return super().make_predict_function(force)
+
+    def _forget_functions_if(self, force):
+        # What makes one function obsolete does so whatever is active.
+        if force:
+            self._randadapt.functions.clear()
+
+    def compile(self, *args, **kwargs):
+        # Even if it fails half-way.
+        self._randadapt.functions.clear()
+        super().compile(*args, **kwargs)
+        training_lib.wrap_optimizer(self)
+
+    def compile_from_config(self, config):
+        # Keras compiles no class from a config that has a `compile` of its
+        # own, as ours: for the call, the model is of its own class.
+        self._randadapt.functions.clear()
+        adapted = type(self)
+        self.__class__ = adapted._own_class
+        try:
+            self.compile_from_config(config)
+        finally:
+            self.__class__ = adapted
+        optimizer = getattr(self, "optimizer", None)
+        training_lib.wrap_optimizer(self)
+        wrapped = getattr(self, "optimizer", None)
+        if wrapped is not optimizer and optimizer.built:
+            # What a file holds of the optimizer needs variables to go to.
+            wrapped.build(self.trainable_variables)
+
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "Keras's legacy HDF5 files can't hold adapters: save to a "
+                "'.keras' file, or `merge` first. "
+                f"Received: filepath={filepath}"
+            )
+        return self._own_class.save(self, filepath, *args, **kwargs)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        state = self._randadapt
+        plain = weights_file.has_adapters(filepath) is False
+        held = {
+            address
+            for name in state.active
+            for address in state.records[name].kept
+        }
+        base = {
+            address: kept_layer_values(state.layers[address])
+            for address in state.base_values.keys() - held
+        }
+        super().load_weights(filepath, *args, **kwargs)
+        if plain:
+            # It is of the base model, and so are the heads in it, which
+            # adapters that keep them get as well.
+            for address in state.base_values:
+                layer = state.layers[address]
+                state.base_values[address] = kept_layer_values(layer)
+            return
+        # Heads in it are an adapter's, and none that keeps these is active.
+        for address, values in base.items():
+            layer = state.layers[address]
+            keeping = [r for r in state.records.values() if address in r.kept]
+            if len(keeping) == 1:
+                keeping[0].kept_values[address] = kept_layer_values(layer)
+            assign_kept_layer_values(layer, values)
+
+    def get_config(self):
+        state = self._randadapt
+        if state.block == "merged":
+            # The kernels hold the deltas, and the config would add them.
+            check_no_block(self)
+        with plain_classes(self):
+            base = keras.saving.serialize_keras_object(self)
+        # The adapted model's own compilation is stored beside this config.
+        base.pop("compile_config", None)
+        return {
+            "base": base,
+            "adapters": [
+                {
+                    "name": name,
+                    "adapter": configs.serialize(record.template),
+                    "sites": record.addresses,
+                    "kept": record.kept,
+                    "sources": record.sources,
+                }
+                for name, record in state.records.items()
+            ],
+            "active": list(state.active),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        # `whole_model` attaches adapters, so it is above this module.
+        saved = keras.saving.get_registered_object(REGISTERED_NAME)
+        return saved.from_config(config, custom_objects)
+
+    def __reduce__(self):
+        # Keras names the class's own method, and pickle can't find a class
+        # that was made on the fly.
+        _, arguments = super().__reduce__()
+        return _compat.unpickle_model, arguments
+
+    def get_build_config(self):
+        # The base's config rebuilds it before the adapters are attached.
+        return None
+
+    def build_from_config(self, config):
+        return
+
+    def save_assets(self, dir_path):
+        base_save = getattr(super(), "save_assets", None)
+        if base_save is not None:
+            base_save(dir_path)
+        arrays = {}
+        state = self._randadapt
+        owners = {"": state.base_values}
+        for name, record in state.records.items():
+            owners[name] = record.kept_values or {}
+        for owner, values in owners.items():
+            for address, tensors in values.items():
+                for i, tensor in enumerate(tensors):
+                    key = json.dumps([owner, address, i])
+                    arrays[key] = tensor.astype(_portable_dtype(tensor))
+        if arrays:
+            # Keys are no file names, so one archive of numbered arrays.
+            buffer = io.BytesIO()
+            np.savez(
+                buffer,
+                keys=np.array(list(arrays)),
+                **{f"a{i}": a for i, a in enumerate(arrays.values())},
+            )
+            with open(os.path.join(dir_path, _ASSET), "wb") as file:
+                file.write(buffer.getvalue())
+
+    def load_assets(self, dir_path):
+        base_load = getattr(super(), "load_assets", None)
+        if base_load is not None:
+            base_load(dir_path)
+        path = os.path.join(dir_path, _ASSET)
+        if not os.path.exists(path):
+            return
+        state = self._randadapt
+        with np.load(path, allow_pickle=False) as archive:
+            for i, key in enumerate(archive["keys"]):
+                owner, address, _ = json.loads(str(key))
+                if owner:
+                    values = state.records[owner].kept_values
+                else:
+                    values = state.base_values
+                _, _, index = json.loads(str(key))
+                values[address][index] = archive[f"a{i}"]
+
+    def save_to_preset(self, preset_dir, *args, **kwargs):
+        """Saves the preset without adapters, and a file of each beside it.
+
+        Layers that the active adapters keep trainable are saved as they are.
+        """
+        with plain_classes(self):
+            self.save_to_preset(preset_dir, *args, **kwargs)
+        for name in self._randadapt.records:
+            save_lib.save_adapter(
+                self,
+                os.path.join(preset_dir, f"{name}.adapter.safetensors"),
+                name=name,
+            )
+
+
+def _portable_dtype(array):
+    # bfloat16 is no NumPy dtype: `np.load` gives raw bytes back.
+    return "float32" if array.dtype.name == "bfloat16" else array.dtype
+
+
+def adapted_class(base):
+    """The class of an adapted model whose own class is `base`."""
+    return _adapted_class(base)
+
+
+@functools.lru_cache(maxsize=None)
+def _adapted_class(base):
+    cls = type(
+        base.__name__,
+        (AdaptedModel, base),
+        {
+            # Keras names this module when it can't find the class, in a
+            # process that has not imported the library.
+            "__module__": "keras_randadapt",
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_own_class": base,
+            "call": _counting_call(base),
+            "fit": _releasing_fit(base),
+        },
+    )
+    _compat.alias_registered_class(cls, REGISTERED_NAME)
+    return cls
+
+
+def _counting_call(base):
+    """A class's `call`, which tells the adapters of training steps."""
+
+    @functools.wraps(base.call)
+    def call(self, *args, **kwargs):
+        # On JAX, `fit` calls `call` itself, in no call context.
+        training = kwargs.get("training")
+        if training is None:
+            training = _compat.training_phase(self)
+        if training:
+            for counter in self._randadapt.step_counters():
+                counter.assign_add(1)
+        # A call that broke off, or one of a part of the model, may have left
+        # something behind.
+        self._randadapt.forget_relayed()
+        return base.call(self, *args, **kwargs)
+
+    return call
+
+
+def _releasing_fit(base):
+    """A class's `fit`, after which nothing is attached to the model.
+
+    Callbacks can't see to that: they hear nothing of a `fit` that breaks off,
+    and none knows whether it is the last to be told of the end.
+    """
+
+    @functools.wraps(base.fit)
+    def fit(self, *args, **kwargs):
+        check_no_block(self)
+        state = self._randadapt
+        state.fitting = True
+        try:
+            return base.fit(self, *args, **kwargs)
+        finally:
+            state.fitting = False
+            training_lib.release(self)
+
+    return fit
+
+
+@contextlib.contextmanager
+def plain_classes(model):
+    """For a block, the model is the un-adapted one for Keras's saving.
+
+    It and its sites have their own classes back, and all layers the
+    `trainable` flags that they had, which configs state.
+    """
+    adapted = type(model)
+    state = model._randadapt
+    flags = [(layer, layer.trainable) for layer, _ in state.layer_flags]
+    with layer_lib.as_base_class(*state.changed_layers):
+        model.__class__ = adapted._own_class
+        for layer, flag in state.layer_flags:
+            _compat.set_layer_trainable_flag(layer, flag)
+        try:
+            yield
+        finally:
+            for layer, flag in flags:
+                _compat.set_layer_trainable_flag(layer, flag)
+            model.__class__ = adapted

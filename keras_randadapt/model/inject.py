@@ -1,0 +1,133 @@
+"""Attaching an adapter to a model: what is asked for, checked and built."""
+
+import warnings
+
+import keras
+
+from keras_randadapt import _compat
+from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import attach
+from keras_randadapt.model import build
+from keras_randadapt.model import checks
+from keras_randadapt.model import report as report_lib
+from keras_randadapt.model.state import layers_of
+from keras_randadapt.sites import selection
+from keras_randadapt.sites import supported
+from keras_randadapt.sites.selection import Targets
+
+
+def inject(
+    model: keras.Model,
+    adapter: Adapter,
+    targets: Targets = None,
+    *,
+    exclude: Targets = None,
+    keep_trainable: Targets = None,
+    name: str = "default",
+) -> report_lib.Report:
+    """Attaches an adapter to a model, in place, and freezes the rest.
+
+    From then on `fit`, `predict`, `save` and the rest are plain Keras. The
+    adapted model computes what the base model did until it is trained. It
+    does not matter whether the model is compiled or trained already; if it
+    is, no recompilation is needed, and `model.optimizer` is a fresh one of the
+    same config. So it is whenever other weights are trained from then on.
+
+    The first adapter of a model is active. Further ones, of other names, are
+    attached inactive and take over by `set_active`.
+
+    Args:
+        model: A built Keras model: the outermost one that you will train and
+            save.
+        adapter: An adapter such as `RLoRA(512)`. It is a template: it stays
+            unbuilt and can be injected elsewhere.
+        targets: Which layers to adapt. A name or a list of names, each the
+            layer's own name or the end of its path; a `re.Pattern` searched
+            for in the path; `"all-linear"`, every Dense and EinsumDense layer
+            but expert routers, heads of KerasHub tasks and those in
+            `keep_trainable`; a function of a layer that returns a bool; or
+            `None`, the query and value projections (for `BitFit`, whatever has
+            a bias; for `Bottleneck`, attention and feed-forward outputs).
+        exclude: Which of these to leave out: names, pattern, `"all-linear"` or
+            function. A name may also be of a layer that contains targets.
+        keep_trainable: Layers that are trained along with the adapter and
+            saved with it, such as a classification head: names, pattern or
+            function.
+        name: The adapter's name: letters, digits, `_` and `-`.
+
+    Returns:
+        A `Report`; print it.
+
+    Raises:
+        TypeError: If `model` is no Keras model or `adapter` no adapter.
+        ValueError: If the model is not built, a target matches nothing or
+            only what can't be adapted, the method can't take a site's shape,
+            or the name is taken. The model is then as it was.
+
+    Example:
+
+    ```python
+    report = kra.inject(
+        classifier,
+        kra.RLoRA(rank=512, seed=0),
+        targets=["query", "value"],
+        keep_trainable=["logits"],
+    )
+    print(report)
+    classifier.fit(x, y)
+    ```
+    """
+    checks.check_model(model)
+    checks.check_adapter(adapter)
+    checks.check_new_name(model, name)
+    layers = layers_of(model)
+    kept = selection.select_kept(layers, keep_trainable)
+    chosen = selection.select_sites(
+        layers,
+        targets,
+        exclude,
+        kept,
+        {*adapter.site_kinds, *supported.KERNEL_KINDS},
+        adapter.default_targets,
+    )
+    if adapter.adapts_bias and not adapter.adapts_kernel:
+        chosen = _with_bias(layers, chosen)
+        if targets is None:
+            checks.warn_of_missed_biases(
+                layers, chosen, kept, adapter.site_kinds
+            )
+    if targets == "all-linear":
+        chosen = _without_task_head(model, layers, chosen)
+    checks.check_attachable(model, layers, chosen, kept)
+    checks.warn_of_inference_in_fit(model, adapter)
+    checks.warn_of_frozen_in_kept(layers, kept)
+    sources = adapter.sources(layers, chosen)
+    built = build.build_adapters(adapter, name, layers, chosen, sources)
+    attach.attach(model, adapter, name, chosen, kept, layers, built, sources)
+    return report_lib.Report(model, name)
+
+
+def _with_bias(layers, chosen):
+    """Those of the chosen layers that have a bias; a warning for others."""
+    without = [a for a in chosen if supported.bias_variable(layers[a]) is None]
+    if len(without) == len(chosen):
+        raise ValueError(
+            f"None of the {len(chosen)} layers that `targets` matched has a "
+            "bias to train."
+        )
+    if without:
+        warnings.warn(
+            f"{len(without)} of the {len(chosen)} layers that `targets` "
+            f"matched have no bias and are left out: {without[:5]}",
+            stacklevel=3,
+        )
+    return [a for a in chosen if a not in without]
+
+
+def _without_task_head(model, layers, chosen):
+    """For `"all-linear"`, leaves out the heads of KerasHub tasks."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, keras.Model):
+        return chosen
+    inside = {id(layer) for layer in _compat.flatten_layers(backbone)}
+    return [a for a in chosen if id(layers[a]) in inside] or chosen

@@ -1,0 +1,127 @@
+"""Loading adapter files."""
+
+import os
+
+import keras
+
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import attach
+from keras_randadapt.model import build
+from keras_randadapt.model import checks
+from keras_randadapt.model import file_checks
+from keras_randadapt.model import report
+from keras_randadapt.model import state as state_lib
+
+
+def load_adapter(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    name: str | None = None,
+    *,
+    preset: str | None = None,
+) -> report.Report:
+    """Loads a saved adapter into a model, attaching it if need be.
+
+    Files load on every backend, whichever wrote them, and into the backbone
+    of the task that they were trained on. Loading is strict: every check is
+    made before anything changes. The base model must have the layers that the
+    adapter was trained on, adapted or not, of the same shapes; layers that
+    were kept trainable are compared weight by weight, and of a KerasHub task
+    only the backbone counts. A float and an int8 or int4 model are alike.
+
+    A model without adapters computes with the loaded one at once. Beside
+    other adapters it is attached inactive; see `set_active`. If the model has
+    an adapter of this name, of the same config and on the same sites, its
+    weights are replaced.
+
+    Args:
+        model: A built Keras model of the architecture that the adapter was
+            trained on.
+        filepath: Path of the file.
+        name: The adapter's name in the model; the name that it was saved
+            under by default.
+        preset: Optional string: the preset that this model came from. If the
+            file states one too, the two must be equal.
+
+    Returns:
+        A `Report` of the adapter.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, foreign, or of a newer format, or
+            holds anything that it does not account for, if the model is of
+            another class, has other layers or lacks a site, a shape or dtype
+            differs, a basis would not be rebuilt as it was, or the name is
+            taken by a different adapter. The model is then as it was.
+
+    Example:
+
+    ```python
+    kra.load_adapter(model, "sentiment.safetensors")
+    ```
+    """
+    tensors, metadata = file_checks.read(filepath)
+    try:
+        template = configs.deserialize(metadata["adapter"])
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{filepath}' describes an adapter that can't be made here: "
+            f"{error}"
+        ) from error
+    name = metadata["name"] if name is None else name
+    checks.check_model(model)
+    layers = state_lib.layers_of(model)
+    rename, added, removed = file_checks.relocation(
+        filepath, metadata, tensors, model, layers
+    )
+    template = template.relocated(rename)
+    file_checks.check_base(filepath, metadata, model, preset)
+
+    addresses = [rename(key) for key in file_checks.site_keys(tensors)]
+    kept = [rename(key) for key in metadata["kept"]]
+    sources = {
+        rename(key): rename(source)
+        for key, source in metadata.get("sources", {}).items()
+    }
+    order = {address: i for i, address in enumerate(layers)}
+    by_address = {
+        rename(key): tensors[key] for key in file_checks.site_keys(tensors)
+    }
+    file_checks.check_views(
+        filepath, metadata, addresses, layers, template.site_kinds
+    )
+    file_checks.check_layers(
+        filepath, metadata, model, addresses, kept, added, removed
+    )
+    addresses.sort(key=order.get)
+    checks.check_attachable(model, layers, addresses, kept)
+    present = state_lib.is_adapted(model) and name in model._randadapt.records
+    if present:
+        file_checks.check_same(
+            filepath, model, name, template, addresses, kept, sources
+        )
+        built = model._randadapt.adapters(name)
+    else:
+        checks.check_new_name(model, name)
+        built = build.build_adapters(template, name, layers, addresses, sources)
+    file_checks.check_bases(filepath, metadata, built)
+    values = file_checks.adapter_values(filepath, built, by_address)
+    kept_values = file_checks.kept_values(
+        filepath, metadata, tensors, rename, layers
+    )
+
+    # Nothing below can fail for anything in the file.
+    if not present:
+        attach.attach(
+            model, template, name, addresses, kept, layers, built, sources
+        )
+    for address, arrays in values.items():
+        for weight, array in zip(built[address].stored_weights(), arrays):
+            weight.assign(array)
+    record = model._randadapt.records[name]
+    if record.kept_values is None:
+        for address, arrays in kept_values.items():
+            state_lib.assign_kept_layer_values(layers[address], arrays)
+    else:
+        record.kept_values = kept_values
+    return report.Report(model, name)

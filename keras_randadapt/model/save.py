@@ -1,0 +1,107 @@
+"""Saving adapter files."""
+
+import functools
+import os
+import tempfile
+import warnings
+
+import keras
+import safetensors.numpy
+
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import checks
+from keras_randadapt.model import file_format
+from keras_randadapt.model import state as state_lib
+
+
+def save_adapter(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    name: str | None = None,
+    *,
+    preset: str | None = None,
+) -> None:
+    """Saves one adapter: its trained weights, config and seed.
+
+    Nothing that a seed rebuilds is stored, nor any of the base model but the
+    layers that were kept trainable. The file says what base model it is for,
+    by class and by a hash of its layers' addresses and shapes. The file is
+    complete or absent: it is written beside its destination and moved there.
+
+    Args:
+        model: An adapted model.
+        filepath: Path of the file, by convention `*.safetensors`.
+        name: Which adapter; the only one by default.
+        preset: Optional string: the name of the KerasHub preset that the
+            base model came from. Loading can then check it.
+
+    Raises:
+        ValueError: If the model has no adapter, or several and no `name`.
+        FileNotFoundError: If there is no folder for the file.
+
+    Example:
+
+    ```python
+    kra.save_adapter(model, "sentiment.safetensors")
+    ```
+    """
+    state = state_lib.state_of(model)
+    name = checks.one_name(state, name)
+    _warn_of_others(model, state)
+    tensors = file_format.site_tensors(state, name)
+    tensors.update(file_format.kept_tensors(state, name))
+    record = state.records[name]
+    digest_of = functools.partial(
+        file_format.layers_digest, model, record.addresses, record.kept
+    )
+    metadata = file_format.describe(model, name, preset, digest_of)
+    data = safetensors.numpy.save(
+        tensors,
+        metadata={file_format.METADATA_KEY: configs.canonical(metadata)},
+    )
+    _write(filepath, data)
+
+
+def _warn_of_others(model, state):
+    """A warning for what is trained, but is not of any adapter."""
+    ours = set()
+    for name, record in state.records.items():
+        layers = [*state.adapters(name).values()]
+        # In a block those are trained that were active before it.
+        if name in state.active or state.block:
+            layers += [state.layers[address] for address in record.kept]
+        ours.update(id(weight) for layer in layers for weight in layer.weights)
+    others = [w.path for w in model.trainable_weights if id(w) not in ours]
+    if others:
+        warnings.warn(
+            f"{len(others)} weights are trainable that are no adapter's, so no "
+            f"adapter file holds them: {others[:5]}. Name their layers in "
+            "`keep_trainable` at injection instead of unfreezing them.",
+            stacklevel=3,
+        )
+
+
+def _write(filepath, data):
+    filepath = os.fspath(filepath)
+    folder = os.path.dirname(os.path.abspath(filepath))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"There is no folder '{folder}' to put the file into. "
+            f"Received: filepath={filepath!r}"
+        )
+    handle, temporary = tempfile.mkstemp(
+        dir=folder, prefix=f".{os.path.basename(filepath)}."
+    )
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, filepath)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,210 @@
+"""The state of an adapted model, and what must hold before it changes."""
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+from keras_randadapt.model import compiled_functions
+from keras_randadapt.sites import addresses
+
+
+class AdapterRecord:
+    """One named adapter of a model.
+
+    Attributes:
+        template: The unbuilt `Adapter` it was made from.
+        addresses: Structural addresses of its sites, in model order.
+        kept: Structural addresses of its trainable layers, heads mostly.
+        sources: dict from a site's address to that of the layer whose input
+            its adapter gets; see `Adapter.sources`.
+        kept_values: While the adapter is inactive, the values that its kept
+            layers will have once it is active again: address to list of
+            arrays. `None` while they are live in the model.
+    """
+
+    def __init__(self, template, addresses, kept, sources):
+        self.template = template
+        self.sources = dict(sources)
+        self.addresses = list(addresses)
+        self.kept = list(kept)
+        self.kept_values = None
+
+    @property
+    def changed(self):
+        """Addresses of the layers that it changes, each once.
+
+        Its sites, and the layers that hand their input to one.
+        """
+        return list(dict.fromkeys([*self.addresses, *self.sources.values()]))
+
+
+class AdaptedState:
+    """What an adapted model remembers.
+
+    A plain object on purpose: Keras's saving walks into every list, dict and
+    layer that it finds on a model.
+
+    Attributes:
+        layers: dict from structural address to layer, of the whole model.
+        records: dict from adapter name to `AdapterRecord`.
+        active: tuple of the active adapters' names.
+        shown: tuple of the names of the adapters that the sites compute with:
+            none inside a block.
+        functions: `CompiledFunctions`, by `shown`.
+        block: `"merged"` or `"disabled"` inside a block of that name, whose
+            end restores what was at its beginning.
+        layer_flags: `(layer, flag)` pairs: `trainable` as it was before
+            injection.
+        variable_flags: `(variable, flag)` pairs, likewise.
+        base_values: address to list of arrays: kept layers' values in the
+            base model, which `disabled` and `eject` restore. Of the moment
+            only while an active adapter keeps the layer; it has them itself
+            otherwise.
+        attachments: list of functions that take off what callbacks attached
+            to the model for the length of a `fit`.
+        fitting: Whether `fit` is running.
+        parts: list of the models that it claimed: this one and those inside.
+    """
+
+    def __init__(self, layers, layer_flags, variable_flags, parts):
+        self.layers = layers
+        self.records = {}
+        self.active = ()
+        self.shown = ()
+        self.functions = compiled_functions.CompiledFunctions()
+        self.block = None
+        self.layer_flags = layer_flags
+        self.variable_flags = variable_flags
+        self.base_values = {}
+        self.attachments = []
+        self.fitting = False
+        self.parts = parts
+
+    @property
+    def site_addresses(self):
+        """Addresses of all sites, in the model's order."""
+        used = set()
+        for record in self.records.values():
+            used.update(record.addresses)
+        return [address for address in self.layers if address in used]
+
+    @property
+    def site_layers(self):
+        return [self.layers[address] for address in self.site_addresses]
+
+    @property
+    def changed_layers(self):
+        """The sites, and layers that hand their input to one."""
+        changed = {
+            a for record in self.records.values() for a in record.changed
+        }
+        return [self.layers[a] for a in self.layers if a in changed]
+
+    def forget_relayed(self):
+        """Drops inputs that layers handed to others that never took them."""
+        for record in self.records.values():
+            for address in record.sources:
+                self.layers[address].adapter.forget()
+
+    def step_counters(self):
+        """The active adapters' step counters, each once."""
+        counters = {}
+        for name in self.active:
+            for adapter in self.adapters(name).values():
+                for layer in _compat.flatten_layers(adapter):
+                    counter = getattr(layer, "step_counter", None)
+                    if counter is not None:
+                        counters[id(counter)] = counter
+        return list(counters.values())
+
+    def adapters(self, name):
+        """dict from address to built adapter, of one named adapter."""
+        return {
+            address: self.layers[address].adapter.get(name)
+            for address in self.records[name].addresses
+        }
+
+
+def check_is_model(model):
+    """Raises `TypeError` unless `model` is a Keras model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def is_adapted(model) -> bool:
+    """Whether adapters are attached to this model itself."""
+    return "_randadapt" in vars(model)
+
+
+def state_of(model):
+    """The `AdaptedState` of an adapted model; an error for any other."""
+    check_is_model(model)
+    if not is_adapted(model):
+        raise ValueError(
+            f"Model '{model.name}' has no adapter attached. Call "
+            "`keras_randadapt.inject(model, adapter)` first, on this model "
+            "itself rather than on a part of it."
+        )
+    check_has_values(model)
+    return model._randadapt
+
+
+def check_has_values(model):
+    """Raises `RuntimeError` if a step that broke off left no values.
+
+    Keras's trainer for JAX takes the values out of a model's variables before
+    a step and puts them back after it.
+    """
+    if not _compat.has_values(model):
+        # Inside `fit` they are put back on demand.
+        _compat.sync_jax_state(model)
+    if not _compat.has_values(model):
+        raise RuntimeError(
+            f"The variables of model '{model.name}' have no values. In JAX "
+            "Keras loses them when `fit`, `evaluate` or `predict` fails "
+            "in its first step, on data of a wrong shape for one. Build the "
+            "model anew."
+        )
+
+
+def check_no_block(model):
+    """Raises `ValueError` inside a `merged` or `disabled` block."""
+    if is_adapted(model) and model._randadapt.block is not None:
+        raise ValueError(
+            f"Model '{model.name}' is inside a `{model._randadapt.block}` "
+            "block, whose end puts things back as they were. Do this after "
+            "the block."
+        )
+
+
+def check_not_fitting(model):
+    """Raises `ValueError` while `fit` is running, in a callback that is."""
+    if is_adapted(model) and model._randadapt.fitting:
+        raise ValueError(
+            f"Model '{model.name}' is being trained, and `fit` can't go on "
+            "with other adapters. Attach, load, switch, merge and remove "
+            "adapters before or after `fit`; callbacks may use the blocks "
+            "`keras_randadapt.merged` and `keras_randadapt.disabled`."
+        )
+
+
+def layers_of(model):
+    """dict from structural address to layer, of all of a model's layers."""
+    if is_adapted(model):
+        return model._randadapt.layers
+    return addresses.layers_by_address(model)
+
+
+def kept_layer_values(layer):
+    """Copies of all weights at and below a layer."""
+    return [
+        np.array(keras.ops.convert_to_numpy(weight)) for weight in layer.weights
+    ]
+
+
+def assign_kept_layer_values(layer, values):
+    for weight, value in zip(layer.weights, values, strict=True):
+        weight.assign(value)

@@ -1,0 +1,43 @@
+"""Adapted models in Keras's whole-model files."""
+
+import keras
+
+from keras_randadapt.adapters import configs
+from keras_randadapt.model import adapted_model
+from keras_randadapt.model import attach as attach_lib
+from keras_randadapt.model import build
+from keras_randadapt.model import checks
+from keras_randadapt.model import switch
+from keras_randadapt.model.state import layers_of
+
+_PACKAGE, _, _NAME = adapted_model.REGISTERED_NAME.partition(">")
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE, name=_NAME)
+class SavedAdaptedModel(adapted_model.AdaptedModel):
+    """Rebuilds adapted models of every class from their configs."""
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = keras.saving.deserialize_keras_object(
+            config["base"], custom_objects=custom_objects
+        )
+        for entry in config["adapters"]:
+            _attach(model, entry)
+        switch.set_active(model, config["active"])
+        return model
+
+
+def _attach(model, config):
+    """Attaches an adapter that a whole-model config describes."""
+    checks.check_model(model)
+    layers = layers_of(model)
+    template = configs.deserialize(config["adapter"])
+    name, addresses, kept = config["name"], config["sites"], config["kept"]
+    checks.check_new_name(model, name)
+    checks.check_attachable(model, layers, addresses, kept)
+    sources = config.get("sources", {})
+    built = build.build_adapters(template, name, layers, addresses, sources)
+    attach_lib.attach(
+        model, template, name, addresses, kept, layers, built, sources
+    )

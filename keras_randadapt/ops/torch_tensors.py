@@ -1,0 +1,34 @@
+"""NumPy arrays as PyTorch tensors, made once for each device and dtype."""
+
+import weakref
+
+import torch
+
+_known_tensors = weakref.WeakKeyDictionary()
+
+
+def as_tensors(owner, arrays, dtype, device):
+    """Arrays as tensors, kept for the next call as long as `owner` lives.
+
+    `None` stays `None`.
+    """
+    if torch.compiler.is_compiling():
+        return _copies(arrays, dtype, device)
+    known = _known_tensors.setdefault(owner, {})
+    if (device, dtype) not in known:
+        tensors = _copies(arrays, dtype, device)
+        if {type(t) for t in tensors} - {torch.Tensor, type(None)}:
+            # Fake tensors must not outlive the trace that made them.
+            return tensors
+        known[device, dtype] = tensors
+    return known[device, dtype]
+
+
+def _copies(arrays, dtype, device):
+    # `torch.tensor` copies: read-only arrays are not for sharing. What is made
+    # in inference mode could not be kept for a backward pass later.
+    with torch.inference_mode(False):
+        return tuple(
+            None if a is None else torch.tensor(a, dtype=dtype, device=device)
+            for a in arrays
+        )

@@ -1,0 +1,1 @@
+"""What a layer is to an adapter: kernel views, products, addresses."""

@@ -1,0 +1,68 @@
+"""Adapted convolutions."""
+
+import numpy as np
+from keras import ops
+
+from keras_randadapt.ops.plain import reshape
+from keras_randadapt.sites.kernel_view import KernelView
+from keras_randadapt.sites.layer import AdaptedLayer
+from keras_randadapt.sites.layer import as_float
+from keras_randadapt.sites.layer import kernel_space_product
+
+
+class AdaptedConv(AdaptedLayer):
+    """A convolution, grouped and dilated ones included.
+
+    The kernel view of a kernel `(*window, channels / groups, filters)` is
+    `(prod(window) * channels / groups, filters)`. The delta is formed and
+    convolved: a kernel is small beside the activations it slides over, and
+    this way strides, padding, dilation and groups stay Keras's.
+    """
+
+    kind = "convolution"
+
+    @property
+    def kernel(self):
+        return self._merged_or_base(super().kernel)
+
+    @property
+    def kernel_view(self):
+        *window, filters = self._kernel.shape
+        return KernelView(int(np.prod(window)), int(filters))
+
+    def to_view(self, kernel):
+        return ops.reshape(kernel, AdaptedConv.kernel_view.fget(self))
+
+    def from_view(self, view):
+        return ops.reshape(view, self._kernel.shape)
+
+    def call(self, inputs):
+        inputs = as_float(inputs, self.compute_dtype)
+        y = kernel_space_product(self, inputs, self._is_training(None))
+        if self.bias is not None:
+            # Broadcast over batch and space, wherever the channels are.
+            shape = [1] * (self.rank + 2)
+            channels = -1 if self.data_format == "channels_last" else 1
+            shape[channels] = self.filters
+            bias = ops.cast(self.merged_bias(), self.compute_dtype)
+            y = ops.add(y, reshape(bias, shape))
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+    def _base_product(self, x):
+        return self._float_product(x, self._kernel)
+
+    def _float_product(self, x, kernel):
+        padding = self.padding
+        if padding == "causal":
+            x = ops.pad(x, self._compute_causal_padding())
+            padding = "valid"
+        return ops.conv(
+            x,
+            ops.convert_to_tensor(kernel),
+            strides=list(self.strides),
+            padding=padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )

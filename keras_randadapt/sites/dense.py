@@ -1,0 +1,185 @@
+"""Adapted `Dense` and `EinsumDense` layers."""
+
+import functools
+import math
+
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.plain import placed
+from keras_randadapt.ops.plain import reshape
+from keras_randadapt.sites import product
+from keras_randadapt.sites.kernel_view import EinsumPlan
+from keras_randadapt.sites.kernel_view import KernelView
+from keras_randadapt.sites.layer import AdaptedLayer
+from keras_randadapt.sites.layer import as_float
+from keras_randadapt.sites.layer import kernel_space_product
+
+
+class _AdaptedProduct(AdaptedLayer):
+    """Dense and EinsumDense."""
+
+    @property
+    def kernel(self):
+        # Exporters and Gemma4's feed-forward read the kernel and multiply
+        # themselves: they must see the update. A quantized kernel is integers
+        # that only the layer can scale, so it stays what it is.
+        kernel = super().kernel
+        if self.quantization_mode is not None:
+            return kernel
+        return self._merged_or_base(kernel)
+
+    def call(self, inputs, training=None):
+        with self._lock_if_quantized():
+            return self._adapted_call(inputs, training)
+
+    def _adapted_call(self, inputs, training):
+        inputs = as_float(placed(inputs), self.compute_dtype)
+        if self.adapter.relays_out:
+            self.adapter.relay(self.flatten_input(inputs))
+        training = self._is_training(training)
+        y = self._adapted_product(inputs, training)
+        if self.bias is not None:
+            bias = ops.cast(self.merged_bias(), self.compute_dtype)
+            y = ops.add(y, bias)
+        if self.activation is not None:
+            y = self.activation(y)
+        if any(adapter.adapts_output for adapter in self.adapter.active()):
+            columns = self.adapter.adapt_output(
+                self.flatten_output(y), self.flatten_input(inputs), training
+            )
+            y = self.unflatten_output(columns, inputs)
+        return y
+
+    def _adapted_product(self, inputs, training):
+        active = self.adapter.active()
+        if not active:
+            return self._base_product(inputs)
+        # Tokens in one axis: with two, XLA's gradients of thin products take
+        # three times as long on a CPU (benchmarks/README.md).
+        x = self.flatten_input(inputs)
+
+        def linear(z):
+            # The usual adapter passes its input on: the base product then
+            # takes the layer's own input and nothing is laid out twice.
+            z = inputs if z is x else self.unflatten_input(z, inputs)
+            return self.flatten_output(self._base_product(z))
+
+        base = product.Product(linear, self)
+        y = product.adapt_all(active, x, base, training)
+        return self.unflatten_output(y, inputs)
+
+    def _base_product(self, x):
+        if self.quantization_mode is None:
+            return self._float_product(x, self._kernel)
+        call = functools.partial(self._site_base.quantized_call, self, x)
+        if self.bias is None and self.activation is None:
+            return call()
+        with self._lock_if_quantized():
+            with _compat.instance_attributes(self, bias=None, activation=None):
+                return call()
+
+
+class AdaptedDense(_AdaptedProduct):
+    """A `Dense` layer; its kernel is its own kernel view."""
+
+    @property
+    def kernel_view(self):
+        # Not from the kernel: int4 kernels are packed.
+        return KernelView(int(self.input_spec.axes[-1]), self.units)
+
+    def to_view(self, kernel):
+        return kernel
+
+    def from_view(self, view):
+        return view
+
+    def flatten_input(self, inputs):
+        return reshape(inputs, (-1, self.kernel_view.input_dim))
+
+    def unflatten_input(self, rows, inputs):
+        batch = ops.shape(inputs)[:-1]
+        return reshape(rows, (*batch, self.kernel_view.input_dim))
+
+    def flatten_output(self, y):
+        return reshape(y, (-1, self.units))
+
+    def unflatten_output(self, columns, inputs):
+        return reshape(columns, (*ops.shape(inputs)[:-1], self.units))
+
+    def multiply(self, rows):
+        """A matrix `(n, input_dim)` times the base kernel view."""
+        return self._base_product(rows)
+
+    def _float_product(self, x, kernel):
+        return matmul(x, kernel)
+
+
+class AdaptedEinsumDense(_AdaptedProduct):
+    """An `EinsumDense` layer; its kernel's axes are factored by label."""
+
+    @property
+    def kernel_view(self):
+        return einsum_plan_of(self).view_shape
+
+    def to_view(self, kernel):
+        return einsum_plan_of(self).to_view(kernel)
+
+    def from_view(self, view):
+        return einsum_plan_of(self).from_view(view)
+
+    def flatten_input(self, inputs):
+        return einsum_plan_of(self).flatten_input(inputs)
+
+    def unflatten_input(self, rows, inputs):
+        return einsum_plan_of(self).unflatten_input(rows, inputs)
+
+    def flatten_output(self, y):
+        return einsum_plan_of(self).flatten_output(y)
+
+    def unflatten_output(self, columns, inputs):
+        return einsum_plan_of(self).unflatten_output(columns, inputs)
+
+    def multiply(self, rows):
+        """A matrix `(n, input_dim)` times the base kernel view."""
+        return einsum_plan_of(self).multiply(rows, self._base_product)
+
+    def bias_to_view(self, bias):
+        if self._has_bias_of_columns():
+            return einsum_plan_of(self).flatten_bias(bias)
+        return super().bias_to_view(bias)
+
+    def bias_from_view(self, vector):
+        if self._has_bias_of_columns():
+            shape = self.bias.shape
+            return einsum_plan_of(self).unflatten_bias(vector, shape)
+        return super().bias_from_view(vector)
+
+    def _has_bias_of_columns(self):
+        plan = einsum_plan_of(self)
+        return plan.is_matrix_product and (
+            math.prod(self.bias.shape) == plan.view_shape.output_dim
+        )
+
+    def _float_product(self, x, kernel):
+        return ops.einsum(self.equation, x, kernel)
+
+    def _adapted_product(self, inputs, training):
+        if not einsum_plan_of(self).is_matrix_product:
+            return kernel_space_product(self, inputs, training)
+        return super()._adapted_product(inputs, training)
+
+
+def einsum_plan_of(layer):
+    shape = list(layer._kernel.shape)
+    if layer.quantization_mode == "int4":
+        # Packed: flattened since Keras 3.15, along one axis before.
+        if hasattr(layer, "original_kernel_shape"):
+            shape = layer.original_kernel_shape
+        else:
+            axis = layer._int4_pack_axis
+            shape[axis] = layer._orig_length_along_pack_axis
+    return EinsumPlan.of(
+        layer.equation, tuple(int(n) for n in shape), layer.input_spec.ndim
+    )

@@ -1,0 +1,133 @@
+"""Names of layers in KerasHub's families, and how they belong together."""
+
+import keras
+
+#: the last four are one kernel for query, key and value together.
+QUERY_VALUE_NAMES = (
+    "query",
+    "value",
+    "query_dense",
+    "value_dense",
+    "query_proj",
+    "value_proj",
+    "q_proj",
+    "v_proj",
+    "query_projector",
+    "value_projector",
+    "q_dense_layer",
+    "v_dense_layer",
+    "query_key_value",
+    "attention_qkv",
+    "qkv",
+    "in_proj_qkv",
+)
+
+#: What their output projections are called beside them.
+_ATTENTION_OUTPUT_NAMES = (
+    "attention_output",
+    "attention_projection",
+    "output_dense",
+    "output_projector",
+    "output_proj",
+    "o_dense_layer",
+    "o_proj",
+    "out_proj",
+    "proj",
+)
+
+#: The first and the last layer of KerasHub's feed-forward networks. Where the
+#: first is gated, the gate has the same input.
+_FEED_FORWARD_NAMES = {
+    "feedforward_output_dense": "feedforward_intermediate_dense",
+    "mlp_output_dense": "mlp_intermediate_dense",
+    "dense_4h_to_h": "dense_h_to_4h",
+    "output_projector": "input_projector",
+    "ffw_linear": "ffw_gating",
+    "mlp_dense_2": "mlp_dense_1",
+}
+
+#: Others that are called so count beside attention only.
+_COMMON_NAMES = {"down_proj": "up_proj", "fc2": "fc1", "dense_2": "dense_1"}
+
+
+def attention_outputs(layers):
+    """Addresses of the output projections of attention.
+
+    Args:
+        layers: dict from address to layer, see `addresses.layers_by_address`.
+
+    Returns:
+        list of addresses.
+    """
+    return [
+        address
+        for group in _groups(layers).values()
+        if any(is_query_or_value(a, layers) for a in group.values())
+        for name, address in group.items()
+        if name in _ATTENTION_OUTPUT_NAMES
+    ]
+
+
+def feed_forwards(layers):
+    """The feed-forward networks of KerasHub's transformers.
+
+    Args:
+        layers: dict from address to layer, see `addresses.layers_by_address`.
+
+    Returns:
+        dict from the address of a network's last layer to that of its first.
+    """
+    attention = attention_outputs(layers)
+    found = {}
+    for parent, group in _groups(layers).items():
+        pairs = dict(_FEED_FORWARD_NAMES)
+        if _is_in_block(parent, attention):
+            pairs |= _COMMON_NAMES
+        for last, first in pairs.items():
+            pair = group.get(last), group.get(first)
+            if None not in pair and _is_network(pair, layers):
+                found[pair[0]] = pair[1]
+    return found
+
+
+def _is_network(pair, layers):
+    for address in pair:
+        linear = (keras.layers.Dense, keras.layers.EinsumDense)
+        if not isinstance(layers[address], linear):
+            return False
+        # What it gives is gated, and added to that of other experts.
+        if "shared_expert" in address:
+            return False
+        # Keras itself calls unnamed layers `dense_1` and `dense_2`: the
+        # attribute tells.
+        name = layers[address].name
+        attribute = address.rpartition("/")[2].lstrip("_")
+        if name in ("dense_1", "dense_2") and attribute != name:
+            return False
+    return True
+
+
+def _groups(layers):
+    """Layers by their parent's address: dicts from name to address."""
+    groups = {}
+    for address, layer in layers.items():
+        parent = address.rpartition("/")[0]
+        groups.setdefault(parent, {}).setdefault(layer.name, address)
+    return groups
+
+
+def _is_in_block(parent, attention):
+    """Whether attention is beside this group of layers, or one level up."""
+    block = parent.rpartition("/")[0]
+    return any(
+        owner.rpartition("/")[2] != "layers"
+        and any(address.startswith(f"{owner}/") for address in attention)
+        for owner in (parent, block)
+        if owner
+    )
+
+
+def is_query_or_value(address, layers):
+    # Some families leave projections unnamed; the attribute tells then.
+    names = {layers[address].name, layers.attribute(address)}
+    return not names.isdisjoint(QUERY_VALUE_NAMES)

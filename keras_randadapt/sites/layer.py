@@ -1,0 +1,164 @@
+"""What every adapted layer computes, whatever its class.
+
+A site's layer keeps its identity and gets a subclass of its own class, made in
+`supported`, with one of the classes of `dense`, `convolution`, `embedding` and
+`normalization` before it. That class puts the adapters' delta between the base
+product and the bias, and says how the layer's kernel is seen as a matrix, the
+kernel view.
+"""
+
+import contextlib
+import threading
+
+import keras
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt.sites import product
+
+# Setting bias and activation aside changes the layer for the length of a
+# call; two threads must not see each other's changes.
+_QUANTIZED_CALL_LOCK = threading.RLock()
+
+_CLASS_LOCK = threading.RLock()
+
+
+class AdaptedLayer(_compat.KeepsTrainingFlag):
+    """Mixed into a site's own class; see `supported.site_class`."""
+
+    _site_base = None
+
+    #: See `Adapter.site_kinds`.
+    kind = "product"
+
+    #: The attribute of the layer that is its bias.
+    bias_name = "bias"
+
+    @classmethod
+    def from_config(cls, config):
+        # A config describes the layer without adapters.
+        return cls._site_base.from_config(config)
+
+    def save_own_variables(self, store):
+        # Keras stores the `kernel` property, which here is the merged kernel.
+        with as_base_class(self):
+            self.save_own_variables(store)
+
+    def quantized_call(self, *args, **kwargs):
+        # Keras calls this instead of `call`; ours branches further down.
+        return self.call(*args, **kwargs)
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer '{self.name}' carries an adapter of keras_randadapt, "
+            "which Keras's own LoRA can't see. Call "
+            "`keras_randadapt.eject(model)` first, or add a second adapter "
+            "with `keras_randadapt.inject(model, LoRA(...), name=...)`."
+        )
+
+    def _lock_if_quantized(self):
+        # Of a quantized product, bias and activation are set aside: another
+        # thread must not take the layer for one that has none.
+        if self.quantization_mode is None:
+            return contextlib.nullcontext()
+        return _QUANTIZED_CALL_LOCK
+
+    def _is_training(self, training):
+        if training is None:
+            return _compat.training_phase(self)
+        return training
+
+    def _merged_kernel_view(self, kernel):
+        """The kernel view with every active adapter folded in, float32."""
+        base = ops.cast(self.to_view(kernel), "float32")
+        return product.fold(self.adapter.active(), base)
+
+    def bias_to_view(self, bias):
+        """A bias as a vector, of the kernel view's columns if it can be."""
+        return ops.reshape(bias, (-1,))
+
+    def bias_from_view(self, vector):
+        return ops.reshape(vector, getattr(self, self.bias_name).shape)
+
+    def merged_bias(self):
+        """The bias with every active adapter folded in, of its own shape.
+
+        float32, which the caller rounds to what it computes in; the variable
+        itself where none adapts it, `None` where there is none.
+        """
+        bias = getattr(self, self.bias_name, None)
+        adapters = [a for a in self.adapter.active() if a.adapts_bias]
+        if bias is None or not adapters:
+            return bias
+        base = ops.cast(self.bias_to_view(bias), "float32")
+        vector = base
+        for adapter in adapters:
+            vector = adapter.merged_bias(vector, base)
+        return self.bias_from_view(vector)
+
+    def _merged_or_base(self, kernel):
+        """What the public `kernel` or `embeddings` property shows."""
+        if not self.adapter.active():
+            return kernel
+        merged = self.from_view(self._merged_kernel_view(kernel))
+        return ops.cast(merged, self.compute_dtype)
+
+
+def as_float(x, dtype):
+    # Keras casts floats only; the products promote integers, but a delta
+    # computed in integers would be nothing.
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        return x
+    return ops.cast(x, dtype)
+
+
+def kernel_space_product(site, inputs, training):
+    """The product with the merged kernel, or with base and delta apart."""
+    active = site.adapter.active()
+    if not active:
+        return site._base_product(inputs)
+    apart = training and any(
+        adapter.dropout or adapter.step_counter is not None
+        for adapter in active
+    )
+    if site.compute_dtype in ("float32", "float64") and not apart:
+        view = site._merged_kernel_view(site._kernel)
+        kernel = ops.cast(site.from_view(view), site.compute_dtype)
+        return site._float_product(inputs, kernel)
+    # In 16 bits a small delta would be rounded away in base + delta.
+    y = site._base_product(inputs)
+    for adapter in active:
+        delta = site.from_view(_delta_view(site, adapter, training))
+        y = y + site._float_product(
+            adapter.drop(inputs, training), ops.cast(delta, inputs.dtype)
+        )
+    return y
+
+
+def _delta_view(site, adapter, training):
+    if not adapter.additive:
+        base = ops.cast(site.to_view(site._kernel), "float32")
+        return adapter.merged(base, base, training) - base
+    if training:
+        return adapter.training_delta_kernel()
+    return adapter.delta_kernel()
+
+
+@contextlib.contextmanager
+def as_base_class(*layers):
+    """For a block, gives layers their own classes back.
+
+    Keras's saving then sees the layers it would see without adapters. One
+    thread at a time: of two, the second would find the layers without their
+    site's class and leave them so.
+    """
+    with _CLASS_LOCK:
+        sites = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
+        classes = [type(layer) for layer in sites]
+        try:
+            for layer in sites:
+                layer.__class__ = layer._site_base
+            yield
+        finally:
+            for layer, cls in zip(sites, classes):
+                layer.__class__ = cls

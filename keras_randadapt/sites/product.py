@@ -1,0 +1,93 @@
+"""How the adapters of a site act on its product, one after the other."""
+
+import functools
+
+from keras import ops
+
+
+class Product:
+    """The product that an adapter adapts: `linear` of `Adapter.adapt`.
+
+    Called with `(..., input_dim)`, it gives `(..., output_dim)`.
+
+    Attributes:
+        base: The `Product` without any adapter; perhaps this one.
+    """
+
+    def __init__(self, product, site, base=None):
+        self._product = product
+        self._site = site
+        self.base = self if base is None else base
+
+    def __call__(self, x):
+        return self._product(x)
+
+    def kernel(self):
+        """The kernel view that this is the product with, if there is one.
+
+        Returns:
+            Tensor `(input_dim, output_dim)` of the site's compute dtype; the
+            product with another matrix like it is `ops.matmul(x, matrix)`.
+            `None` if the kernel is quantized, or if this is what another
+            adapter made of the base product.
+        """
+        if self.base is not self:
+            return None
+        return self._kernel(self._site.compute_dtype)
+
+    def times_base(self, rows):
+        """A float32 matrix times the base kernel view, of any layout.
+
+        Args:
+            rows: Tensor `(n, input_dim)`.
+
+        Returns:
+            float32 tensor `(n, output_dim)`.
+        """
+        kernel = self._kernel("float32")
+        if kernel is not None:
+            return ops.matmul(rows, kernel)
+        rows = ops.cast(rows, self._site.compute_dtype)
+        return ops.cast(self._site.multiply(rows), "float32")
+
+    def base_kernel(self):
+        """The base kernel view, float32, dequantized if need be."""
+        kernel = self._kernel("float32")
+        if kernel is None:
+            kernel = self.times_base(ops.eye(self._site.kernel_view.input_dim))
+        return kernel
+
+    def _kernel(self, dtype):
+        if self._site.quantization_mode is not None:
+            return None
+        return self._site.to_view(ops.cast(self._site._kernel, dtype))
+
+
+def adapt_all(adapters, x, linear, training):
+    """Every adapter adapts what those before it made of the base product."""
+    for adapter in adapters:
+        linear = Product(
+            functools.partial(adapter.adapt, linear=linear, training=training),
+            linear._site,
+            linear.base,
+        )
+    return linear(x)
+
+
+def fold(adapters, base):
+    """A kernel view with adapters folded in.
+
+    Args:
+        adapters: list of built adapters.
+        base: float32 tensor, the base kernel view.
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    view = base
+    for adapter in adapters:
+        if adapter.additive:
+            view = adapter.merged(view)
+        else:
+            view = adapter.merged(view, base)
+    return view
