@@ -47,8 +47,10 @@ def delta_step(make, dim, tokens):
     """Forward and backward pass of one site's delta, as a function."""
     import keras
 
+    from keras_randadapt.sites.site import Site
+
     adapter = make()
-    adapter.build((dim, dim))
+    adapter.build_at(Site(input_dim=dim, output_dim=dim))
     trained = adapter.trainable_variables
     rng = np.random.default_rng(0)
     for variable in trained:

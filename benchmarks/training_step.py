@@ -119,11 +119,14 @@ def vector():
 
     import keras_randadapt as kra
 
+    @keras.saving.register_keras_serializable(package="benchmarks")
     class Vector(kra.Adapter):
         site_kinds = ("product",)
 
-        def build(self, kernel_view):
-            self.vector = self.add_trainable("vector", kernel_view[1:], "zeros")
+        def build(self, site):
+            self.vector = self.add_trainable(
+                "vector", (site.output_dim,), "zeros"
+            )
 
         def delta(self, x, training=None):
             added = keras.ops.cast(self.vector, x.dtype)
@@ -136,9 +139,10 @@ def vector():
 def adapters(shape):
     """Templates by name; `LoRA` once more with RandLoRA's trainables."""
     import keras_randadapt as kra
+    from keras_randadapt.sites.site import Site
 
     def count(adapter):
-        adapter.build((shape.dim, shape.dim))
+        adapter.build_at(Site(input_dim=shape.dim, output_dim=shape.dim))
         return sum(int(np.prod(v.shape)) for v in adapter.trainable_variables)
 
     rank = round(count(kra.RandLoRA(32)) / count(kra.LoRA(1)))

@@ -13,6 +13,7 @@ from keras_randadapt import ops
 from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt import regularizers
+from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import NOLA
 from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA
@@ -59,6 +60,7 @@ __all__ = [
     "DyLoRA",
     "eject",
     "hadamard",
+    "IA3",
     "Hydra",
     "inject",
     "load_adapter",

@@ -37,6 +37,7 @@ __all__ = [
     "KeepsTrainingFlag",
     "may_rematerialize",
     "no_automatic_dependency_tracking",
+    "open_name_scope",
     "owned_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
@@ -78,6 +79,11 @@ def trainable_by_nature(layer):
 def set_layer_trainable_flag(layer, value):
     """Sets one layer's flag without touching its variables or sublayers."""
     layer._trainable = value
+
+
+def open_name_scope(layer):
+    """The scope in which Keras names the variables of a layer it builds."""
+    return layer._open_name_scope()
 
 
 def attach_sublayer(layer, name, sublayer):

@@ -3,7 +3,16 @@
 import keras
 import numpy as np
 
+from keras_randadapt.sites.site import Site
 from tests import zoo
+
+
+def site_of(view, address="", **facts):
+    """A `Site` of this kernel view, `(input_dim, output_dim)`."""
+    input_dim, output_dim = view
+    return Site(
+        input_dim=input_dim, output_dim=output_dim, address=address, **facts
+    )
 
 
 def numpy(tensor):

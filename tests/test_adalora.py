@@ -7,11 +7,12 @@ import pytest
 import keras_randadapt as kra
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def _built(view=(7, 9), rank=4, **arguments):
     adapter = kra.AdaLoRA(rank, seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 

@@ -8,6 +8,7 @@ import keras_randadapt as kra
 from tests import gradients
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 from tests.test_rlora import dense_delta as rlora_delta
 from tests.test_vera import dense_delta as vera_delta
 
@@ -146,7 +147,7 @@ class TestDoRA:
     def test_scale_of_the_direction_does_not_matter(self):
         kernel = zoo.normal(*VIEW).astype("float64")
         adapter = kra.DoRA(kra.LoRA(3))
-        adapter.build(VIEW)
+        adapter.build_at(site_of(VIEW))
         methods.randomize(adapter)
         for scale in (1.0, 3.0):
             adapter.start_from(scale * kernel)
@@ -165,7 +166,7 @@ class TestDoRA:
         """With the norms as constants, as the paper trains, or without."""
         make, delta = INNER[inner]
         adapter = kra.DoRA(make(), detach_norm=detach_norm)
-        adapter.build(VIEW)
+        adapter.build_at(site_of(VIEW))
         kernel = zoo.normal(*VIEW).astype("float64")
         adapter.start_from(kernel.astype("float32"))
         values, magnitude = _randomize(adapter)
@@ -208,7 +209,7 @@ class TestDoRA:
         for detach_norm in (True, False):
             # A is the identity: B is the delta.
             adapter = kra.DoRA(kra.LoRA(7), detach_norm=detach_norm)
-            adapter.build((7, 9))
+            adapter.build_at(site_of((7, 9)))
             kernel = zoo.normal(7, 9)
             adapter.start_from(kernel)
             adapter.inner.lora_a.assign(np.eye(7))
@@ -260,7 +261,7 @@ class TestDoRA:
         model, _, _ = zoo.bert()
         kra.inject(model, kra.DoRA(kra.SAID(10)), ["query", "value"])
         adapters = model._randadapt.adapters("default").values()
-        assert [a.inner.site_number for a in adapters] == [0, 1, 2, 3]
+        assert [a.inner.site.number for a in adapters] == [0, 1, 2, 3]
         zoo.randomize(model)
         for adapter in adapters:
             adapter.inner.said_scale.assign(1.0)

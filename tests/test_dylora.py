@@ -8,6 +8,7 @@ import keras_randadapt as kra
 from tests import gradients
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 from tests.ops.test_counter import reference_words
 
 
@@ -18,7 +19,7 @@ def reference_rank(seed, step, smallest, largest):
 
 def _built(view=(7, 9), rank=4, step=0, **arguments):
     adapter = kra.DyLoRA(rank, seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     _set_step(adapter, step)
     return adapter
 

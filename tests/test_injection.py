@@ -18,6 +18,7 @@ from keras import layers
 import keras_randadapt as kra
 from keras_randadapt.sites import layer as layer_lib
 from tests import zoo
+from tests.methods import site_of
 
 BACKEND = keras.config.backend()
 
@@ -26,11 +27,12 @@ def _numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
+@keras.saving.register_keras_serializable(package="tests")
 class _RowSums(kra.Adapter):
     """What a user may write: build, the delta, and no more."""
 
-    def build(self, kernel_view):
-        self.gains = self.add_trainable("gains", kernel_view[1:], "zeros")
+    def build(self, site):
+        self.gains = self.add_trainable("gains", (site.output_dim,), "zeros")
 
     def delta(self, x, training=None):
         total = keras.ops.sum(x, axis=-1, keepdims=True)
@@ -399,7 +401,7 @@ class TestBadInput:
     def test_built_adapter(self):
         model, _, targets = zoo.dense()
         adapter = kra.LoRA(2)
-        adapter.build((10, 6))
+        adapter.build_at(site_of((10, 6)))
         with pytest.raises(ValueError, match="is built already"):
             kra.inject(model, adapter, targets)
 
@@ -1169,6 +1171,7 @@ DISTRIBUTED = """
 import keras, numpy as np
 import keras_randadapt as kra
 from tests import zoo
+from tests.methods import site_of
 
 devices = keras.distribution.list_devices()
 assert len(devices) == 4

@@ -7,11 +7,12 @@ import pytest
 import keras_randadapt as kra
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def _built(view=(7, 5), **arguments):
     adapter = kra.LoRA(3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 
@@ -169,20 +170,20 @@ def _dense_model(view=(12, 20), template=None):
 class TestInitializations:
     def test_gaussian(self):
         adapter = kra.LoRA(8, initialization="gaussian")
-        adapter.build((300, 20))
+        adapter.build_at(site_of((300, 20)))
         assert abs(_numpy(adapter.lora_a).std() * 8 - 1) < 0.1
         assert not _numpy(adapter.lora_b).any()
 
     def test_orthogonal(self):
         """Both are nonzero, of all of the rank, and their product is not."""
         adapter = kra.LoRA(8, initialization="orthogonal", alpha=16)
-        adapter.build((30, 20))
+        adapter.build_at(site_of((30, 20)))
         a, b = _numpy(adapter.lora_a), _numpy(adapter.lora_b)
         for factor in (a, b):
             assert np.linalg.matrix_rank(factor) == 4
         assert np.abs(a @ b).max() < 1e-6 * np.abs(a).max() * np.abs(b).max()
         again = kra.LoRA(8, initialization="orthogonal", alpha=16)
-        again.build((30, 20))
+        again.build_at(site_of((30, 20)))
         np.testing.assert_array_equal(a, _numpy(again.lora_a))
 
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)

@@ -8,11 +8,12 @@ from keras_randadapt import random
 from tests import gradients
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def _built(view=(12, 20), rank=4, **arguments):
     adapter = kra.LoRAFA(rank, seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 

@@ -42,6 +42,8 @@ METHODS = {
     "bottleneck_parallel": lambda seed=0: kra.Bottleneck(
         3, placement="parallel", activation="gelu", seed=seed
     ),
+    "ia3": lambda seed=0: kra.IA3(),
+    "ia3_feedforward": lambda seed=0: kra.IA3(feedforward=["site"]),
     "hydra": lambda seed=0: kra.Hydra(
         2, sequential_rank=3, scaling=1.5, seed=seed
     ),
@@ -110,6 +112,13 @@ _ONLY = {
     "bottleneck": _CORE | {"einsum_output", "gpt2", "sequential"},
     "bottleneck_parallel": {"dense", "einsum_query", "gpt2", "dense_int8"},
     "hydra": _CORE | {"einsum_output"},
+    "ia3": _CORE | {"einsum_output", "gpt2", "sequential"},
+    "ia3_feedforward": {
+        "dense",
+        "dense_int8",
+        "conv2d_grouped",
+        "einsum_query",
+    },
     "nola": _CORE,
     "said": _CORE,
     "sora": _CORE,

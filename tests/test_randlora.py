@@ -17,6 +17,7 @@ from keras_randadapt import random
 from keras_randadapt.adapters import randlora
 from tests import gradients
 from tests import zoo
+from tests.methods import site_of
 
 
 def _bases(kind, small, large, rank, terms, seed):
@@ -93,7 +94,7 @@ def dense_delta(adapter, view, lambdas, gamma):
 
 def _built(view, rank=3, seed=3, **arguments):
     adapter = kra.RandLoRA(rank, seed=seed, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 
@@ -448,9 +449,8 @@ class TestFrozenBases:
 
 @keras.saving.register_keras_serializable(package="tests")
 class _OneWeight(kra.Adapter):
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
-        self.scale = self.add_trainable("scale", kernel_view, "zeros")
+    def build(self, site):
+        self.scale = self.add_trainable("scale", site.kernel_view, "zeros")
 
     def delta(self, x, training=None):
         return keras.ops.matmul(x, self.scale)

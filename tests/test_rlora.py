@@ -15,6 +15,7 @@ from keras_randadapt import random
 from tests import gradients
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def dense_basis(dim, rank, seed, role, stages, rows, padded):
@@ -43,7 +44,7 @@ def dense_delta(adapter, view, alpha, beta):
     """Equation 5, transposed to a Keras kernel: `(input_dim, output_dim)`."""
     arguments = (adapter.seed,)
     options = (adapter.stages, adapter.rows, adapter.hadamard == "pad")
-    role = adapter.site_role
+    role = adapter.site.role
     a_blocks, order = dense_basis(
         view[0], adapter.rank, *arguments, f"{role}/A", *options
     )
@@ -72,7 +73,7 @@ VARIANTS = [
 
 def _built(view, **arguments):
     adapter = kra.RLoRA(seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 
@@ -235,8 +236,8 @@ class TestRLoRA:
 
     def test_blocks_of_other_seeds_and_sites_differ(self):
         def basis(seed, address):
-            adapter = kra.RLoRA(6, seed=seed).for_site(address, "default")
-            adapter.build((12, 12))
+            adapter = kra.RLoRA(6, seed=seed)
+            adapter.build_at(site_of((12, 12), address))
             return adapter.basis_a.dense(), adapter.basis_digest()
 
         a, digest = basis(0, "block_0/query")
@@ -249,8 +250,8 @@ class TestRLoRA:
         assert same_digest == digest
 
     def test_golden_digest(self):
-        adapter = kra.RLoRA(6, seed=0).for_site("x/query", "default")
-        adapter.build((12, 20))
+        adapter = kra.RLoRA(6, seed=0)
+        adapter.build_at(site_of((12, 20), "x/query"))
         assert adapter.basis_digest() == GOLDEN_DIGEST
 
     def test_a_vocabulary_with_a_large_prime(self):

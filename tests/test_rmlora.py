@@ -9,6 +9,7 @@ import pytest
 import keras_randadapt as kra
 from keras_randadapt.optimizers import MaskedGradient
 from tests import zoo
+from tests.methods import site_of
 
 BACKEND = keras.config.backend()
 
@@ -81,7 +82,7 @@ def _kinds(optimizer):
 class TestAdapter:
     def test_delta_is_that_of_lora(self):
         adapter = kra.RMLoRA(3, scaling=2.0)
-        adapter.build((7, 5))
+        adapter.build_at(site_of((7, 5)))
         a, b = zoo.normal(7, 3, seed=1), zoo.normal(3, 5, seed=2)
         adapter.lora_a.assign(a)
         adapter.lora_b.assign(b)
@@ -101,7 +102,7 @@ class TestAdapter:
 
     def test_first_factor_is_nearly_orthonormal(self):
         adapter = kra.RMLoRA(8, seed=3)
-        adapter.build((512, 16))
+        adapter.build_at(site_of((512, 16)))
         a = _numpy(adapter.lora_a).astype("float64")
         assert a.std() == pytest.approx(512**-0.5, rel=0.03)
         penalty = ((a.T @ a - np.eye(8)) ** 2).sum()
@@ -125,7 +126,7 @@ class TestAdapter:
         again = kra.RMLoRA.from_config(config)
         assert again.get_config() == config
         for one in (adapter, again):
-            one.build((7, 5))
+            one.build_at(site_of((7, 5)))
         np.testing.assert_array_equal(
             _numpy(adapter.lora_a), _numpy(again.lora_a)
         )

@@ -10,11 +10,12 @@ from keras_randadapt import random
 from tests import gradients
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def _built(view=(6, 9), dim=5, **arguments):
     adapter = kra.SAID(dim, seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 
@@ -23,7 +24,7 @@ def dense_map(adapter):
     size = adapter.input_dim * adapter.output_dim
     order = 1 << (max(size, adapter.dim) - 1).bit_length()
     hadamard = linalg.hadamard(order).astype("float64")
-    draw = (adapter.seed, f"SAID/{adapter.site_number}")
+    draw = (adapter.seed, f"SAID/{adapter.site.number}")
     b = np.diag(random.signs(draw[0], f"{draw[1]}/B", order).astype("float64"))
     g = random.normals(draw[0], f"{draw[1]}/G", order).astype("float64")
     q = np.eye(order)[random.permutation(draw[0], f"{draw[1]}/Q", order)]
@@ -75,7 +76,7 @@ class TestSAID:
         for i, one in enumerate(deltas):
             for other in deltas[:i]:
                 assert np.abs(one - other).max() > 1e-2
-        assert [a.site_number for a in adapters.values()] == [0, 1, 2, 3]
+        assert [a.site.number for a in adapters.values()] == [0, 1, 2, 3]
         for adapter in adapters.values():
             theta = methods.numpy(adapter.theta.variable)
             scale = methods.numpy(adapter.said_scale)

@@ -8,6 +8,7 @@ import keras_randadapt as kra
 from keras_randadapt import random
 from tests import gradients
 from tests import zoo
+from tests.methods import site_of
 
 
 def dense_matrices(adapter, view):
@@ -42,7 +43,7 @@ def dense_delta(adapter, view, d, b):
 
 def _built(view, rank=5, **arguments):
     adapter = kra.VeRA(rank, seed=3, **arguments)
-    adapter.build(view)
+    adapter.build_at(site_of(view))
     return adapter
 
 

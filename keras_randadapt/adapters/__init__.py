@@ -7,6 +7,7 @@ from keras_randadapt.adapters.bottleneck import Bottleneck
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
 from keras_randadapt.adapters.hydra import Hydra
+from keras_randadapt.adapters.ia3 import IA3
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
 from keras_randadapt.adapters.nola import NOLA

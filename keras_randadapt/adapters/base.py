@@ -4,6 +4,7 @@ not say again."""
 import difflib
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from collections.abc import Collection
 from typing import Any
@@ -13,10 +14,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters.variables import AdapterVariables
 from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 # What others call arguments of ours.
 _OTHER_NAMES = {
@@ -53,10 +56,10 @@ class Adapter(AdapterVariables):
     """The trainable update of one kernel view.
 
     An adapter built by hand or by a user is a *template*: `inject` clones it
-    for each site and builds the clones. A method overrides `build`, `delta`,
+    for each `Site` and builds the clones. A method overrides `build`, `delta`,
     `delta_kernel` and `get_config`; one that is not additive overrides `adapt`
     or `merged` too. Casting, dropout, merging, files, several adapters on a
-    site and reporting are done here and in `injection`.
+    site and reporting are done once, here and in the model's modules.
 
     Args:
         seed: int in `[0, 2**64)`. Gives the frozen bases, which no file
@@ -73,7 +76,7 @@ class Adapter(AdapterVariables):
     recommended_learning_rate: float | None = None
 
     #: Whether the update is a delta that does not depend on the base kernel.
-    #: If not, `merged` gets the base kernel as well and `delta` is undefined.
+    #: If not, `merged` depends on the base kernel and `delta` is undefined.
     additive = True
 
     #: Whether `merge` can fold the method into the site's own weights.
@@ -122,24 +125,14 @@ class Adapter(AdapterVariables):
                 f"Received: dropout={dropout}"
             )
         self.dropout_seed_generator = None
-        #: The shape of the kernel view; known when `inject` calls `build`.
-        self.input_dim = self.output_dim = None
-        #: Shape of the site's bias, or `None`; known when `build` is called.
-        self.bias_shape = None
-        #: The number of features of what `adapt_output` gets as `x`; known
-        #: when `build` is called.
-        self.source_dim = None
-        #: Place of the site among those of the injection, in model order.
-        self.site_number = 0
 
     # What a method says.
 
-    def build(self, kernel_view: tuple[int, int]) -> None:
+    def build(self, site: Site) -> None:
         """Creates the trainable weights.
 
         Args:
-            kernel_view: `(input_dim, output_dim)`, the shape of the site's
-                kernel seen as a matrix.
+            site: The `Site` that the adapter is for. It is `self.site` too.
         """
         raise NotImplementedError
 
@@ -162,8 +155,31 @@ class Adapter(AdapterVariables):
 
     # What a method may say better.
 
-    def check(self, kernel_view: tuple[int, int]) -> None:
-        """Raises `ValueError` if the method can't take this kernel view."""
+    def check(self, site: Site) -> None:
+        """Raises `ValueError` if the method can't take a site.
+
+        Args:
+            site: A `Site`.
+        """
+
+    def resolved(
+        self,
+        layers: dict[str, keras.layers.Layer],
+        addresses: Collection[str],
+    ) -> Self:
+        """The template with what its arguments mean in a model spelled out.
+
+        Args:
+            layers: dict from structural address to layer.
+            addresses: The sites' addresses.
+
+        Returns:
+            A template whose config a file can hold; by default this one.
+
+        Raises:
+            ValueError: If an argument means nothing in this model.
+        """
+        return self
 
     def check_addresses(self, addresses: Collection[str]) -> None:
         """Raises `ValueError` if the template can't serve these sites.
@@ -268,13 +284,17 @@ class Adapter(AdapterVariables):
         """
         return {}
 
-    def merged(self, kernel: Any) -> Any:
+    def merged(self, kernel: Any, base: Any, training: bool = False) -> Any:
         """The adapted kernel: `(input_dim, output_dim)`, float32.
 
         Args:
             kernel: The kernel view that other adapters have left, float32.
-            base: The base kernel view, if the method is not `additive`.
+            base: The base kernel view, float32. A method that is not
+                `additive` adds what depends on it to `kernel`.
+            training: Whether a training step is running.
         """
+        if training:
+            return kernel + self.training_delta_kernel()
         return kernel + self.delta_kernel()
 
     def merged_bias(self, bias: Any, base: Any) -> Any:
@@ -346,21 +366,39 @@ class Adapter(AdapterVariables):
 
     # What is the same for all.
 
-    def for_site(self, address: str, name: str) -> Self:
-        """A clone of this template for the site at a structural address."""
+    def for_site(self, site: Site, name: str) -> Self:
+        """A clone of this template for a site, not yet built.
+
+        Args:
+            site: A `Site`.
+            name: string, the clone's name.
+        """
         clone = type(self).from_config(self.get_config())
         clone.name = name
-        clone._address = address
+        clone.site = site
         return clone
 
-    @property
-    def site_role(self) -> str:
-        """What tells a site's bases from those of its neighbours.
+    def build_at(self, site: Site) -> None:
+        """Builds the adapter for a site, with its state of dropout.
 
-        The last part of the structural address: the layers of a deep model
-        share bases, the projections inside one layer do not.
+        Args:
+            site: A `Site`.
         """
-        return self._address.rpartition("/")[2]
+        self.site = site
+        if self.dropout:
+            with _compat.open_name_scope(self):
+                self._prepare_dropout()
+        self.build(site)
+
+    @property
+    def input_dim(self) -> int:
+        """The number of rows of the site's kernel view."""
+        return self.site.input_dim
+
+    @property
+    def output_dim(self) -> int:
+        """The number of columns of the site's kernel view."""
+        return self.site.output_dim
 
     def wrap_optimizer(
         self, optimizer: keras.optimizers.Optimizer, name: str
@@ -381,14 +419,29 @@ class Adapter(AdapterVariables):
         """
         return optimizer
 
-    def prepare_dropout(self) -> None:
-        """Creates the state of dropout. Call it at the end of `build`."""
-        if self.dropout:
-            # Each site has its own: all of a model are called in each step.
-            text = f"dropout/{self.seed}/{self._address}"
-            key = hashlib.sha256(text.encode()).digest()
-            self.dropout_seed_generator = keras.random.SeedGenerator(
-                int.from_bytes(key[:4], "little") % 2**31
+    def _prepare_dropout(self) -> None:
+        # Each site has its own: all of a model are called in each step.
+        text = f"dropout/{self.seed}/{self.site.address}"
+        key = hashlib.sha256(text.encode()).digest()
+        self.dropout_seed_generator = keras.random.SeedGenerator(
+            int.from_bytes(key[:4], "little") % 2**31
+        )
+
+    def check_bias_of_outputs(self, site: Site) -> None:
+        """Raises `ValueError` if a bias is not one number for each output.
+
+        Args:
+            site: A `Site`, with or without a bias.
+        """
+        if site.bias_shape is None:
+            return
+        size = math.prod(site.bias_shape)
+        if size != site.output_dim:
+            raise ValueError(
+                f"`{type(self).__name__}` changes each output's bias by its "
+                f"own amount, and '{site.address}' has a bias of {size} "
+                f"numbers for {site.output_dim} outputs. Leave it out with "
+                "`exclude`."
             )
 
     def drop(self, x: Any, training: bool | None) -> Any:

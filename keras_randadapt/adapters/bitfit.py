@@ -57,10 +57,9 @@ class BitFit(base.Adapter):
     def __init__(self, *, dtype: str = "float32", name: str | None = None):
         super().__init__(dtype=dtype, name=name)
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
         self.bias_delta = self.add_trainable(
-            "bias_delta", (math.prod(self.bias_shape),), "zeros"
+            "bias_delta", (math.prod(site.bias_shape),), "zeros"
         )
 
     def adapt(self, x, linear, training=None):
@@ -69,7 +68,7 @@ class BitFit(base.Adapter):
     def delta_kernel(self):
         return ops.zeros((self.input_dim, self.output_dim))
 
-    def merged(self, kernel):
+    def merged(self, kernel, base, training=False):
         return kernel
 
     def merged_bias(self, bias, base):

@@ -160,10 +160,9 @@ class Bottleneck(base.Adapter):
         networks = kerashub.feed_forwards(layers)
         return {a: networks[a] for a in addresses if a in networks}
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
         parallel = self.placement == "parallel"
-        dim = self.source_dim if parallel else self.output_dim
+        dim = site.source_dim if parallel else self.output_dim
         hidden_dim = self.rank or max(1, self.output_dim // self.reduction)
         self.down = self.add_trainable(
             "down", (dim, hidden_dim), self.down_initializer
@@ -175,7 +174,6 @@ class Bottleneck(base.Adapter):
         self.up_bias = self.add_trainable(
             "up_bias", (self.output_dim,), "zeros"
         )
-        self.prepare_dropout()
 
     def adapt(self, x, linear, training=None):
         return linear(x)
@@ -189,7 +187,7 @@ class Bottleneck(base.Adapter):
         update = _affine(activation(hidden), self.up, self.up_bias)
         return y + self.scaling * update
 
-    def merged(self, kernel, base):
+    def merged(self, kernel, base, training=False):
         raise ValueError(
             f"'{self.path}' is a `Bottleneck`: it computes something behind "
             "the layer that its kernel does not show. Whatever asks for the "

@@ -94,9 +94,9 @@ class DoRA(base.Adapter):
         self.detach_norm = bool(detach_norm)
         self.recommended_learning_rate = adapter.recommended_learning_rate
 
-    def for_site(self, address, name):
-        clone = self._around(self.inner.for_site(address, "inner"), name)
-        clone._address = address
+    def for_site(self, site, name):
+        clone = self._around(self.inner.for_site(site, "inner"), name)
+        clone.site = site
         return clone
 
     def _around(self, inner, name):
@@ -104,28 +104,30 @@ class DoRA(base.Adapter):
             inner, detach_norm=self.detach_norm, dtype=self.dtype, name=name
         )
 
-    def check(self, kernel_view):
-        self.inner.check(kernel_view)
+    def check(self, site):
+        self.inner.check(site)
 
     def check_addresses(self, addresses):
         self.inner.check_addresses(addresses)
 
+    def resolved(self, layers, addresses):
+        inner = self.inner.resolved(layers, addresses)
+        return self if inner is self.inner else self._around(inner, self.name)
+
     def relocated(self, rename):
         return self._around(self.inner.relocated(rename), self.name)
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
-        # What else an adapter knows of its site when it is built.
-        self.inner.site_number = self.site_number
-        self.inner.bias_shape = self.bias_shape
-        self.inner.source_dim = self.source_dim
-        self.inner.build(kernel_view)
+    def build(self, site):
+        self.inner.build_at(site)
         self.step_counter = self.inner.step_counter
         self.magnitude = self.add_trainable(
             "magnitude", (self.output_dim,), "ones"
         )
         # Of the base kernel, so no adapter file holds it.
         self.base_square = self.add_derived("base_square", (self.output_dim,))
+
+    def _prepare_dropout(self):
+        """The inner adapter drops inputs, so it has the state."""
 
     def start_from(self, kernel):
         self.inner.start_from(kernel)

@@ -90,8 +90,8 @@ class DyLoRA(lora.LoRA):
             )
         self.frozen = bool(frozen)
 
-    def build(self, kernel_view):
-        super().build(kernel_view)
+    def build(self, site):
+        super().build(site)
         self.add_step_counter()
 
     def drawn_rank(self):

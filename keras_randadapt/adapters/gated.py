@@ -26,8 +26,8 @@ class GatedLoRA(lora.LoRA):
             gate_initializer, "gate_initializer"
         )
 
-    def build(self, kernel_view):
-        super().build(kernel_view)
+    def build(self, site):
+        super().build(site)
         self.gate = self.add_trainable(
             "gate", (self.rank,), self.gate_initializer
         )

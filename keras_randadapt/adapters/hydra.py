@@ -1,7 +1,5 @@
 """Hydra: a branch beside the layer and one behind it."""
 
-import math
-
 import keras
 from keras import ops
 
@@ -84,25 +82,18 @@ class Hydra(base.Adapter):
         )
         self.scaling = arguments.check_scaling(scaling)
 
-    def check(self, kernel_view):
-        arguments.check_rank_fits(self.rank, kernel_view)
-        if self.sequential_rank > kernel_view[1]:
+    def check(self, site):
+        arguments.check_rank_fits(self.rank, site.kernel_view)
+        if self.sequential_rank > site.output_dim:
             raise ValueError(
-                f"`sequential_rank` must be at most {kernel_view[1]}, the "
+                f"`sequential_rank` must be at most {site.output_dim}, the "
                 "number of outputs. Received: "
                 f"sequential_rank={self.sequential_rank}"
             )
 
-    def build(self, kernel_view):
-        self.check(kernel_view)
-        self.input_dim, self.output_dim = kernel_view
-        size = None if self.bias_shape is None else math.prod(self.bias_shape)
-        if size not in (None, self.output_dim):
-            raise ValueError(
-                f"`Hydra` changes each output's bias by its own amount, and "
-                f"'{self._address}' has a bias of {size} numbers for "
-                f"{self.output_dim} outputs. Leave it out with `exclude`."
-            )
+    def build(self, site):
+        self.check(site)
+        self.check_bias_of_outputs(site)
         self.lora_a = self.add_trainable(
             "lora_a", (self.input_dim, self.rank), "kaiming_uniform"
         )
@@ -118,7 +109,6 @@ class Hydra(base.Adapter):
             self.hydra_d = self.add_trainable(
                 "hydra_d", (self.sequential_rank, self.output_dim), "zeros"
             )
-        self.prepare_dropout()
 
     def adapt(self, x, linear, training=None):
         y = linear(x)

@@ -137,9 +137,9 @@ class LoRA(base.Adapter):
             )
         return initialization
 
-    def for_site(self, address, name):
-        clone = super().for_site(address, name)
-        clone.rank = self.site_ranks.get(address, self.rank)
+    def for_site(self, site, name):
+        clone = super().for_site(site, name)
+        clone.rank = self.site_ranks.get(site.address, self.rank)
         return clone
 
     def relocated(self, rename):
@@ -159,12 +159,11 @@ class LoRA(base.Adapter):
                 f"Sites: {list(addresses)[:5]}"
             )
 
-    def check(self, kernel_view):
-        arguments.check_rank_fits(self.rank, kernel_view)
+    def check(self, site):
+        arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, kernel_view):
-        self.check(kernel_view)
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
+        self.check(site)
         self.lora_a = self.add_trainable(
             "lora_a",
             (self.input_dim, self.rank),
@@ -186,7 +185,6 @@ class LoRA(base.Adapter):
             self.start_b = self.add_derived(
                 "start_b", (self.rank, self.output_dim)
             )
-        self.prepare_dropout()
 
     def _initializer_of_a(self):
         if self.initialization == "gaussian":
@@ -197,7 +195,7 @@ class LoRA(base.Adapter):
         """`A = R_1 Q_1 / 10` and `B = Q_2' R_2 / 10`, with `Q_1 Q_2' = 0`."""
 
         def normals(role, *shape):
-            role = f"initial/orthogonal/{self._address}/{role}"
+            role = f"initial/orthogonal/{self.site.address}/{role}"
             return random.normals(self.seed, role, shape).astype("float64")
 
         q, _ = np.linalg.qr(normals("Q", self.rank, self.rank))

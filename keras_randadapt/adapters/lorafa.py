@@ -91,19 +91,18 @@ class LoRAFA(base.Adapter):
                 f"Received: scaling={scaling}, alpha={alpha}"
             )
 
-    def check(self, kernel_view):
-        arguments.check_rank_fits(self.rank, kernel_view)
+    def check(self, site):
+        arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, kernel_view):
-        self.check(kernel_view)
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
+        self.check(site)
         basis = bases.make_basis(
             self.basis,
             self.input_dim,
             self.rank,
             self.seed,
-            f"LoRAFA/{self.site_role}/A",
-            smaller_dim=min(kernel_view),
+            f"LoRAFA/{self.site.role}/A",
+            smaller_dim=min(site.kernel_view),
             fill=True,
         )
         self.basis_a = self.add_frozen("basis_a", basis)
@@ -115,7 +114,6 @@ class LoRAFA(base.Adapter):
         self._preconditioner = None
         if self.precondition:
             self._preconditioner = self._inverse_gram()
-        self.prepare_dropout()
 
     def _inverse_gram(self):
         """`(A' A)^-1 / scaling**2`, float32."""

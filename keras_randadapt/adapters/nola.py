@@ -79,14 +79,13 @@ class NOLA(base.Adapter):
         self.num_bases = arguments.check_rank(num_bases, "num_bases")
         self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
 
-    def check(self, kernel_view):
-        arguments.check_rank_fits(self.rank, kernel_view)
+    def check(self, site):
+        arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, kernel_view):
-        self.check(kernel_view)
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
+        self.check(site)
         first = bases.Uniform(
-            self.input_dim, self.rank, self.seed, f"NOLA/{self.site_role}/A0"
+            self.input_dim, self.rank, self.seed, f"NOLA/{self.site.role}/A0"
         )
         self.first_a = self.add_frozen("first_a", first)
         self.bases_a = self._bases("A", self.input_dim)
@@ -97,14 +96,13 @@ class NOLA(base.Adapter):
         self.nola_beta = self.add_trainable(
             "nola_beta", (self.num_bases,), "zeros"
         )
-        self.prepare_dropout()
 
     def _bases(self, side, dim):
         return bases.RegeneratedUniform(
             self.num_bases,
             dim * self.rank,
             self.seed,
-            f"NOLA/{self.site_role}/{side}",
+            f"NOLA/{self.site.role}/{side}",
         )
 
     def delta(self, x, training=None):

@@ -112,9 +112,8 @@ class RandLoRA(base.Adapter):
         self.rescale = arguments.check_choice(rescale, RESCALE, "rescale")
         self.compute = arguments.check_choice(compute, COMPUTE, "compute")
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
-        small, large = sorted(kernel_view)
+    def build(self, site):
+        small, large = sorted(site.kernel_view)
         self.terms = -(-small // self.rank)
         if self.variant == "half":
             self.terms = -(-self.terms // 2)
@@ -140,7 +139,6 @@ class RandLoRA(base.Adapter):
             (self.terms, small),
             keras.initializers.Constant(1.0 / small),
         )
-        self.prepare_dropout()
 
     def _add_basis(self, side, dim, rank, expand):
         basis = bases.make_basis(

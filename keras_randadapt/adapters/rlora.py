@@ -111,8 +111,7 @@ class RLoRA(base.Adapter):
             beta_initializer, "beta_initializer"
         )
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
         self.basis_a = self._basis(self.input_dim, "A", expand=False)
         self.basis_b = self._basis(self.output_dim, "B", expand=True)
         self.alpha = self.add_trainable(
@@ -121,14 +120,13 @@ class RLoRA(base.Adapter):
         self.beta = self.add_trainable(
             "beta", (self.output_dim,), self.beta_initializer
         )
-        self.prepare_dropout()
 
     def _basis(self, dim, side, expand):
         return bases.RandomizedHadamard(
             dim,
             self.rank,
             self.seed,
-            f"RLoRA/{self.site_role}/{side}",
+            f"RLoRA/{self.site.role}/{side}",
             self.stages,
             self.rows,
             self.hadamard,

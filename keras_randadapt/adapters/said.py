@@ -65,13 +65,12 @@ class SAID(base.Adapter):
         super().__init__(**kwargs)
         self.dim = arguments.check_rank(dim, "dim")
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
         self._size = self.input_dim * self.output_dim
         largest = max(self._size, self.dim)
         # Of one length for all kernels of about a size, as in the paper.
         self._order = 1 << (largest - 1).bit_length()
-        role = f"SAID/{self.site_number}"
+        role = f"SAID/{site.number}"
         draws = {
             "signs": random.signs(self.seed, f"{role}/B", self._order),
             "factors": random.normals(self.seed, f"{role}/G", self._order),
@@ -86,7 +85,6 @@ class SAID(base.Adapter):
         self.add_frozen_values("order", draws["order"].astype("int32"))
         self.theta = self.add_shared_trainable("theta", (self.dim,), "zeros")
         self.said_scale = self.add_trainable("said_scale", (), "ones")
-        self.prepare_dropout()
 
     def project(self, vector):
         """`P(vector)`: float32 tensors, `(dim,)` to `(input * output,)`."""

@@ -48,7 +48,8 @@ class AdapterVariables(keras.layers.Layer):
     def __init__(self, *, dtype, name):
         super().__init__(dtype=dtype, name=name)
         self.step_counter = None
-        self._address = ""
+        #: The `Site` that the adapter is built for; `None` for a template.
+        self.site = None
         self._frozen_names = ()
         self._derived_names = ()
 
@@ -68,7 +69,7 @@ class AdapterVariables(keras.layers.Layer):
         if own is not None:
             kind, options = own
             values = arguments.initial_values(
-                kind, self.seed, f"{self._address}/{name}", shape, **options
+                kind, self.seed, f"{self.site.address}/{name}", shape, **options
             )
 
             def initializer(shape, dtype=None):

@@ -81,8 +81,7 @@ class VeRA(base.Adapter):
         self.d_initial = arguments.check_scaling(d_initial, "d_initial")
         self.scaling = arguments.check_scaling(scaling)
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
+    def build(self, site):
         self.basis_a = self._add_basis("A", self.input_dim, expand=False)
         self.basis_b = self._add_basis("B", self.output_dim, expand=True)
         self.vera_d = self.add_trainable(
@@ -91,7 +90,6 @@ class VeRA(base.Adapter):
             keras.initializers.Constant(self.d_initial),
         )
         self.vera_b = self.add_trainable("vera_b", (self.output_dim,), "zeros")
-        self.prepare_dropout()
 
     def _add_basis(self, side, dim, expand):
         basis = bases.make_basis(

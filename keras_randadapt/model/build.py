@@ -9,37 +9,48 @@ from keras_randadapt.sites import supported
 
 
 def build_adapters(template, name, layers, addresses, sources):
-    """Built adapters by address, attached to nothing yet."""
+    """Built adapters by address, attached to nothing yet.
+
+    Args:
+        template: An unbuilt adapter.
+        name: The adapter's name.
+        layers: dict from structural address to layer.
+        addresses: Structural addresses of the sites.
+        sources: See `Adapter.sources`.
+
+    Returns:
+        dict from address to adapter.
+
+    Raises:
+        ValueError: If the method does not take one of the sites.
+    """
     template.check_addresses(addresses)
-    paths = [layers[address].path for address in addresses]
-    built = {}
-    for address in addresses:
+    sites = {}
+    for number, address in enumerate(addresses):
+        source = sources.get(address, address)
         try:
             _check_kind(template, layers[address])
             checks.check_called(template, address, layers)
             if address in sources:
-                _check_source(sources[address], address, layers)
-            template.check(tuple(supported.view_of(layers[address])))
+                _check_source(source, address, layers)
+            sites[address] = supported.site_of(
+                address, layers[address], layers[source], number
+            )
+            template.check(sites[address])
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
+    paths = [layers[address].path for address in addresses]
+    built = {}
     with adapter_variables.shared_bases():
-        for number, address in enumerate(addresses):
-            layer = layers[address]
+        for address, site in sites.items():
             # Two layers of one path would give two variables of one path,
             # which torch's parameter lists confuse.
-            path = layer.path
+            path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address
-            view = tuple(supported.view_of(layer))
-            clone = template.for_site(address, name)
-            clone.input_dim, clone.output_dim = view
-            clone.site_number = number
-            bias = supported.bias_variable(layer)
-            clone.bias_shape = None if bias is None else tuple(bias.shape)
-            source = layers[sources.get(address, address)]
-            clone.source_dim = supported.view_of(source).input_dim
+            clone = template.for_site(site, name)
             with keras.name_scope("adapter", override_parent=path):
-                clone.build(view)
+                clone.build_at(site)
             built[address] = clone
     return built
 

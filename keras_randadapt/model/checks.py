@@ -89,6 +89,9 @@ def check_adapter(adapter):
             "`adapter` is built already. `inject` takes an unbuilt template "
             f"and clones it: write `{type(adapter).__name__}(...)` anew."
         )
+    for part in _compat.flatten_layers(adapter):
+        if isinstance(part, Adapter):
+            _check_registered(type(part))
     try:
         configs.canonical(configs.serialize(adapter))
     except TypeError as error:
@@ -96,6 +99,17 @@ def check_adapter(adapter):
             "`adapter` has an argument that no file can store, such as a "
             f"function: {error}. Received: adapter={adapter!r}"
         ) from error
+
+
+def _check_registered(cls):
+    name = keras.saving.get_registered_name(cls)
+    if keras.saving.get_registered_object(name) is not cls:
+        raise TypeError(
+            f"Keras can't find the adapter class `{cls.__name__}` by its name "
+            f"'{name}', so no file of it could ever be loaded. Decorate the "
+            "class with "
+            "`@keras.saving.register_keras_serializable(package=...)`."
+        )
 
 
 def check_new_name(model, name):

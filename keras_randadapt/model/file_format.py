@@ -246,7 +246,7 @@ def basis_hashes(adapters):
 
 def _basis_key(adapter):
     shape = f"{adapter.input_dim}x{adapter.output_dim}"
-    return f"{adapter.site_role} {shape}"
+    return f"{adapter.site.role} {shape}"
 
 
 def _short_hash(text):

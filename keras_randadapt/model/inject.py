@@ -101,6 +101,7 @@ def inject(
     checks.check_attachable(model, layers, chosen, kept)
     checks.warn_of_inference_in_fit(model, adapter)
     checks.warn_of_frozen_in_kept(layers, kept)
+    adapter = adapter.resolved(layers, chosen)
     sources = adapter.sources(layers, chosen)
     built = build.build_adapters(adapter, name, layers, chosen, sources)
     attach.attach(model, adapter, name, chosen, kept, layers, built, sources)

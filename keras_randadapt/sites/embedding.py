@@ -12,6 +12,7 @@ class AdaptedEmbedding(AdaptedLayer):
     """An `Embedding`: the kernel view is `(vocabulary, features)`."""
 
     kind = "lookup"
+    kernel_name = "embeddings"
 
     @property
     def embeddings(self):

@@ -22,6 +22,26 @@ QUERY_VALUE_NAMES = (
     "in_proj_qkv",
 )
 
+#: The names of key and value projections, fused ones included.
+KEY_VALUE_NAMES = (
+    "key",
+    "value",
+    "key_dense",
+    "value_dense",
+    "key_proj",
+    "value_proj",
+    "k_proj",
+    "v_proj",
+    "key_projector",
+    "value_projector",
+    "k_dense_layer",
+    "v_dense_layer",
+    "query_key_value",
+    "attention_qkv",
+    "qkv",
+    "in_proj_qkv",
+)
+
 #: What their output projections are called beside them.
 _ATTENTION_OUTPUT_NAMES = (
     "attention_output",
@@ -127,7 +147,25 @@ def _is_in_block(parent, attention):
     )
 
 
+def keys_values_and_feed_forwards(layers):
+    """Addresses of key and value projections and feed-forward outputs.
+
+    Args:
+        layers: dict from address to layer, see `addresses.layers_by_address`.
+
+    Returns:
+        set of addresses.
+    """
+    found = {a for a in layers if _is_called(a, layers, KEY_VALUE_NAMES)}
+    return found | set(feed_forwards(layers))
+
+
 def is_query_or_value(address, layers):
+    """Whether a layer is called as KerasHub's query and value projections."""
+    return _is_called(address, layers, QUERY_VALUE_NAMES)
+
+
+def _is_called(address, layers, choices):
     # Some families leave projections unnamed; the attribute tells then.
     names = {layers[address].name, layers.attribute(address)}
-    return not names.isdisjoint(QUERY_VALUE_NAMES)
+    return not names.isdisjoint(choices)

@@ -31,7 +31,8 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
     #: See `Adapter.site_kinds`.
     kind = "product"
 
-    #: The attribute of the layer that is its bias.
+    #: The attributes of the layer that are its kernel and its bias.
+    kernel_name = "kernel"
     bias_name = "bias"
 
     @classmethod

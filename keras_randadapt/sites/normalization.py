@@ -13,6 +13,7 @@ class AdaptedNorm(AdaptedLayer):
     """A normalization, whose offset `beta` is its bias; it has no kernel."""
 
     kind = "norm"
+    kernel_name = None
     bias_name = "beta"
 
     @property

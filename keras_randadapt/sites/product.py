@@ -86,8 +86,5 @@ def fold(adapters, base):
     """
     view = base
     for adapter in adapters:
-        if adapter.additive:
-            view = adapter.merged(view)
-        else:
-            view = adapter.merged(view, base)
+        view = adapter.merged(view, base)
     return view

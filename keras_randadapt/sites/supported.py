@@ -13,6 +13,7 @@ from keras_randadapt.sites import dense
 from keras_randadapt.sites import embedding
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import normalization
+from keras_randadapt.sites.site import Site
 
 #: Quantization modes whose layers can be sites.
 QUANTIZATION_MODES = (None, "int8", "int4")
@@ -119,6 +120,33 @@ def bias_variable(layer):
 def view_of(layer):
     """The `KernelView` of a layer of a supported class, site or not."""
     return _mixin(type(layer)).kernel_view.fget(layer)
+
+
+def site_of(address, layer, source=None, number=0):
+    """The `Site` of a built layer of a supported class.
+
+    Args:
+        address: The layer's structural address.
+        layer: The layer, with or without adapters.
+        source: The layer whose input `Adapter.adapt_output` gets; `layer`
+            by default.
+        number: int. The place of the site among those of the injection.
+    """
+    view = view_of(layer)
+    bias = bias_variable(layer)
+    kernel = kernel_variable(layer)
+    return Site(
+        input_dim=view.input_dim,
+        output_dim=view.output_dim,
+        address=address,
+        kernel_name=_mixin(type(layer)).kernel_name,
+        bias_shape=None if bias is None else tuple(bias.shape),
+        source_dim=view_of(layer if source is None else source).input_dim,
+        number=number,
+        input_channels=(
+            int(kernel.shape[-2]) if kind_of(layer) == "convolution" else None
+        ),
+    )
 
 
 def as_view(layer, kernel):

@@ -15,7 +15,7 @@ from tests import zoo
 class Scaled(kra.LoRA):
     """An adapter that is not additive: it doubles the kernel's first row."""
 
-    def merged(self, kernel):
+    def merged(self, kernel, base, training=False):
         scale = np.ones((self.input_dim, 1), "float32")
         scale[0] = 2
         return kernel * scale
@@ -145,8 +145,9 @@ class TestSingularValues:
 
     def test_rounding_of_a_difference_is_no_rank(self):
         # Merging a delta of 1e-6 of the kernel rounds each element.
+        @keras.saving.register_keras_serializable(package="tests")
         class Small(kra.LoRA):
-            def merged(self, kernel):
+            def merged(self, kernel, base, training=False):
                 return kernel + self.delta_kernel()
 
         model, adapter = _dense(40, 30, Small(2))

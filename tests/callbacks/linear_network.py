@@ -16,9 +16,8 @@ RATE = 0.08
 class WholeDelta(base.Adapter):
     """Trains the whole delta: its gradients can be written down."""
 
-    def build(self, kernel_view):
-        self.input_dim, self.output_dim = kernel_view
-        self.update = self.add_trainable("update", kernel_view, "zeros")
+    def build(self, site):
+        self.update = self.add_trainable("update", site.kernel_view, "zeros")
 
     def delta(self, x, training=None):
         return ops.matmul(x, ops.cast(self.update, x.dtype))

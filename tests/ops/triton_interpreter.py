@@ -20,6 +20,7 @@ from keras_randadapt.ops import torch as torch_backend
 from keras_randadapt.ops import triton as kernels
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 from tests.plans import make
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -306,7 +307,7 @@ def test_opcheck():
 def test_rlora():
     """The adapter that the kernel is for, its gradients too."""
     adapter = kra.RLoRA(8)
-    adapter.build((48, 40))
+    adapter.build_at(site_of((48, 40)))
     methods.randomize(adapter)
     a, b = adapter.basis_a.dense(), adapter.basis_b.dense()
     x, upstream = normal(7, 48).requires_grad_(), normal(7, 40)
@@ -328,7 +329,7 @@ def test_rlora():
 def test_rlora_under_function_transforms():
     """Gradients of single examples, stacked adapters, second derivatives."""
     adapter = kra.RLoRA(8)
-    adapter.build((48, 40))
+    adapter.build_at(site_of((48, 40)))
     methods.randomize(adapter)
     x = normal(5, 48)
     alpha, beta = (v.value.detach() for v in adapter.variables)

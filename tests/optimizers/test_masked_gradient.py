@@ -10,6 +10,7 @@ from keras import ops
 import keras_randadapt as kra
 from keras_randadapt.optimizers import MaskedGradient
 from tests import zoo
+from tests.methods import site_of
 from tests.ops.test_counter import compiled
 from tests.ops.test_counter import reference_words
 
@@ -60,7 +61,7 @@ def _pairs(count=2, rank=RANK):
     for i in range(count):
         with keras.name_scope("adapter", override_parent=f"site{i}"):
             adapter = kra.LoRA(rank, name="default", seed=i)
-            adapter.build((7, 5))
+            adapter.build_at(site_of((7, 5)))
         adapter.lora_b.assign(zoo.normal(rank, 5, seed=i))
         variables += [adapter.lora_a, adapter.lora_b]
     gradients = [
@@ -215,7 +216,7 @@ class TestMasks:
         small, more = _pairs(count=1, rank=2)
         with keras.name_scope("small"):
             adapter = kra.LoRA(2, name="x")
-            adapter.build((7, 5))
+            adapter.build_at(site_of((7, 5)))
         adapter.lora_b.assign(small[1])
         head = keras.Variable(zoo.normal(3), name="kernel")
         every = [head, *variables, adapter.lora_a, adapter.lora_b]

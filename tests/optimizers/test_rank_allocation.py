@@ -10,6 +10,7 @@ from keras_randadapt.callbacks import rank_budget
 from keras_randadapt.optimizers import RankAllocation
 from tests import methods
 from tests import zoo
+from tests.methods import site_of
 
 
 def _adapters(count=2, rank=3):
@@ -18,7 +19,7 @@ def _adapters(count=2, rank=3):
     for i in range(count):
         with keras.name_scope("adapter", override_parent=f"site{i}"):
             adapter = kra.AdaLoRA(rank, name="default", seed=i)
-            adapter.build((7, 5))
+            adapter.build_at(site_of((7, 5)))
         adapter.gate.assign(zoo.normal(rank, seed=i))
         variables += [adapter.lora_a, adapter.lora_b, adapter.gate]
     gradients = [

@@ -224,6 +224,7 @@ def test_moving_average_and_corrected_values():
 def test_wrapping_by_an_adapter():
     """The hook by which an adapter has plain `fit` wrap the optimizer."""
 
+    @keras.saving.register_keras_serializable(package="tests")
     class Shrinking(kra.LoRA):
         def wrap_optimizer(self, optimizer, name):
             return Shrink(optimizer, self.rank)

@@ -1,0 +1,145 @@
+"""IA3: a scale for each activation."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+from keras_randadapt.adapters import base
+from keras_randadapt.sites import kerashub
+from keras_randadapt.sites import selection
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class IA3(base.Adapter):
+    """Infused adapter by inhibiting and amplifying inner activations.
+
+    A trained vector `l`, which starts at ones, rescales what a layer gives,
+    `y = l * (W x + b)`, or, in the last layer of a feed-forward network, what
+    it gets, `y = W (l * x) + b`. There are `output_dim` weights a site, or
+    `input_dim` in the second form. A merge scales the columns of the kernel
+    view and the bias, or the rows of the kernel view.
+
+    With `targets=None` the key and value projections of KerasHub's
+    transformers and the last layers of their feed-forward networks are the
+    sites. In a convolution, `l` has a value a filter, or a value a channel
+    (of a group) in the second form.
+
+    The update depends on the base kernel: beside other active adapters, it is
+    `adapted kernel - W` that is added.
+
+    Train it at a learning rate of 3e-3 (AdamW).
+
+    Args:
+        feedforward: Which sites have the second form, in which the input is
+            scaled: a name or a list of names, as for `targets` of `inject`.
+            `None` means the last layers of KerasHub's feed-forward networks,
+            and an empty list means none.
+        dtype: The dtype of `l`. See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `feedforward` is of another type.
+        ValueError: At injection, if a name in `feedforward` matches no site,
+            if a site is an embedding or a normalization, or if a bias has
+            another size than the layer has outputs.
+
+    Example:
+
+    ```python
+    kra.inject(classifier, kra.IA3(), keep_trainable="logits")
+    ```
+
+    References:
+        - Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and
+          Cheaper than In-Context Learning", NeurIPS 2022, section 3.3.
+    """
+
+    recommended_learning_rate = 3e-3
+    additive = False
+    site_kinds = ("product", "convolution")
+    adapts_bias = True
+
+    default_targets = staticmethod(kerashub.keys_values_and_feed_forwards)
+
+    def __init__(
+        self,
+        *,
+        feedforward: str | Sequence[str] | None = None,
+        dtype: str = "float32",
+        name: str | None = None,
+    ):
+        super().__init__(dtype=dtype, name=name)
+        if isinstance(feedforward, str):
+            feedforward = [feedforward]
+        names = () if feedforward is None else feedforward
+        if not isinstance(names, (list, tuple)) or not all(
+            isinstance(one, str) for one in names
+        ):
+            raise TypeError(
+                "`feedforward` must be a name, a list of names or `None`. "
+                f"Received: feedforward={feedforward!r}"
+            )
+        self.feedforward = None if feedforward is None else list(names)
+
+    def resolved(self, layers, addresses):
+        if self.feedforward is None:
+            meant = kerashub.feed_forwards(layers)
+        elif not self.feedforward:
+            return self
+        else:
+            meant = selection.match(layers, self.feedforward, "feedforward")
+        chosen = [address for address in addresses if address in meant]
+        if self.feedforward and not chosen:
+            raise ValueError(
+                "`feedforward` names no layer that `targets` means. "
+                f"Received: feedforward={self.feedforward}"
+            )
+        return self._with(chosen)
+
+    def relocated(self, rename):
+        return self._with(list(map(rename, self.feedforward or [])))
+
+    def _with(self, feedforward):
+        return type(self)(
+            feedforward=feedforward, dtype=self.dtype, name=self.name
+        )
+
+    def build(self, site):
+        self._scales_input = site.address in (self.feedforward or ())
+        # The second form leaves the bias as it is.
+        self.adapts_bias = not self._scales_input
+        if self.adapts_bias:
+            self.check_bias_of_outputs(site)
+        dim = site.input_channels if self._scales_input else site.output_dim
+        self.ia3_l = self.add_trainable("ia3_l", (dim,), "ones")
+
+    def adapt(self, x, linear, training=None):
+        change = ops.cast(self._change(), x.dtype)
+        if self._scales_input:
+            return linear(x) + linear.base(x * change)
+        y = linear(x)
+        base_y = y if linear.base is linear else linear.base(x)
+        return y + base_y * ops.cast(change, y.dtype)
+
+    def merged(self, kernel, base, training=False):
+        change = self._change()
+        if not self._scales_input:
+            return kernel + base * change
+        # A convolution's rows are positions of the window times channels.
+        positions = self.input_dim // change.shape[0]
+        rows = ops.tile(change, [positions])
+        return kernel + base * ops.expand_dims(rows, -1)
+
+    def merged_bias(self, bias, base):
+        return bias + base * self._change()
+
+    def _change(self):
+        """`l - 1`, float32: in 16 bits a factor near 1 would be rounded."""
+        return ops.cast(self.ia3_l, "float32") - 1.0
+
+    def get_config(self):
+        config = {"feedforward": self.feedforward}
+        if self.dtype != "float32":
+            config["dtype"] = self.dtype
+        return config

@@ -1,0 +1,71 @@
+"""The place of an adapter, as a method sees it."""
+
+import dataclasses
+from typing import NoReturn
+
+from keras_randadapt.sites.kernel_view import KernelView
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """All that a method is told of the place that its adapter is built for.
+
+    A layer with several kernels has one site a kernel. The address of such a
+    site is the layer's address, a slash, and the kernel's name.
+
+    Attributes:
+        input_dim: int. The number of rows of the kernel view.
+        output_dim: int. The number of its columns.
+        address: string. The structural address: the path of the layer's
+            weights in a weights file.
+        kernel_name: Optional string. The layer's attribute that holds the
+            kernel, without underscore, such as `"kernel"` or `"embeddings"`;
+            `None` for normalizations, which have no kernel.
+        bias_shape: Optional tuple of ints. The shape of the layer's bias.
+        source_dim: Optional int. The number of features of what
+            `Adapter.adapt_output` gets as `x`.
+        number: int. The place of the site among those of the injection, in
+            the order of the model's layers.
+        stack: Optional int. The number of kernels that are stacked in one
+            variable, as the experts of a mixture are.
+        input_channels: Optional int. The number of features of one position
+            of the input: rows of a convolution's kernel view are positions
+            of the window times these. `input_dim` for all other layers.
+    """
+
+    input_dim: int
+    output_dim: int
+    address: str = ""
+    kernel_name: str | None = "kernel"
+    bias_shape: tuple[int, ...] | None = None
+    source_dim: int | None = None
+    number: int = 0
+    stack: int | None = None
+    input_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.source_dim is None:
+            object.__setattr__(self, "source_dim", self.input_dim)
+        if self.input_channels is None:
+            object.__setattr__(self, "input_channels", self.input_dim)
+
+    def __iter__(self) -> NoReturn:
+        # `build` got the pair `(input_dim, output_dim)` in earlier versions.
+        raise TypeError(
+            "A `Site` can't be unpacked. Read its fields: `site.input_dim` and "
+            "`site.output_dim` are the dimensions of the kernel view."
+        )
+
+    @property
+    def kernel_view(self) -> KernelView:
+        """The shape of the kernel seen as a matrix."""
+        return KernelView(self.input_dim, self.output_dim)
+
+    @property
+    def role(self) -> str:
+        """The last part of the address.
+
+        It tells a site's bases from those of its neighbours: the layers of a
+        deep model share bases, the projections inside one layer do not.
+        """
+        return self.address.rpartition("/")[2]
