@@ -34,6 +34,7 @@ __all__ = [
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
+    "layer_trainable_flag",
     "KeepsTrainingFlag",
     "may_rematerialize",
     "no_automatic_dependency_tracking",
@@ -41,16 +42,21 @@ __all__ = [
     "owned_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
+    "restore_sublayer",
     "set_keras_mask",
     "set_layer_trainable_flag",
+    "set_weight_decay_exclusions",
     "snake_case",
+    "sublayers",
     "sync_jax_state",
     "trainable_by_nature",
     "track_optimizer_variable",
     "training_phase",
     "unpickle_model",
+    "values_of_jax_state",
     "walk_attributes",
     "weight_decay",
+    "weight_decay_exclusions",
 ]
 
 
@@ -104,6 +110,38 @@ def detach_sublayer(layer, name):
     sublayer = getattr(layer, name)
     delattr(layer, name)
     layer._tracker.untrack(sublayer)
+
+
+def sublayers(layer):
+    """A copy of the list of a layer's tracked sublayers, in their order."""
+    return list(layer._layers)
+
+
+def restore_sublayer(layer, name, sublayer, order):
+    """Puts an attribute back that `attach` or `detach_sublayer` changed.
+
+    Either may have been interrupted at any point.
+
+    Args:
+        layer: A built layer.
+        name: The attribute's name.
+        sublayer: What it was; `None` if there was none.
+        order: What `sublayers(layer)` gave.
+    """
+    current = getattr(layer, name, None)
+    if current is not sublayer:
+        if current is not None:
+            detach_sublayer(layer, name)
+        if sublayer is not None:
+            attach_sublayer(layer, name, sublayer)
+    layer._layers[:] = order
+    layer._tracker.stored_ids["layers"] = {id(one) for one in order}
+    layer._tracker.lock()
+
+
+def layer_trainable_flag(layer):
+    """One layer's own flag, whatever its variables and sublayers have."""
+    return layer._trainable
 
 
 def calls_in_graph(layer):
@@ -235,6 +273,29 @@ def sync_jax_state(model):
         model.jax_state_sync()
 
 
+@contextlib.contextmanager
+def values_of_jax_state(model, state):
+    """For a block, gives variables the values that a JAX step is to get.
+
+    Args:
+        model: A model in `fit`, whose variables have no values.
+        state: The trainer's state: lists of the values of the trainable and
+            the non-trainable variables come first.
+    """
+    trainable, non_trainable = state[0], state[1]
+    pairs = [
+        *zip(model.trainable_variables, trainable, strict=True),
+        *zip(model.non_trainable_variables, non_trainable, strict=True),
+    ]
+    try:
+        for variable, value in pairs:
+            variable._value = value
+        yield
+    finally:
+        for variable, _ in pairs:
+            variable._value = None
+
+
 def has_values(model):
     """Whether a model's variables have values, which JAX steps take out."""
     if keras.config.backend() != "jax" or in_stateless_scope():
@@ -301,6 +362,17 @@ def copy_weight_decay_exclusions(source, target, variables):
     target._exclude_from_weight_decay_cache = {}
 
 
+def weight_decay_exclusions(optimizer):
+    """The keys of the variables that weight decay leaves alone, a copy."""
+    return set(getattr(optimizer, "_exclude_from_weight_decay", ()))
+
+
+def set_weight_decay_exclusions(optimizer, keys):
+    """Sets what `weight_decay_exclusions` gave."""
+    optimizer._exclude_from_weight_decay = set(keys)
+    optimizer._exclude_from_weight_decay_cache = {}
+
+
 def weight_decay(optimizer, variable):
     """The weight decay that an optimizer has for a variable, or 0."""
     if optimizer.weight_decay is None:
@@ -327,8 +399,8 @@ def instance_attributes(layer, **values):
     themselves; a site sets both aside to put its delta before them.
     """
     before = {name: vars(layer)[name] for name in values if name in vars(layer)}
-    vars(layer).update(values)
     try:
+        vars(layer).update(values)
         yield
     finally:
         for name in values:

@@ -482,6 +482,27 @@ def test_what_a_method_does_not_take(method, model):
     np.testing.assert_array_equal(zoo.outputs(model, x), before)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [m for m in METHODS if not _is_refused(m, "conv2d_grouped")],
+)
+def test_convolution_of_16_bits(method):
+    """Where base and delta are computed apart; the merged kernel agrees."""
+    x = zoo.normal(2, 5, 5, 4)
+    inputs = keras.Input(x.shape[1:])
+    layer = keras.layers.Conv2D(
+        6, 3, groups=2, dtype="mixed_bfloat16", name="site"
+    )
+    model = zoo.set_weights(keras.Model(inputs, layer(inputs)))
+    base = zoo.outputs(model, x)
+    kra.inject(model, METHODS[method](), "site")
+    zoo.randomize(model)
+    out = zoo.outputs(model, x)
+    assert np.abs(out - base).max() > 1e-2
+    kra.merge(model)
+    close(zoo.outputs(model, x), out, 3e-2)
+
+
 @pytest.mark.skipif(
     keras.config.backend() == "torch",
     reason="Keras exports no SavedModel from the torch backend",

@@ -21,11 +21,12 @@ def shared_bases():
     One block an injection, and nothing outlives it: variables that two models
     shared would be donated twice by JAX's trainer.
     """
-    token = _shared.set({})
+    before = _shared.get()
     try:
+        _shared.set({})
         yield
     finally:
-        _shared.reset(token)
+        _shared.set(before)
 
 
 class SharedVariable:

@@ -17,6 +17,7 @@ from keras_randadapt import _compat
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import save as save_lib
 from keras_randadapt.model import training as training_lib
+from keras_randadapt.model import transaction
 from keras_randadapt.model import weights_file
 from keras_randadapt.model.state import assign_kept_layer_values
 from keras_randadapt.model.state import check_no_block
@@ -49,30 +50,43 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         self._own_class.trainable.fset(self, value)
         if value and "_randadapt" in vars(self):
             # `model.trainable = True` must not thaw the base model.
+            training_lib.release(self)
             training_lib.apply_trainable(self)
 
     def make_train_function(self, force=False):
-        # Of a block nothing that is trained remains, and what is not used in
-        # it moves all the same by what the optimizer remembers.
+        transaction.recover(self)
+        # The end of a block discards what was trained in it, and momentum
+        # would move weights that the block does not use.
         check_no_block(self)
+        before = self.train_function
         with _compat.fresh_step(self, "train_step"):
-            return super().make_train_function(force)
+            super().make_train_function(force)
+        if keras.config.backend() == "jax":
+            function = self.train_function
+            if function is not before:
+                self.train_function = self._randadapt.between_steps.around(
+                    self, function
+                )
 
     def make_test_function(self, force=False):
+        transaction.recover(self)
         self._forget_functions_if(force)
         with _compat.fresh_step(self, "test_step"):
             return super().make_test_function(force)
 
     def make_predict_function(self, force=False):
+        transaction.recover(self)
         self._forget_functions_if(force)
         return super().make_predict_function(force)
 
     def _forget_functions_if(self, force):
-        # What makes one function obsolete does so whatever is active.
+        # A forced rebuild invalidates the functions of every combination of
+        # adapters.
         if force:
             self._randadapt.functions.clear()
 
     def compile(self, *args, **kwargs):
+        transaction.recover(self)
         # Even if it fails half-way.
         self._randadapt.functions.clear()
         super().compile(*args, **kwargs)
@@ -104,7 +118,12 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
             )
         return self._own_class.save(self, filepath, *args, **kwargs)
 
+    def save_weights(self, *args, **kwargs):
+        transaction.recover(self)
+        return super().save_weights(*args, **kwargs)
+
     def load_weights(self, filepath, *args, **kwargs):
+        transaction.recover(self)
         state = self._randadapt
         plain = weights_file.has_adapters(filepath) is False
         held = {
@@ -124,7 +143,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 layer = state.layers[address]
                 state.base_values[address] = kept_layer_values(layer)
             return
-        # Heads in it are an adapter's, and none that keeps these is active.
+        # The file's heads belong to an inactive adapter.
         for address, values in base.items():
             layer = state.layers[address]
             keeping = [r for r in state.records.values() if address in r.kept]
@@ -133,6 +152,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
             assign_kept_layer_values(layer, values)
 
     def get_config(self):
+        transaction.recover(self)
         state = self._randadapt
         if state.block == "merged":
             # The kernels hold the deltas, and the config would add them.
@@ -268,6 +288,7 @@ def _counting_call(base):
 
     @functools.wraps(base.call)
     def call(self, *args, **kwargs):
+        transaction.recover(self)
         # On JAX, `fit` calls `call` itself, in no call context.
         training = kwargs.get("training")
         if training is None:
@@ -292,14 +313,17 @@ def _releasing_fit(base):
 
     @functools.wraps(base.fit)
     def fit(self, *args, **kwargs):
+        transaction.recover(self)
         check_no_block(self)
         state = self._randadapt
-        state.fitting = True
         try:
+            state.fitting = True
+            state.between_steps.begin()
             return base.fit(self, *args, **kwargs)
         finally:
             state.fitting = False
             training_lib.release(self)
+            state.between_steps.end()
 
     return fit
 

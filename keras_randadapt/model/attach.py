@@ -1,10 +1,14 @@
-"""Attaching built adapters in place, and what every change of a model does.
+"""What changes of a model consist of: sites, classes, values, functions.
 
 Adapters are attached in place: each site's layer gets a subclass of its own
 class and an `AdapterStack` as a sublayer; the outermost model gets a subclass
 of its own class. Layers keep their identity, names, paths and variables, so
-whoever holds a reference to one goes on working.
+whoever holds a reference to one goes on working. Every function here that
+changes something gets the `transaction.Change` that the step belongs to.
 """
+
+import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -15,6 +19,7 @@ from keras_randadapt.model import adapted_model
 from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 from keras_randadapt.optimizers import wrapper
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import quantized
@@ -22,116 +27,146 @@ from keras_randadapt.sites import stack
 from keras_randadapt.sites import supported
 
 
-def attach(model, template, name, addresses, kept, layers, built, sources):
-    """Attaches built adapters at checked sites: the part that changes things.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """Adapters that were built for a model and are to be attached.
 
-    Args:
-        model: A built model.
+    Attributes:
         template: The template that the adapters are clones of.
         name: The adapter's name.
-        addresses: Structural addresses of the sites.
-        kept: Structural addresses of the layers to keep trainable.
         layers: dict from structural address to layer; see `layers_of`.
-        built: dict from address to adapter; see `build_adapters`.
+        kept: Structural addresses of the layers to keep trainable.
         sources: See `Adapter.sources`.
+        built: dict from the sites' addresses to built adapters.
     """
-    before = before_change(model)
+
+    template: Adapter
+    name: str
+    layers: dict[str, keras.layers.Layer]
+    kept: list[str]
+    sources: dict[str, str]
+    built: dict[str, Adapter]
+
+
+def attach(change, before, attachment):
+    """Attaches built adapters at checked sites.
+
+    Args:
+        change: A `transaction.Change`.
+        before: What `before_change` gave.
+        attachment: An `Attachment`.
+    """
+    model = change.model
+    name, layers = attachment.name, attachment.layers
+    built, kept = attachment.built, attachment.kept
     if not state_lib.is_adapted(model):
-        become_adapted(model, layers)
+        _become_adapted(change, layers)
+    record_common(change)
     state = model._randadapt
-    try:
-        for address in addresses:
-            _become_site(layers[address])
-            _start(built[address], layers[address])
-    except BaseException:
-        # A decomposition of a kernel may fail, or be interrupted.
-        for address in addresses:
-            leave_unused_site(state, address)
-        if not state.records:
-            leave_model(model)
-        raise
-    for address in addresses:
-        layers[address].adapter.add(name, built[address])
-    for address, source in sources.items():
-        _become_site(layers[source])
-        layers[address].adapter.listen_to(layers[source].adapter, name)
-    record = state_lib.AdapterRecord(template, addresses, kept, sources)
+    for address, adapter in built.items():
+        _become_site(change, layers[address])
+        # A decomposition of a kernel may fail.
+        _start(adapter, layers[address])
+    for address, adapter in built.items():
+        add_adapter(change, layers[address], name, adapter)
+    for address, source in attachment.sources.items():
+        _become_site(change, layers[source])
+        _connect(change, layers[source], layers[address], name)
+    base_values = dict(state.base_values)
     held = {a for active in state.active for a in state.records[active].kept}
     for address in kept:
         if address not in held:
-            state.base_values[address] = state_lib.kept_layer_values(
-                layers[address]
-            )
-    record.kept_values = {
-        a: [v.copy() for v in state.base_values[a]] for a in kept
-    }
-    state.records[name] = record
+            base_values[address] = state_lib.kept_layer_values(layers[address])
+    change.set(state, "base_values", base_values)
+    record = state_lib.AdapterRecord(
+        attachment.template, built, kept, attachment.sources
+    )
+    record.kept_values = {a: [v.copy() for v in base_values[a]] for a in kept}
+    change.set(state, "records", {**state.records, name: record})
     if len(state.records) == 1:
-        activate(model, (name,))
+        activate(change, (name,))
     else:
         training.apply_trainable(model)
-    refresh(model, before)
+    refresh(change, before)
 
 
-def replace(model, name, template, built):
-    """Puts other built adapters in the place of an attached one.
-
-    Args:
-        model: An adapted model.
-        name: The adapter's name.
-        template: The template that the new adapters are clones of.
-        built: dict from address to adapter. Sites that it lacks are let go.
-    """
-    before = before_change(model)
+def record_common(change):
+    """Records what nearly every change touches; its first steps."""
+    model = change.model
+    # Taken back last, when all variables are there again.
+    change.on_undo(functools.partial(_compat.refresh_torch_parameters, model))
+    change.on_undo(
+        functools.partial(restore_functions, compiled_functions(model))
+    )
+    change.record_flags()
     state = model._randadapt
-    record = state.records[name]
-    gone = [address for address in record.changed if address not in built]
-    for address in record.changed:
-        state.layers[address].adapter.remove(name)
-        if address in built:
-            state.layers[address].adapter.add(name, built[address])
-    record.template = template
-    record.addresses = list(built)
-    record.sources = {}
-    for address in gone:
-        leave_unused_site(state, address)
-    show(model, state.active)
-    training.apply_trainable(model)
-    refresh(model, before)
+    change.set(state, "functions", state.functions.copy())
 
 
-def become_adapted(model, layers):
+def add_adapter(change, layer, name, adapter):
+    """Adds a built adapter to the stack of a site."""
+    change.attach_sublayer(layer.adapter, stack.attribute(name), adapter)
+
+
+def remove_adapter(change, layer, name):
+    """Takes an adapter off a site, and what other sites hand it."""
+    adapters = layer.adapter
+    for attribute in ("relays_in", "relays_out"):
+        relays = tuple(r for r in getattr(adapters, attribute) if r[0] != name)
+        change.set(adapters, attribute, relays)
+    if adapters.get(name) is not None:
+        change.detach_sublayer(adapters, stack.attribute(name))
+
+
+def _connect(change, source, layer, name):
+    """Lets an adapter of a site get the input of another site."""
+    relay = stack.Relay()
+    change.set(
+        layer.adapter, "relays_in", (*layer.adapter.relays_in, (name, relay))
+    )
+    change.set(
+        source.adapter,
+        "relays_out",
+        (*source.adapter.relays_out, (name, relay)),
+    )
+
+
+def _become_adapted(change, layers):
+    model = change.model
     layer_flags = []
     variable_flags = []
     for layer in _compat.flatten_layers(model):
         layer_flags.append((layer, layer.trainable))
         for variable in _compat.owned_variables(layer):
             variable_flags.append((variable, variable.trainable))
-    parts = _models(model)
-    model._randadapt = state_lib.AdaptedState(
-        layers, layer_flags, variable_flags, parts
+    parts = models_of(model)
+    # The class is set first and taken back last: see `transaction.recover`.
+    change.set(
+        model,
+        "_randadapt",
+        state_lib.AdaptedState(layers, layer_flags, variable_flags, parts),
     )
+    change.set(model, "__class__", adapted_model.adapted_class(type(model)))
+    change.record_flags()
     # A model frozen as a whole would train no adapter.
     _compat.set_layer_trainable_flag(model, True)
-    model.__class__ = adapted_model.adapted_class(type(model))
     for part in parts:
+        change.on_undo(functools.partial(parts_lib.release, part, model))
         parts_lib.claim(part, model)
 
 
-def leave_model(model):
+def leave_model(change):
+    """Gives a model without adapters back what it had, but its class."""
+    model = change.model
     state = model._randadapt
     for part in state.parts:
+        change.on_undo(functools.partial(parts_lib.claim, part, model))
         parts_lib.release(part, model)
-    model.__class__ = model._own_class
-    for layer, flag in state.layer_flags:
-        _compat.set_layer_trainable_flag(layer, flag)
-    for variable, flag in state.variable_flags:
-        if variable.trainable != flag:
-            variable.trainable = flag
-    del model._randadapt
+    transaction.restore_flags(state.layer_flags, state.variable_flags)
 
 
-def _models(model):
+def models_of(model):
+    """All models at and below a model."""
     return [
         layer
         for layer in _compat.flatten_layers(model)
@@ -139,11 +174,11 @@ def _models(model):
     ]
 
 
-def _become_site(layer):
+def _become_site(change, layer):
     if isinstance(layer, layer_lib.AdaptedLayer):
         return
-    layer.__class__ = supported.site_class(type(layer))
-    _compat.attach_sublayer(layer, "adapter", stack.AdapterStack())
+    change.set(layer, "__class__", supported.site_class(type(layer)))
+    change.attach_sublayer(layer, "adapter", stack.AdapterStack())
 
 
 def _start(adapter, layer):
@@ -154,59 +189,80 @@ def _start(adapter, layer):
         adapter.start_from(np.array(keras.ops.convert_to_numpy(view)))
 
 
-def leave_unused_site(state, address):
+def leave_unused_site(change, address):
     """Gives a layer its own class back if no adapter is left on it."""
-    for record in state.records.values():
-        if address in record.changed:
-            return
+    state = change.model._randadapt
+    if any(address in record.changed for record in state.records.values()):
+        return
     layer = state.layers[address]
     if isinstance(layer, layer_lib.AdaptedLayer):
-        _compat.detach_sublayer(layer, "adapter")
-        layer.__class__ = layer._site_base
+        change.detach_sublayer(layer, "adapter")
+        change.set(layer, "__class__", layer._site_base)
 
 
 def show(model, names):
-    """Makes the sites compute with these adapters, and nothing else."""
+    """Makes the sites compute with these adapters, and nothing else.
+
+    It may be repeated after it was interrupted.
+
+    Args:
+        model: An adapted model.
+        names: Names of adapters.
+    """
     state = model._randadapt
     state.functions.put_away(model, state.shown)
+    forget_compiled(model)
     state.shown = tuple(names)
     for layer in state.changed_layers:
         layer.adapter.active_names = state.shown
-    for part in _models(model):
-        _compat.reset_compiled_functions(part)
 
 
-def activate(model, names, freeze=True):
-    """Switches the active adapters and the values of their kept layers."""
+def activate(change, names, freeze=True):
+    """Switches the active adapters and the values of their kept layers.
+
+    Args:
+        change: A `transaction.Change`, in which `record_common` was called.
+        names: Names of adapters.
+        freeze: bool. Whether to set the `trainable` flags as well.
+    """
+    model = change.model
     state = model._randadapt
+    base_values = dict(state.base_values)
     for name in state.active:
         if name not in names:
             record = state.records[name]
-            record.kept_values = {
+            found = {
                 a: state_lib.kept_layer_values(state.layers[a])
                 for a in record.kept
             }
+            change.set(record, "kept_values", found)
             for address in record.kept:
-                state_lib.assign_kept_layer_values(
-                    state.layers[address], state.base_values[address]
-                )
+                _assign(change, state.layers[address], base_values[address])
     for name in names:
         record = state.records[name]
         if record.kept_values is not None:
             for address, values in record.kept_values.items():
                 layer = state.layers[address]
-                # They may have been changed since this was done last. (A step
-                # that broke off may have left none.)
-                if _compat.has_values(model):
-                    state.base_values[address] = state_lib.kept_layer_values(
-                        layer
-                    )
-                state_lib.assign_kept_layer_values(layer, values)
-            record.kept_values = None
-    state.active = tuple(names)
+                # They may have been changed since this was done last.
+                base_values[address] = state_lib.kept_layer_values(layer)
+                _assign(change, layer, values)
+            change.set(record, "kept_values", None)
+    change.set(state, "base_values", base_values)
+    change.set(state, "active", tuple(names))
+    change.on_undo(functools.partial(show, model, state.shown))
     show(model, names)
     if freeze:
         training.apply_trainable(model)
+
+
+def _assign(change, layer, values):
+    for weight, value in zip(layer.weights, values, strict=True):
+        change.assign(weight, value)
+
+
+def compiled_functions(model):
+    """The step functions of a model and the models in it."""
+    return {part: _compat.compiled_functions(part) for part in models_of(model)}
 
 
 def functions_of_fit(model):
@@ -218,10 +274,15 @@ def functions_of_fit(model):
     if not model._randadapt.fitting:
         return {}
     _compat.sync_jax_state(model)
-    return {part: _compat.compiled_functions(part) for part in _models(model)}
+    return compiled_functions(model)
 
 
 def restore_functions(functions):
+    """Puts step functions back.
+
+    Args:
+        functions: What `compiled_functions` gave.
+    """
     for part, by_attribute in functions.items():
         for attribute, function in by_attribute.items():
             setattr(part, attribute, function)
@@ -243,33 +304,40 @@ def before_change(model):
 
 
 def forget_compiled(model):
-    for part in _models(model):
+    """Drops the compiled functions of a model and of the models in it."""
+    for part in models_of(model):
         _compat.reset_compiled_functions(part)
-    _compat.refresh_torch_parameters(model)
 
 
-def refresh(model, before):
+def refresh(change, before):
     """Makes Keras see the model as it is now.
 
     Args:
-        model: An adapted model.
+        change: A `transaction.Change`.
         before: What `before_change` gave.
     """
+    model = change.model
+    state = model._randadapt
     variables_before, trained_before, fresh = before
     forget_compiled(model)
-    if state_lib.is_adapted(model):
-        state = model._randadapt
-        if list(map(id, model.variables)) == list(map(id, variables_before)):
-            state.functions.bring_back(model, state.shown)
-        else:
-            state.functions.clear()
+    _compat.refresh_torch_parameters(model)
+    if list(map(id, model.variables)) == list(map(id, variables_before)):
+        state.functions.bring_back(model, state.shown)
+    else:
+        state.functions.clear()
     trained = model.trainable_variables
     changed = list(map(id, trained)) != list(map(id, trained_before))
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None:
-        if not changed or fresh is None:
-            fresh = optimizer
-        wrapper.copy_exclusions(optimizer, fresh, model.variables)
-        if fresh is not optimizer:
-            model.optimizer = fresh
-    training.wrap_optimizer(model)
+    if optimizer is None:
+        return
+    if not changed or fresh is None:
+        fresh = optimizer
+        change.on_undo(
+            functools.partial(
+                wrapper.restore_exclusions, wrapper.exclusions(optimizer)
+            )
+        )
+    wrapper.copy_exclusions(optimizer, fresh, model.variables)
+    wrapped = training.wrapped_optimizer(model, fresh, state.active)
+    if wrapped is not optimizer:
+        change.set(model, "optimizer", wrapped)

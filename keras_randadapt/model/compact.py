@@ -9,6 +9,8 @@ from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -105,5 +107,38 @@ def _replace(model, name, low_rank):
         a, b, _ = found[address]
         built[address].lora_a.assign(a)
         built[address].lora_b.assign(b)
-    attach.replace(model, name, template, built)
+    before = attach.before_change(model)
+    training.release(model)
+    with transaction.change(model) as change:
+        _put(change, before, name, template, built)
     return report_lib.Report(model, name)
+
+
+def _put(change, before, name, template, built):
+    """Puts other built adapters in the place of an attached one.
+
+    Args:
+        change: A `transaction.Change`.
+        before: What `attach.before_change` gave.
+        name: The adapter's name.
+        template: The template that the new adapters are clones of.
+        built: dict from address to adapter. Sites that it lacks are let go.
+    """
+    model = change.model
+    state = model._randadapt
+    record = state.records[name]
+    changed = record.changed
+    attach.record_common(change)
+    for address in changed:
+        attach.remove_adapter(change, state.layers[address], name)
+        if address in built:
+            layer = state.layers[address]
+            attach.add_adapter(change, layer, name, built[address])
+    change.set(record, "template", template)
+    change.set(record, "addresses", list(built))
+    change.set(record, "sources", {})
+    for address in changed:
+        if address not in built:
+            attach.leave_unused_site(change, address)
+    attach.activate(change, state.active)
+    attach.refresh(change, before)

@@ -53,6 +53,12 @@ class CompiledFunctions:
     def clear(self):
         self._kept.clear()
 
+    def copy(self):
+        """One that holds the same functions and changes by itself."""
+        other = CompiledFunctions()
+        other._kept = dict(self._kept)
+        return other
+
 
 def _variables(model):
     # On JAX, functions take the values of variables by their position, in two

@@ -10,6 +10,8 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import report as report_lib
+from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
@@ -104,7 +106,18 @@ def inject(
     adapter = adapter.resolved(layers, chosen)
     sources = adapter.sources(layers, chosen)
     built = build.build_adapters(adapter, name, layers, chosen, sources)
-    attach.attach(model, adapter, name, chosen, kept, layers, built, sources)
+    attachment = attach.Attachment(
+        template=adapter,
+        name=name,
+        layers=layers,
+        kept=kept,
+        sources=sources,
+        built=built,
+    )
+    before = attach.before_change(model)
+    training.release(model)
+    with transaction.change(model) as change:
+        attach.attach(change, before, attachment)
     return report_lib.Report(model, name)
 
 

@@ -11,6 +11,8 @@ from keras_randadapt.model import checks
 from keras_randadapt.model import file_checks
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 
 
 def load_adapter(
@@ -111,17 +113,42 @@ def load_adapter(
     )
 
     # Nothing below can fail for anything in the file.
-    if not present:
-        attach.attach(
-            model, template, name, addresses, kept, layers, built, sources
-        )
+    if present:
+        with transaction.change(model) as change:
+            _assign(change, built, values)
+            _assign_kept(change, name, kept_values)
+        return report.Report(model, name)
+    attachment = attach.Attachment(
+        template=template,
+        name=name,
+        layers=layers,
+        kept=kept,
+        sources=sources,
+        built=built,
+    )
+    before = attach.before_change(model)
+    training.release(model)
+    with transaction.change(model) as change:
+        attach.attach(change, before, attachment)
+        # Afterwards: some adapters get their first values from the kernel
+        # when they are attached.
+        _assign(change, built, values)
+        _assign_kept(change, name, kept_values)
+    return report.Report(model, name)
+
+
+def _assign(change, built, values):
     for address, arrays in values.items():
         for weight, array in zip(built[address].stored_weights(), arrays):
-            weight.assign(array)
-    record = model._randadapt.records[name]
-    if record.kept_values is None:
-        for address, arrays in kept_values.items():
-            state_lib.assign_kept_layer_values(layers[address], arrays)
-    else:
-        record.kept_values = kept_values
-    return report.Report(model, name)
+            change.assign(weight, array)
+
+
+def _assign_kept(change, name, kept_values):
+    state = change.model._randadapt
+    record = state.records[name]
+    if record.kept_values is not None:
+        change.set(record, "kept_values", kept_values)
+        return
+    for address, arrays in kept_values.items():
+        for weight, array in zip(state.layers[address].weights, arrays):
+            change.assign(weight, array)

@@ -1,6 +1,7 @@
 """Folding adapters into the kernels and biases that they adapt."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import keras
@@ -10,6 +11,8 @@ from keras_randadapt import _compat
 from keras_randadapt.model import attach
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
+from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
 
@@ -39,16 +42,21 @@ def merge(model: keras.Model) -> keras.Model:
     state_lib.check_not_fitting(model)
     _check_mergeable(state)
     _check_finite_merge(state)
-    for layer in state.site_layers:
-        if layer.adapter.active():
-            _write_merged(layer)
-    # What the active adapters' heads learned is what stays.
-    for name in state.active:
-        for address in state.records[name].kept:
-            state.base_values[address] = state_lib.kept_layer_values(
-                state.layers[address]
-            )
-    return switch.eject(model)
+    before = attach.before_change(model)
+    training.release(model)
+    with transaction.change(model) as change:
+        for layer in state.site_layers:
+            if layer.adapter.active():
+                _write_merged(change, layer)
+        # What the active adapters' heads learned is what stays.
+        learned = {
+            address: state_lib.kept_layer_values(state.layers[address])
+            for name in state.active
+            for address in state.records[name].kept
+        }
+        change.set(state, "base_values", {**state.base_values, **learned})
+        switch.remove(change, before, tuple(state.records))
+    return model
 
 
 @contextlib.contextmanager
@@ -76,23 +84,33 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
     _check_mergeable(state)
     _check_finite_merge(state)
     active = state.active
-    before = {}
-    state.block = "merged"
-    try:
+
+    def enter(change):
+        values = {}
         for layer in state.site_layers:
             if layer.adapter.active():
-                before[layer] = _kernel_values(layer)
-                _write_merged(layer)
+                values[layer] = _kernel_values(layer)
+                _write_merged(change, layer)
+        attach.record_common(change)
+        change.set(state, "block", "merged")
+        change.on_undo(functools.partial(attach.show, model, state.shown))
         attach.show(model, ())
         state.functions.bring_back(model, ())
+        return functools.partial(_unmerge, model, active, values, functions)
+
+    with transaction.block(model, enter):
         yield model
-    finally:
-        state.block = None
-        for layer, values in before.items():
-            _restore_kernel(layer, values)
-        attach.show(model, active)
-        state.functions.bring_back(model, active)
-        attach.restore_functions(functions)
+
+
+def _unmerge(model, active, values, functions):
+    """Ends a `merged` block; it may be repeated after an interruption."""
+    state = model._randadapt
+    for layer, before in values.items():
+        _restore_kernel(layer, before)
+    attach.show(model, active)
+    state.block = None
+    state.functions.bring_back(model, active)
+    attach.restore_functions(functions)
 
 
 def _merged_kernel(layer):
@@ -113,14 +131,14 @@ def _adapts_bias(layer):
     )
 
 
-def _write_merged(layer):
+def _write_merged(change, layer):
     # Both from the base values, before either is written.
     kernel = _merged_kernel(layer) if _adapts_kernel(layer) else None
     bias = layer.merged_bias() if _adapts_bias(layer) else None
     if kernel is not None:
-        _write_kernel(layer, kernel)
+        _write_kernel(change, layer, kernel)
     if bias is not None:
-        supported.bias_variable(layer).assign(bias)
+        change.assign(supported.bias_variable(layer), bias)
 
 
 def _merged_values(layer):
@@ -164,11 +182,12 @@ def _check_finite_merge(state):
             )
 
 
-def _write_kernel(layer, kernel):
+def _write_kernel(change, layer, kernel):
     if layer.quantization_mode is None:
-        supported.kernel_variable(layer).assign(kernel)
+        change.assign(supported.kernel_variable(layer), kernel)
     else:
-        quantized.requantize(layer, kernel)
+        for variable, value in quantized.requantized(layer, kernel):
+            change.assign(variable, value)
 
 
 def _kernel_values(layer):

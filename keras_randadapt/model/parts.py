@@ -31,21 +31,28 @@ def claim(part, model):
     if _CLAIM not in attributes:
         # Keras has a method of its own on every instance.
         attributes[_CLAIM] = _Claim(attributes.get("quantize"))
-        attributes["quantize"] = types.MethodType(_quantize, part)
+    attributes["quantize"] = types.MethodType(_quantize, part)
     attributes[_CLAIM].owners.add(model)
 
 
 def release(part, model):
-    """The reverse of `claim`; the last one gives `quantize` back."""
+    """The reverse of `claim`; the last one gives `quantize` back.
+
+    Either may be repeated after it was interrupted.
+    """
     attributes = vars(part)
+    if _CLAIM not in attributes:
+        return
     attributes[_CLAIM].owners.discard(model)
     if attributes[_CLAIM].owners:
         return
-    quantize = attributes.pop(_CLAIM).quantize
+    quantize = attributes[_CLAIM].quantize
     if quantize is None:
-        del attributes["quantize"]
+        attributes.pop("quantize", None)
     else:
         attributes["quantize"] = quantize
+    # Last: `claim` would take our method for the model's own without it.
+    del attributes[_CLAIM]
 
 
 def owner_of(part):

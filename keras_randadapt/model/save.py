@@ -27,6 +27,8 @@ def save_adapter(
     layers that were kept trainable. The file says what base model it is for,
     by class and by a hash of its layers' addresses and shapes. The file is
     complete or absent: it is written beside its destination and moved there.
+    It may be called by another thread during `fit`: on JAX it then waits for
+    the end of the batch.
 
     Args:
         model: An adapted model.
@@ -45,6 +47,18 @@ def save_adapter(
     kra.save_adapter(model, "sentiment.safetensors")
     ```
     """
+    state_lib.check_is_model(model)
+    if not state_lib.is_adapted(model):
+        # The error that says so.
+        state_lib.state_of(model)
+    data = model._randadapt.between_steps.run(
+        functools.partial(_file_of, model, name, preset)
+    )
+    _write(filepath, data)
+
+
+def _file_of(model, name, preset):
+    """The bytes of an adapter file."""
     state = state_lib.state_of(model)
     name = checks.one_name(state, name)
     _warn_of_others(model, state)
@@ -55,11 +69,10 @@ def save_adapter(
         file_format.layers_digest, model, record.addresses, record.kept
     )
     metadata = file_format.describe(model, name, preset, digest_of)
-    data = safetensors.numpy.save(
+    return safetensors.numpy.save(
         tensors,
         metadata={file_format.METADATA_KEY: configs.canonical(metadata)},
     )
-    _write(filepath, data)
 
 
 def _warn_of_others(model, state):
@@ -77,7 +90,7 @@ def _warn_of_others(model, state):
             f"{len(others)} weights are trainable that are no adapter's, so no "
             f"adapter file holds them: {others[:5]}. Name their layers in "
             "`keep_trainable` at injection instead of unfreezing them.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

@@ -1,10 +1,14 @@
 """The state of an adapted model, and what must hold before it changes."""
 
+import threading
+
 import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt.model import between_steps
 from keras_randadapt.model import compiled_functions
+from keras_randadapt.model import transaction
 from keras_randadapt.sites import addresses
 
 
@@ -63,6 +67,7 @@ class AdaptedState:
         attachments: list of functions that take off what callbacks attached
             to the model for the length of a `fit`.
         fitting: Whether `fit` is running.
+        between_steps: `BetweenSteps`: what other threads wait for meanwhile.
         parts: list of the models that it claimed: this one and those inside.
     """
 
@@ -78,6 +83,7 @@ class AdaptedState:
         self.base_values = {}
         self.attachments = []
         self.fitting = False
+        self.between_steps = between_steps.BetweenSteps()
         self.parts = parts
 
     @property
@@ -126,17 +132,22 @@ class AdaptedState:
 
 
 def check_is_model(model):
-    """Raises `TypeError` unless `model` is a Keras model."""
+    """Raises `TypeError` unless `model` is a Keras model.
+
+    Every public function asks first, so a change of the model that was cut
+    short is taken back here.
+    """
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a `keras.Model`. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+    transaction.recover(model)
 
 
 def is_adapted(model) -> bool:
     """Whether adapters are attached to this model itself."""
-    return "_randadapt" in vars(model)
+    return getattr(type(model), "_own_class", None) is not None
 
 
 def state_of(model):
@@ -159,6 +170,7 @@ def check_has_values(model):
     a step and puts them back after it.
     """
     if not _compat.has_values(model):
+        _check_thread(model)
         # Inside `fit` they are put back on demand.
         _compat.sync_jax_state(model)
     if not _compat.has_values(model):
@@ -167,6 +179,20 @@ def check_has_values(model):
             "Keras loses them when `fit`, `evaluate` or `predict` fails "
             "in its first step, on data of a wrong shape for one. Build the "
             "model anew."
+        )
+
+
+def _check_thread(model):
+    """Raises `RuntimeError` in another thread than the one in `fit`."""
+    if not is_adapted(model):
+        return
+    thread = model._randadapt.between_steps.thread
+    if thread not in (None, threading.get_ident()):
+        raise RuntimeError(
+            f"Model '{model.name}' is being trained by another thread, and in "
+            "JAX its variables have no values meanwhile. `save_adapter` waits "
+            "for the end of a batch; do everything else in a callback, or "
+            "after `fit`."
         )
 
 

@@ -1,15 +1,18 @@
 """Switching and removing attached adapters."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from collections.abc import Sequence
 
 import keras
 
+from keras_randadapt import _compat
 from keras_randadapt.model import attach
 from keras_randadapt.model import checks
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
+from keras_randadapt.model import transaction
 
 
 def eject(model: keras.Model, name: str | None = None) -> keras.Model:
@@ -33,19 +36,47 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     state_lib.check_not_fitting(model)
     names = checks.check_names(state, state.records if name is None else [name])
     before = attach.before_change(model)
-    attach.activate(model, tuple(n for n in state.active if n not in names))
-    for one in names:
-        record = state.records.pop(one)
-        for address in record.changed:
-            state.layers[address].adapter.remove(one)
-            attach.leave_unused_site(state, address)
-    kept = {a for record in state.records.values() for a in record.kept}
-    for address in state.base_values.keys() - kept:
-        del state.base_values[address]
-    if not state.records:
-        attach.leave_model(model)
-    attach.refresh(model, before)
+    training.release(model)
+    with transaction.change(model) as change:
+        remove(change, before, names)
     return model
+
+
+def remove(change, before, names):
+    """Removes adapters of some names in a change.
+
+    Args:
+        change: A `transaction.Change`.
+        before: What `attach.before_change` gave.
+        names: tuple of names.
+    """
+    model = change.model
+    state = model._randadapt
+    attach.record_common(change)
+    attach.activate(change, tuple(n for n in state.active if n not in names))
+    for name in names:
+        records = dict(state.records)
+        record = records.pop(name)
+        for address in record.changed:
+            attach.remove_adapter(change, state.layers[address], name)
+        change.set(state, "records", records)
+        for address in record.changed:
+            attach.leave_unused_site(change, address)
+    kept = {a for record in state.records.values() for a in record.kept}
+    change.set(
+        state,
+        "base_values",
+        {a: v for a, v in state.base_values.items() if a in kept},
+    )
+    if not state.records:
+        attach.leave_model(change)
+    attach.refresh(change, before)
+    if not state.records:
+        # The class is taken back first, and changed last: see
+        # `transaction.recover`.
+        change.set(model, "__class__", model._own_class)
+        change.on_undo(functools.partial(setattr, model, "_randadapt", state))
+        del model._randadapt
 
 
 @contextlib.contextmanager
@@ -73,19 +104,54 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
         state_lib.check_no_block(model)
     functions = attach.functions_of_fit(model)
     active = state.active
-    state.block = "disabled"
-    attach.activate(model, (), freeze=False)
-    attach.forget_compiled(model)
-    state.functions.bring_back(model, state.shown)
-    try:
-        yield model
-    finally:
-        state.block = outer
-        attach.activate(model, active, freeze=False)
-        attach.forget_compiled(model)
+
+    def enter(change):
+        attach.record_common(change)
+        change.set(state, "block", "disabled")
+        attach.activate(change, (), freeze=False)
+        _compat.refresh_torch_parameters(model)
         state.functions.bring_back(model, state.shown)
-        training.wrap_optimizer(model)
-        attach.restore_functions(functions)
+        return functools.partial(_enable, model, active, outer, functions, {})
+
+    with transaction.block(model, enter):
+        yield model
+
+
+def _enable(model, active, outer, functions, found):
+    """Ends a `disabled` block; it may be repeated after an interruption.
+
+    Args:
+        model: An adapted model.
+        active: Names of the adapters that were active before.
+        outer: What `AdaptedState.block` was before.
+        functions: What `attach.functions_of_fit` gave.
+        found: dict that keeps what the block left, for a repetition.
+    """
+    state = model._randadapt
+    records = [state.records[name] for name in active]
+    if not found:
+        # A step that broke off in the block may have left no values.
+        base = {
+            address: state_lib.kept_layer_values(state.layers[address])
+            for record in records
+            for address in record.kept
+            if _compat.has_values(model)
+        }
+        kept = [dict(record.kept_values or {}) for record in records]
+        found.update(base=base, kept=kept)
+    for values in found["kept"]:
+        for address, arrays in values.items():
+            state_lib.assign_kept_layer_values(state.layers[address], arrays)
+    state.base_values = {**state.base_values, **found["base"]}
+    for record in records:
+        record.kept_values = None
+    state.active = active
+    attach.show(model, active)
+    state.block = outer
+    _compat.refresh_torch_parameters(model)
+    state.functions.bring_back(model, state.shown)
+    training.wrap_optimizer(model)
+    attach.restore_functions(functions)
 
 
 def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
@@ -119,8 +185,11 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
                 )
             owner[address] = name
     before = attach.before_change(model)
-    attach.activate(model, names)
-    attach.refresh(model, before)
+    training.release(model)
+    with transaction.change(model) as change:
+        attach.record_common(change)
+        attach.activate(change, names)
+        attach.refresh(change, before)
 
 
 def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:

@@ -9,8 +9,6 @@ from keras_randadapt.optimizers import wrapper
 
 def apply_trainable(model):
     """Freezes all of a model but its active adapters and their kept layers."""
-    # What callbacks attached was for the weights that were trained so far.
-    release(model)
     state = model._randadapt
     for layer in _compat.flatten_layers(model):
         if layer is model:
@@ -35,20 +33,36 @@ def release(model):
             detach()
 
 
+def wrapped_optimizer(model, optimizer, names):
+    """An optimizer, wrapped as active adapters ask for it.
+
+    Args:
+        model: A model that is or was adapted.
+        optimizer: The optimizer that it is compiled with, or `None`.
+        names: Names of the active adapters.
+
+    Returns:
+        An optimizer: the same one if it is wrapped as asked already. `None`
+        for `None`.
+    """
+    if optimizer is None:
+        return None
+    wraps = [
+        functools.partial(
+            model._randadapt.records[name].template.wrap_optimizer, name=name
+        )
+        for name in names
+    ]
+    return wrapper.attach(optimizer, wraps)
+
+
 def wrap_optimizer(model):
     """Wraps a compiled model's optimizer as its active adapters ask for it."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
+    state = model._randadapt
+    if state.block == "disabled":
+        # The end of the block needs the optimizer as it was.
         return
-    wraps = []
-    if is_adapted(model):
-        state = model._randadapt
-        if state.block == "disabled":
-            # The end of the block needs the optimizer as it was.
-            return
-        for name in state.active:
-            template = state.records[name].template
-            wraps.append(functools.partial(template.wrap_optimizer, name=name))
-    wrapped = wrapper.attach(optimizer, wraps)
+    optimizer = getattr(model, "optimizer", None)
+    wrapped = wrapped_optimizer(model, optimizer, state.active)
     if wrapped is not optimizer:
         model.optimizer = wrapped

@@ -8,6 +8,7 @@ from keras_randadapt.model import attach as attach_lib
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import switch
+from keras_randadapt.model import transaction
 from keras_randadapt.model.state import layers_of
 
 _PACKAGE, _, _NAME = adapted_model.REGISTERED_NAME.partition(">")
@@ -38,6 +39,14 @@ def _attach(model, config):
     checks.check_attachable(model, layers, addresses, kept)
     sources = config.get("sources", {})
     built = build.build_adapters(template, name, layers, addresses, sources)
-    attach_lib.attach(
-        model, template, name, addresses, kept, layers, built, sources
+    attachment = attach_lib.Attachment(
+        template=template,
+        name=name,
+        layers=layers,
+        kept=kept,
+        sources=sources,
+        built=built,
     )
+    before = attach_lib.before_change(model)
+    with transaction.change(model) as change:
+        attach_lib.attach(change, before, attachment)

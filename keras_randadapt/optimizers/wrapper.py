@@ -298,6 +298,23 @@ def copy_exclusions(source, target, variables):
         _compat.copy_weight_decay_exclusions(old, new, variables)
 
 
+def exclusions(optimizer):
+    """What each optimizer, at and below one, excludes from weight decay.
+
+    Returns:
+        list of `(optimizer, exclusions)` pairs, for `restore_exclusions`.
+    """
+    return [
+        (one, _compat.weight_decay_exclusions(one)) for one in walk(optimizer)
+    ]
+
+
+def restore_exclusions(pairs):
+    """Puts back what `exclusions` gave."""
+    for one, excluded in pairs:
+        _compat.set_weight_decay_exclusions(one, excluded)
+
+
 def chosen_by_user(optimizer, cls):
     """Whether a wrapper of this class is there that no adapter asked for."""
     return any(

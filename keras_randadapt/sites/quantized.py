@@ -26,8 +26,16 @@ def dequantized_kernel(site):
     return site.from_view(site.multiply(units))
 
 
-def requantize(site, kernel):
-    """Quantizes a float kernel as the site's own was, and stores it."""
+def requantized(site, kernel):
+    """A float kernel, quantized as the site's own was.
+
+    Args:
+        site: An adapted layer that is quantized.
+        kernel: Tensor of the unpacked kernel's shape.
+
+    Returns:
+        list of pairs of a variable of the site and its new value.
+    """
     mode, _, source = site.dtype_policy.name.partition("_from_")
     config = site._site_base.get_config(site)
     twin = site._site_base.from_config({**config, "dtype": source})
@@ -38,14 +46,16 @@ def requantize(site, kernel):
         arguments["config"] = site.quantization_config
     twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
     # A tied embedding's reverse shares these; an untied one's is no site.
-    for name in (
+    names = (
         "_kernel",
         "kernel_scale",
         "kernel_zero",
         "_embeddings",
         "embeddings_scale",
         "embeddings_zero",
-    ):
-        variable = getattr(twin, name, None)
-        if variable is not None:
-            getattr(site, name).assign(variable)
+    )
+    return [
+        (getattr(site, name), getattr(twin, name))
+        for name in names
+        if getattr(twin, name, None) is not None
+    ]

@@ -4,8 +4,6 @@ import threading
 
 import keras
 
-from keras_randadapt import _compat
-
 
 class Relay:
     """Hands a layer's input to an adapter of a layer that is called later."""
@@ -41,17 +39,6 @@ class AdapterStack(keras.layers.Layer):
         self.active_names = ()
         self.relays_in = ()
         self.relays_out = ()
-
-    def listen_to(self, other, name):
-        """Lets the adapter of this name get the input of another site.
-
-        Args:
-            other: The `AdapterStack` of that site.
-            name: The adapter's name.
-        """
-        relay = Relay()
-        self.relays_in = (*self.relays_in, (name, relay))
-        other.relays_out = (*other.relays_out, (name, relay))
 
     def relay(self, x):
         """Passes the site's input on to adapters of other sites."""
@@ -89,18 +76,8 @@ class AdapterStack(keras.layers.Layer):
             y = adapter.adapt_output(y, source, training)
         return y
 
-    def add(self, name, adapter):
-        _compat.attach_sublayer(self, _attribute(name), adapter)
-
-    def remove(self, name):
-        """Takes an adapter off, and what other sites hand it."""
-        self.relays_in = tuple(r for r in self.relays_in if r[0] != name)
-        self.relays_out = tuple(r for r in self.relays_out if r[0] != name)
-        if self.get(name) is not None:
-            _compat.detach_sublayer(self, _attribute(name))
-
     def get(self, name):
-        return getattr(self, _attribute(name), None)
+        return getattr(self, attribute(name), None)
 
     def active(self):
         """The active adapters of this site, in order of activation.
@@ -116,6 +93,7 @@ class AdapterStack(keras.layers.Layer):
         return
 
 
-def _attribute(name):
+def attribute(name):
+    """The attribute of an `AdapterStack` that holds the adapter of a name."""
     # The prefix keeps a user's name ("path", "name") off Keras's attributes.
     return f"named_{name}"

@@ -1,0 +1,238 @@
+"""Changes of a model that are made as a whole or not at all.
+
+Whatever is raised half-way, an interruption or a lack of memory included, is
+followed by taking back what was done. Each step of a change is recorded before
+it is made, as a function that puts an absolute value back. Taking back is
+therefore idempotent: when it is interrupted itself, it begins again. A change
+that is still open when the model is used next, because the code that should
+have taken it back was cut short, is taken back then; see `recover`.
+"""
+
+import contextlib
+import functools
+import threading
+
+import keras
+import numpy as np
+
+from keras_randadapt import _compat
+
+# The attribute that is a model's open `Change`.
+_OPEN = "_randadapt_change"
+
+# Held while a model changes, so that another thread waits for the end of a
+# change instead of taking it for one that was cut short.
+_LOCK = threading.RLock()
+
+_MISSING = object()
+
+
+class Change:
+    """One change of a model: what was done so far, and how to take it back.
+
+    Attributes:
+        model: The model.
+        outer: The change that this one is made inside of, which is a block
+            whose body is running, or `None`.
+        settled: Whether the change is a block whose body is running.
+        leave: Once a block has been entered, the function that ends it.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.outer = None
+        self.settled = False
+        self.leave = None
+        self._undo = []
+
+    def on_undo(self, undo):
+        """Records how the next step is taken back.
+
+        Args:
+            undo: Function without arguments. It may be called when the step
+                was not made, and more than once.
+        """
+        self._undo.append(undo)
+
+    def set(self, owner, attribute, value):
+        """Sets an attribute of a layer, a model or another object."""
+        if attribute == "__class__":
+            before = type(owner)
+        else:
+            before = vars(owner).get(attribute, _MISSING)
+        self.on_undo(functools.partial(_put, owner, attribute, before))
+        setattr(owner, attribute, value)
+
+    def assign(self, variable, value):
+        """Assigns a value to a variable; a copy of the old one is kept."""
+        before = np.array(keras.ops.convert_to_numpy(variable))
+        self.on_undo(functools.partial(variable.assign, before))
+        variable.assign(value)
+
+    def attach_sublayer(self, layer, name, sublayer):
+        """Makes `sublayer` an attribute of a built layer."""
+        self._record_sublayer(layer, name)
+        _compat.attach_sublayer(layer, name, sublayer)
+
+    def detach_sublayer(self, layer, name):
+        """Removes a sublayer that is an attribute of a built layer."""
+        self._record_sublayer(layer, name)
+        _compat.detach_sublayer(layer, name)
+
+    def _record_sublayer(self, layer, name):
+        self.on_undo(
+            functools.partial(
+                _compat.restore_sublayer,
+                layer,
+                name,
+                getattr(layer, name, None),
+                _compat.sublayers(layer),
+            )
+        )
+
+    def record_flags(self):
+        """Records all `trainable` flags at and below the model."""
+        layers, variables = [], []
+        for layer in _compat.flatten_layers(self.model):
+            layers.append((layer, _compat.layer_trainable_flag(layer)))
+            for variable in _compat.owned_variables(layer):
+                variables.append((variable, variable.trainable))
+        self.on_undo(functools.partial(restore_flags, layers, variables))
+
+    def is_open(self):
+        """Whether the change was neither completed nor taken back."""
+        one = vars(self.model).get(_OPEN)
+        while one is not None and one is not self:
+            one = one.outer
+        return one is self
+
+    def begin(self):
+        self.outer = vars(self.model).get(_OPEN)
+        vars(self.model)[_OPEN] = self
+
+    def settle(self, leave):
+        """Begins the body of a block.
+
+        Args:
+            leave: Function without arguments that ends the block. It may be
+                called again when it was interrupted.
+        """
+        self.leave = leave
+        self.settled = True
+        # These would hold copies of kernels for the length of the block.
+        self._undo = []
+
+    def end(self):
+        """Completes the change: from here on nothing is taken back."""
+        if self.outer is None:
+            vars(self.model).pop(_OPEN, None)
+        else:
+            vars(self.model)[_OPEN] = self.outer
+
+    def take_back(self):
+        """Undoes the change, or leaves the block; nothing if it is closed."""
+        if not self.is_open():
+            return
+        self.settled = False
+        if self.leave is not None:
+            self.leave()
+        else:
+            for undo in reversed(self._undo):
+                undo()
+        self.end()
+
+
+@contextlib.contextmanager
+def change(model):
+    """Makes one change of a model in a block: all of it, or none.
+
+    Args:
+        model: A Keras model.
+
+    Yields:
+        A `Change`, by which the block makes its steps.
+    """
+    with _LOCK:
+        recover(model)
+        this = Change(model)
+        try:
+            try:
+                this.begin()
+                yield this
+                this.end()
+            except BaseException:
+                this.take_back()
+                raise
+        except BaseException:
+            # Taking back may have been interrupted.
+            this.take_back()
+            raise
+
+
+@contextlib.contextmanager
+def block(model, enter):
+    """Changes a model for a block, whose end takes the change back.
+
+    Args:
+        model: A Keras model.
+        enter: Function of a `Change` that makes the change and returns the
+            function that ends the block; see `Change.settle`.
+    """
+    recover(model)
+    this = Change(model)
+    try:
+        try:
+            with _LOCK:
+                this.begin()
+                this.settle(enter(this))
+            yield
+        finally:
+            with _LOCK:
+                this.take_back()
+    finally:
+        # Taking back may have been interrupted.
+        with _LOCK:
+            this.take_back()
+
+
+def recover(model):
+    """Takes back a change that was cut short, if there is one.
+
+    Every public function and every call of an adapted model begins with it.
+
+    Args:
+        model: A Keras model.
+    """
+    if _OPEN not in vars(model):
+        return
+    with _LOCK:
+        this = vars(model).get(_OPEN)
+        while this is not None and not this.settled:
+            if getattr(type(model), "_own_class", None) is None:
+                # The class is the first thing that injection changes and the
+                # last that removal does, so nothing or all was done.
+                vars(model).pop(_OPEN, None)
+                return
+            this.take_back()
+            this = vars(model).get(_OPEN)
+
+
+def restore_flags(layers, variables):
+    """Gives layers and variables their `trainable` flags back.
+
+    Args:
+        layers: `(layer, flag)` pairs.
+        variables: `(variable, flag)` pairs.
+    """
+    for layer, flag in layers:
+        _compat.set_layer_trainable_flag(layer, flag)
+    for variable, flag in variables:
+        if variable.trainable != flag:
+            variable.trainable = flag
+
+
+def _put(owner, attribute, value):
+    if value is _MISSING:
+        vars(owner).pop(attribute, None)
+    else:
+        setattr(owner, attribute, value)
