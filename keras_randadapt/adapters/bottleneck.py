@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import thin_product
+from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites import kerashub
 
 #: `(reduction, activation, scaling)` that each placement's paper trains with.

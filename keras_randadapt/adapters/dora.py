@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_randadapt.adapters import base
 from keras_randadapt.adapters import configs
-from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.fast_products import matmul
 
 # Below any norm that matters, and far above where its square underflows.
 _SMALLEST_SQUARE = 1e-30

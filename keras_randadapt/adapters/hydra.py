@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import matmul
-from keras_randadapt.ops.plain import thin_product
+from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.ops.fast_products import thin_product
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")

@@ -7,8 +7,8 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import matmul
-from keras_randadapt.ops.plain import thin_product
+from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.ops.fast_products import thin_product
 
 _FROM_KERNEL = ("pissa", "olora")
 

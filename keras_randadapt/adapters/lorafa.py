@@ -9,7 +9,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.fast_products import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")

@@ -10,8 +10,8 @@ from keras_randadapt import bases
 from keras_randadapt.adapters import base
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
-from keras_randadapt.ops.plain import matmul
-from keras_randadapt.ops.plain import reshape
+from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.ops.fast_products import reshape
 
 VARIANTS = ("full", "averaged", "half")
 COMPUTE = ("auto", "factored", "materialized")

@@ -10,7 +10,7 @@ from keras_randadapt import arguments
 from keras_randadapt import ops as kra_ops
 from keras_randadapt import random
 from keras_randadapt.adapters import base
-from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.fast_products import matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")

@@ -10,7 +10,7 @@ from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
-from keras_randadapt.ops.plain import matmul
+from keras_randadapt.ops.fast_products import matmul
 
 # Digests by what a basis is: they are taken while the values are at hand.
 _digests = {}

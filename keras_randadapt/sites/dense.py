@@ -6,9 +6,9 @@ import math
 from keras import ops
 
 from keras_randadapt import _compat
-from keras_randadapt.ops.plain import matmul
-from keras_randadapt.ops.plain import placed
-from keras_randadapt.ops.plain import reshape
+from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.ops.fast_products import placed
+from keras_randadapt.ops.fast_products import reshape
 from keras_randadapt.sites import product
 from keras_randadapt.sites.kernel_view import EinsumPlan
 from keras_randadapt.sites.kernel_view import KernelView

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_randadapt.ops.plain import reshape
+from keras_randadapt.ops.fast_products import reshape
 
 
 class KernelView(NamedTuple):

@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_randadapt.ops.plain import reshape
+from keras_randadapt.ops.fast_products import reshape
 from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
 

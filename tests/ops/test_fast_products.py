@@ -1,4 +1,4 @@
-"""`ops.plain`: what Keras's operations give, on every backend."""
+"""`ops.fast_products` gives what Keras's operations give."""
 
 import re
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
-from keras_randadapt.ops import plain
+from keras_randadapt.ops import fast_products
 from tests import gradients
 from tests import zoo
 
@@ -28,7 +28,7 @@ def test_matmul(dtypes):
         keras.ops.cast(4 * zoo.normal(*shape), dtype)
         for shape, dtype in zip(((2, 3, 5), (5, 4)), dtypes)
     )
-    got, expected = plain.matmul(x, y), keras.ops.matmul(x, y)
+    got, expected = fast_products.matmul(x, y), keras.ops.matmul(x, y)
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(
         *(
@@ -41,7 +41,7 @@ def test_matmul(dtypes):
 def test_reshape():
     x = keras.ops.convert_to_tensor(zoo.normal(2, 3, 4))
     x = keras.ops.transpose(x, (0, 2, 1))
-    got = plain.reshape(x, (-1, 6))
+    got = fast_products.reshape(x, (-1, 6))
     np.testing.assert_array_equal(
         keras.ops.convert_to_numpy(got),
         keras.ops.convert_to_numpy(keras.ops.reshape(x, (-1, 6))),
@@ -54,12 +54,12 @@ def test_what_is_no_tensor():
     variable = keras.Variable(array)
     expected = array @ array
     for x in (array, variable):
-        got = keras.ops.convert_to_numpy(plain.matmul(x, variable))
+        got = keras.ops.convert_to_numpy(fast_products.matmul(x, variable))
         np.testing.assert_allclose(got, expected, rtol=1e-5)
-        assert tuple(plain.reshape(x, (9,)).shape) == (9,)
+        assert tuple(fast_products.reshape(x, (9,)).shape) == (9,)
     symbolic = keras.Input((5, 3))
-    assert plain.matmul(symbolic, array).shape == (None, 5, 3)
-    assert plain.reshape(symbolic, (-1, 3)).shape == (None, 3)
+    assert fast_products.matmul(symbolic, array).shape == (None, 5, 3)
+    assert fast_products.reshape(symbolic, (-1, 3)).shape == (None, 3)
 
 
 @pytest.mark.parametrize("shape", [(7, 20), (2, 3, 20)], ids=str)
@@ -68,7 +68,7 @@ def test_what_is_no_tensor():
 def test_thin_product(shape, columns, training):
     x, matrix = zoo.normal(*shape), zoo.normal(20, columns, seed=1)
     upstream = zoo.normal(*shape[:-1], columns, seed=2)
-    y = plain.thin_product(
+    y = fast_products.thin_product(
         *map(keras.ops.convert_to_tensor, (x, matrix)), training
     )
     y = keras.ops.convert_to_numpy(y)
@@ -76,7 +76,7 @@ def test_thin_product(shape, columns, training):
     variable = keras.Variable(matrix)
 
     def product(x):
-        return plain.thin_product(
+        return fast_products.thin_product(
             x, keras.ops.convert_to_tensor(variable), training
         )
 
@@ -97,7 +97,7 @@ def test_a_gradient_is_computed_by_columns():
         import jax
 
         gradient = jax.grad(
-            lambda a: (plain.thin_product(x, a, True) ** 2).sum()
+            lambda a: (fast_products.thin_product(x, a, True) ** 2).sum()
         )
         compiled = jax.jit(gradient).lower(matrix).compile().as_text()
         products = re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", compiled)
@@ -117,7 +117,7 @@ def test_a_gradient_is_computed_by_columns():
 
         matrix = torch.tensor(matrix, requires_grad=True)
         with Record():
-            y = plain.thin_product(torch.tensor(x), matrix, True)
+            y = fast_products.thin_product(torch.tensor(x), matrix, True)
             y.sum().backward()
         assert results == [(50, 3), (3, 20)]
 
@@ -134,7 +134,7 @@ def test_matmul_under_autocast():
 
     x = keras.ops.convert_to_tensor(zoo.normal(5, 5))
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = plain.matmul(x, x), keras.ops.matmul(x, x)
+        got, expected = fast_products.matmul(x, x), keras.ops.matmul(x, x)
     assert got.dtype == expected.dtype == torch.float32
 
 
