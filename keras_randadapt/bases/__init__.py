@@ -1,8 +1,8 @@
 """Frozen random matrices that a seed gives and no file stores."""
 
-from keras_randadapt.bases.kinds import KINDS
-from keras_randadapt.bases.kinds import check_kind
-from keras_randadapt.bases.kinds import make_basis
+from keras_randadapt.bases.by_name import KINDS
+from keras_randadapt.bases.by_name import check_kind
+from keras_randadapt.bases.by_name import make_basis
 from keras_randadapt.bases.random_matrix import Gaussian
 from keras_randadapt.bases.random_matrix import RandomMatrix
 from keras_randadapt.bases.random_matrix import SparseTernary
