@@ -9,8 +9,8 @@ from keras import ops
 from keras_randadapt import hadamard as hadamard_lib
 from keras_randadapt import random
 from keras_randadapt.ops import RandomizedTransform
+from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import randomized_transform
-from keras_randadapt.ops import steps
 
 #: How `hadamard` may fit a dimension to the orders that a transform has.
 HADAMARD = ("exact", "pad")

@@ -12,7 +12,7 @@ from jax.interpreters import batching
 from jax.interpreters import mlir
 
 from keras_randadapt.ops import native
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 # A primitive of our own rather than `custom_vjp`, which has no forward mode,
 # and rather than JAX's own transposition, which turns gathers into scatters

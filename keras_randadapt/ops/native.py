@@ -1,10 +1,10 @@
-"""Transforms on a CPU in compiled code: what it needs, in NumPy and ctypes.
+"""Calls the compiled CPU transforms of `_native.c`, with NumPy and ctypes.
 
-`_native.c` applies a program of `steps.py` to a block of rows in one pass over
-memory: Hadamard matrices of powers of two as additions (the fast Walsh-Hadamard
-transform), other cores as products with small matrices. It is built when the
-package is installed, if there is a C compiler; without it, and for what may be
-exported, the backends make matrix products.
+`_native.c` applies a `Program` to a block of rows in one pass over memory. It
+computes Hadamard matrices of powers of two by additions (the fast
+Walsh-Hadamard transform) and multiplies other cores as small matrices. It is
+built when the package is installed, if there is a C compiler. Without it, and
+in code that may be exported, the backends make matrix products.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import weakref
 import numpy as np
 
 from keras_randadapt.hadamard import _SYLVESTER
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 _MODULE = "keras_randadapt.ops._native"
 # To turn it off, set this to 0 before the package is imported.

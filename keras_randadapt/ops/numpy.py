@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_randadapt.hadamard import PASS_COST
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 
 def compile_time(function):

@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_randadapt.hadamard import _check_positive
 from keras_randadapt.ops import numpy as numpy_backend
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 
 class RandomizedTransform:
@@ -99,7 +99,7 @@ class RandomizedTransform:
 
     @property
     def program(self):
-        """The steps that apply the transform, see `steps.py`."""
+        """The steps that apply the transform, see `program.py`."""
         return self._program
 
     @property

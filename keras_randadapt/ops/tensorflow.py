@@ -13,7 +13,7 @@ from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.parallel_for import pfor
 
 from keras_randadapt.ops import native
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 # In multiply-adds an element, see benchmarks/README.md.
 _PASS_COST = 60

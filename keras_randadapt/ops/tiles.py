@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 
 # Set to 0 before the package is imported, it turns the kernel off.
 _SWITCH = "KERAS_RANDADAPT_TRITON"

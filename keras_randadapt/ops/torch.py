@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from keras_randadapt.ops import native
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import tiles
 from keras_randadapt.ops import torch_tensors
 

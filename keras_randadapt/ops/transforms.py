@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_randadapt.ops import steps
+from keras_randadapt.ops import program as steps
 from keras_randadapt.ops.plan import RandomizedTransform
 
 _BACKENDS = ("jax", "tensorflow", "torch", "numpy")

@@ -1,6 +1,6 @@
 """A CUDA kernel for the transforms, in Triton; of no framework.
 
-A program of `steps.py` is applied to a block of rows in one pass over memory:
+A program of `program.py` is applied to a block of rows in one pass over memory:
 the rows are read once, held on chip through all stages of signs and Hadamard
 transforms, and written once. The factors of a transform are matrix products,
 padded to the power-of-two sizes that Triton's tiles have; each is followed by a
