@@ -23,6 +23,8 @@ __all__ = [
     "alias_registered_class",
     "attach_sublayer",
     "calls_in_graph",
+    "causal_padding",
+    "check_variables_are_known",
     "compiled_functions",
     "copy_weight_decay_exclusions",
     "detach_sublayer",
@@ -34,26 +36,33 @@ __all__ = [
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
-    "layer_trainable_flag",
+    "iterations",
     "KeepsTrainingFlag",
+    "kernel_of",
+    "kernel_shape",
+    "layer_trainable_flag",
     "may_rematerialize",
     "no_automatic_dependency_tracking",
     "open_name_scope",
     "owned_variables",
+    "paired_quantized_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
     "restore_sublayer",
     "set_keras_mask",
     "set_layer_trainable_flag",
     "set_weight_decay_exclusions",
+    "ShowsMovingAverage",
     "snake_case",
     "sublayers",
     "sync_jax_state",
-    "trainable_by_nature",
     "track_optimizer_variable",
+    "trainable_by_nature",
+    "trained_variables",
     "training_phase",
     "unpickle_model",
     "values_of_jax_state",
+    "variable_index",
     "walk_attributes",
     "weight_decay",
     "weight_decay_exclusions",
@@ -378,6 +387,97 @@ def weight_decay(optimizer, variable):
     if optimizer.weight_decay is None:
         return 0.0
     return optimizer.weight_decay * optimizer._use_weight_decay(variable)
+
+
+def variable_index(optimizer, variable):
+    """The place of a variable among those that an optimizer trains."""
+    return optimizer._get_variable_index(variable)
+
+
+def check_variables_are_known(optimizer, variables):
+    """Raises `ValueError` for variables that an optimizer was not built on."""
+    optimizer._check_variables_are_known(variables)
+
+
+def trained_variables(optimizer):
+    """The variables that a built optimizer trains."""
+    return optimizer._trainable_variables
+
+
+def iterations(optimizer):
+    """The variable that counts an optimizer's calls, accumulating or not."""
+    return optimizer._iterations
+
+
+class ShowsMovingAverage:
+    """Mixed into an optimizer that has an `inner_optimizer`.
+
+    Keras's `SwapEMAWeights` looks through one optimizer only.
+    """
+
+    @property
+    def _model_variables_moving_average(self):
+        return self.inner_optimizer._model_variables_moving_average
+
+
+def kernel_of(layer):
+    """The variable that a layer's public `kernel` or `embeddings` shows.
+
+    Returns:
+        A variable, or `None` for a layer that has neither.
+    """
+    if isinstance(layer, keras.layers.Embedding):
+        return layer._embeddings
+    return getattr(layer, "_kernel", None)
+
+
+def kernel_shape(layer):
+    """The unpacked shape of an `EinsumDense` layer's kernel.
+
+    Returns:
+        tuple of ints.
+    """
+    shape = list(layer._kernel.shape)
+    if layer.quantization_mode == "int4":
+        # Keras flattens a packed kernel since 3.15; it packed along one axis
+        # before.
+        if hasattr(layer, "original_kernel_shape"):
+            shape = layer.original_kernel_shape
+        else:
+            axis = layer._int4_pack_axis
+            shape[axis] = layer._orig_length_along_pack_axis
+    return tuple(int(n) for n in shape)
+
+
+_QUANTIZED_VARIABLES = (
+    "_kernel",
+    "kernel_scale",
+    "kernel_zero",
+    "_embeddings",
+    "embeddings_scale",
+    "embeddings_zero",
+)
+
+
+def paired_quantized_variables(layer, twin):
+    """The variables of a quantized kernel in two layers of one config.
+
+    A tied embedding's reverse projection shares them; an untied one has
+    others, which are not among these.
+
+    Returns:
+        list of pairs of a variable of `layer` and that of `twin`.
+    """
+    return [
+        (getattr(layer, name), getattr(twin, name))
+        for name in _QUANTIZED_VARIABLES
+        if getattr(twin, name, None) is not None
+    ]
+
+
+def causal_padding(layer):
+    """The widths by which a causal convolution pads its inputs."""
+    return layer._compute_causal_padding()
 
 
 def track_optimizer_variable(optimizer, variable):

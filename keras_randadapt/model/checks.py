@@ -61,7 +61,7 @@ def check_model(model):
                 f"already ('{layer.name}'). Inject into the same model as "
                 "before, or eject there first."
             )
-    if model._inbound_nodes:
+    if _compat.calls_in_graph(model):
         warnings.warn(
             f"Model '{model.name}' is used inside another model. What that "
             "one has compiled or will compile, by `fit`, `predict` or "

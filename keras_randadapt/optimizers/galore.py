@@ -142,7 +142,8 @@ class GaLore(wrapper.OptimizerWrapper):
         micro_steps = self.gradient_accumulation_steps or 1
         interval = self.update_interval * micro_steps
         is_refreshed = ops.equal(
-            ops.mod(ops.convert_to_tensor(self._iterations), interval), 0
+            ops.mod(ops.convert_to_tensor(_compat.iterations(self)), interval),
+            0,
         )
         projected = []
         for gradient, variable in zip(gradients, variables, strict=True):

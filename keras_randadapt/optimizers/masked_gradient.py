@@ -5,6 +5,7 @@ import re
 import keras
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt.ops import counter
@@ -139,7 +140,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         masks = self._masks(step)
         masked = []
         for gradient, variable in zip(gradients, variables, strict=True):
-            place = self._places.get(self._get_variable_index(variable))
+            place = self._places.get(_compat.variable_index(self, variable))
             if place is not None and gradient is not None:
                 gradient = ops.convert_to_tensor(gradient)
                 # Not a product, which would let NaN through.
@@ -152,7 +153,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
     def keeps_value(self, variable):
         return (
             self.mask_updates
-            and self._get_variable_index(variable) in self._places
+            and _compat.variable_index(self, variable) in self._places
         )
 
     def after_update(self, variables, before, step):
@@ -161,7 +162,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         masks = self._masks(step)
         for variable, value in zip(variables, before, strict=True):
             if value is not None:
-                place = self._places[self._get_variable_index(variable)]
+                place = self._places[_compat.variable_index(self, variable)]
                 mask = self._mask(masks, place)
                 # The tensor, because JAX's `where` takes no variable.
                 updated = ops.convert_to_tensor(variable)

@@ -98,7 +98,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
         rates = self._rates
         self._rates = None
         for variable in variables:
-            rate = rates.get(self._get_variable_index(variable))
+            rate = rates.get(_compat.variable_index(self, variable))
             if rate is None:
                 continue
             value = ops.convert_to_tensor(variable)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt.optimizers import wrapper
 
@@ -141,7 +142,9 @@ class RankAllocation(wrapper.OptimizerWrapper):
         update = ops.cast(step, "int32") + 1
         is_scored = update < ops.convert_to_tensor(self._phases)[1]
         for gradient, variable in zip(gradients, variables, strict=True):
-            averages = self._averages.get(self._get_variable_index(variable))
+            averages = self._averages.get(
+                _compat.variable_index(self, variable)
+            )
             if averages is None or gradient is None:
                 continue
             sensitivity, uncertainty = map(ops.convert_to_tensor, averages)
@@ -169,7 +172,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         kept = ops.logical_or(
             self._kept(self.budget(update)), ops.logical_not(prunes)
         )
-        by_place = {self._get_variable_index(v): v for v in variables}
+        by_place = {_compat.variable_index(self, v): v for v in variables}
         first = 0
         for places in self._owners:
             last = first + self._averages[places["gate"]][0].shape[0]

@@ -8,7 +8,7 @@ import keras
 from keras_randadapt import _compat
 
 
-class OptimizerWrapper(keras.optimizers.Optimizer):
+class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
     """An optimizer that sees gradients before another one, and values after.
 
     A method that acts once a step on gradients or on trained values is one of
@@ -119,7 +119,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
             `True`, or a boolean tensor if the inner optimizer accumulates.
         """
         steps = self.gradient_accumulation_steps
-        return not steps or (self._iterations + 1) % steps == 0
+        return not steps or (_compat.iterations(self) + 1) % steps == 0
 
     @_compat.no_automatic_dependency_tracking
     def build(self, variables):
@@ -159,12 +159,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
                     "optimizer must be built: call "
                     "`optimizer.build(trainable_variables)` first."
                 )
-            variables = self._trainable_variables
+            variables = _compat.trained_variables(self)
         else:
             variables = list(trainable_variables)
             if not self.built:
                 self.build(variables)
-            self._check_variables_are_known(variables)
+            _compat.check_variables_are_known(self, variables)
         step = keras.ops.convert_to_tensor(self.iterations)
         grads = self.transform_gradients(grads, variables, step)
         # Copies: torch updates in place.
@@ -176,7 +176,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         ]
         self.inner_optimizer.apply(grads, self.inner_variables(variables))
         self.after_update(variables, before, step)
-        self._iterations.assign_add(1)
+        _compat.iterations(self).assign_add(1)
 
     @property
     def variables(self):
@@ -207,11 +207,6 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
         inner = vars(self).get("inner_optimizer")
         if inner is not None:
             inner.loss_scale_factor = value
-
-    @property
-    def _model_variables_moving_average(self):
-        # For `SwapEMAWeights`, which looks through one optimizer only.
-        return self.inner_optimizer._model_variables_moving_average
 
     def scale_loss(self, loss):
         return self.inner_optimizer.scale_loss(loss)
@@ -338,7 +333,7 @@ def leaf_of(optimizer, variable):
     """The plain optimizer, of those inside a built one, of a variable."""
     for one in walk(optimizer):
         if not _inner_optimizers(one):
-            if any(v is variable for v in one._trainable_variables):
+            if any(v is variable for v in _compat.trained_variables(one)):
                 return one
     raise ValueError(f"'{variable.path}' is trained by none of {optimizer}.")
 

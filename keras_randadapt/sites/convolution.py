@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt.ops.fast_products import reshape
 from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
@@ -27,14 +28,14 @@ class AdaptedConv(AdaptedLayer):
 
     @property
     def kernel_view(self):
-        *window, filters = self._kernel.shape
+        *window, filters = _compat.kernel_of(self).shape
         return KernelView(int(np.prod(window)), int(filters))
 
     def to_view(self, kernel):
         return ops.reshape(kernel, AdaptedConv.kernel_view.fget(self))
 
     def from_view(self, view):
-        return ops.reshape(view, self._kernel.shape)
+        return ops.reshape(view, _compat.kernel_of(self).shape)
 
     def call(self, inputs):
         inputs = as_float(inputs, self.compute_dtype)
@@ -51,12 +52,12 @@ class AdaptedConv(AdaptedLayer):
         return y
 
     def _base_product(self, x):
-        return self._float_product(x, self._kernel)
+        return self._float_product(x, _compat.kernel_of(self))
 
     def _float_product(self, x, kernel):
         padding = self.padding
         if padding == "causal":
-            x = ops.pad(x, self._compute_causal_padding())
+            x = ops.pad(x, _compat.causal_padding(self))
             padding = "valid"
         return ops.conv(
             x,

@@ -72,7 +72,7 @@ class _AdaptedProduct(AdaptedLayer):
 
     def _base_product(self, x):
         if self.quantization_mode is None:
-            return self._float_product(x, self._kernel)
+            return self._float_product(x, _compat.kernel_of(self))
         call = functools.partial(self._site_base.quantized_call, self, x)
         if self.bias is None and self.activation is None:
             return call()
@@ -172,14 +172,7 @@ class AdaptedEinsumDense(_AdaptedProduct):
 
 
 def einsum_plan_of(layer):
-    shape = list(layer._kernel.shape)
-    if layer.quantization_mode == "int4":
-        # Packed: flattened since Keras 3.15, along one axis before.
-        if hasattr(layer, "original_kernel_shape"):
-            shape = layer.original_kernel_shape
-        else:
-            axis = layer._int4_pack_axis
-            shape[axis] = layer._orig_length_along_pack_axis
+    """The `EinsumPlan` of an `EinsumDense` layer, adapted or not."""
     return EinsumPlan.of(
-        layer.equation, tuple(int(n) for n in shape), layer.input_spec.ndim
+        layer.equation, _compat.kernel_shape(layer), layer.input_spec.ndim
     )

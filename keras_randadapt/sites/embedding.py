@@ -43,7 +43,7 @@ class AdaptedEmbedding(AdaptedLayer):
         ):
             ids = ops.cast(ids, "int32")
         if self.quantization_mode is None:
-            y = ops.take(self._embeddings, ids, axis=0)
+            y = ops.take(_compat.kernel_of(self), ids, axis=0)
             y = ops.cast(y, self.compute_dtype)
         else:
             y = self._site_base.quantized_call(self, ids)
@@ -94,7 +94,9 @@ class AdaptedReversibleEmbedding(AdaptedEmbedding):
                     self, inputs, reverse=True
                 )
         if self.tie_weights:
-            kernel = ops.transpose(ops.convert_to_tensor(self._embeddings))
+            kernel = ops.transpose(
+                ops.convert_to_tensor(_compat.kernel_of(self))
+            )
         else:
             kernel = ops.convert_to_tensor(self.reverse_embeddings)
         dtype = self.reverse_dtype or self.compute_dtype

@@ -123,7 +123,7 @@ def kernel_space_product(site, inputs, training):
         for adapter in active
     )
     if site.compute_dtype in ("float32", "float64") and not apart:
-        view = site._merged_kernel_view(site._kernel)
+        view = site._merged_kernel_view(_compat.kernel_of(site))
         kernel = ops.cast(site.from_view(view), site.compute_dtype)
         return site._float_product(inputs, kernel)
     # In 16 bits a small delta would be rounded away in base + delta.
@@ -138,7 +138,7 @@ def kernel_space_product(site, inputs, training):
 
 def _delta_view(site, adapter, training):
     if not adapter.additive:
-        base = ops.cast(site.to_view(site._kernel), "float32")
+        base = ops.cast(site.to_view(_compat.kernel_of(site)), "float32")
         return adapter.merged(base, base, training) - base
     if training:
         return adapter.training_delta_kernel()

@@ -4,6 +4,8 @@ import functools
 
 from keras import ops
 
+from keras_randadapt import _compat
+
 
 class Product:
     """The product that an adapter adapts: `linear` of `Adapter.adapt`.
@@ -60,7 +62,9 @@ class Product:
     def _kernel(self, dtype):
         if self._site.quantization_mode is not None:
             return None
-        return self._site.to_view(ops.cast(self._site._kernel, dtype))
+        return self._site.to_view(
+            ops.cast(_compat.kernel_of(self._site), dtype)
+        )
 
 
 def adapt_all(adapters, x, linear, training):

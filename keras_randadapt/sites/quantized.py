@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_randadapt import _compat
 from keras_randadapt.sites import supported
 
 
@@ -45,17 +46,4 @@ def requantized(site, kernel):
     if getattr(site, "quantization_config", None) is not None:
         arguments["config"] = site.quantization_config
     twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
-    # A tied embedding's reverse shares these; an untied one's is no site.
-    names = (
-        "_kernel",
-        "kernel_scale",
-        "kernel_zero",
-        "_embeddings",
-        "embeddings_scale",
-        "embeddings_zero",
-    )
-    return [
-        (getattr(site, name), getattr(twin, name))
-        for name in names
-        if getattr(twin, name, None) is not None
-    ]
+    return _compat.paired_quantized_variables(site, twin)

@@ -8,6 +8,7 @@ import functools
 
 import keras
 
+from keras_randadapt import _compat
 from keras_randadapt.sites import convolution
 from keras_randadapt.sites import dense
 from keras_randadapt.sites import embedding
@@ -107,9 +108,7 @@ def looks_supported(layer, any_kind=False):
 
 def kernel_variable(layer):
     """The kernel that a merge writes; `None` for normalizations."""
-    if isinstance(layer, keras.layers.Embedding):
-        return layer._embeddings
-    return getattr(layer, "_kernel", None)
+    return _compat.kernel_of(layer)
 
 
 def bias_variable(layer):
