@@ -1,9 +1,4 @@
-"""The private Keras API that injection needs, and nothing else.
-
-Every symbol here reaches past Keras's public surface, so each has a test of
-its own (`tests/test_compat.py`): a Keras release that moves one fails there,
-by name, rather than somewhere inside a user's `fit`.
-"""
+"""Private API of Keras about layers, models and saving."""
 
 import contextlib
 import functools
@@ -24,11 +19,8 @@ __all__ = [
     "attach_sublayer",
     "calls_in_graph",
     "causal_padding",
-    "check_variables_are_known",
     "compiled_functions",
-    "copy_weight_decay_exclusions",
     "detach_sublayer",
-    "exclude_from_weight_decay",
     "flatten_layers",
     "forget_jax_state",
     "fresh_step",
@@ -36,7 +28,6 @@ __all__ = [
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
-    "iterations",
     "KeepsTrainingFlag",
     "kernel_of",
     "kernel_shape",
@@ -51,21 +42,14 @@ __all__ = [
     "restore_sublayer",
     "set_keras_mask",
     "set_layer_trainable_flag",
-    "set_weight_decay_exclusions",
-    "ShowsMovingAverage",
     "snake_case",
     "sublayers",
     "sync_jax_state",
-    "track_optimizer_variable",
     "trainable_by_nature",
-    "trained_variables",
     "training_phase",
     "unpickle_model",
     "values_of_jax_state",
-    "variable_index",
     "walk_attributes",
-    "weight_decay",
-    "weight_decay_exclusions",
 ]
 
 
@@ -341,85 +325,6 @@ def refresh_torch_parameters(model):
             layer._track_variables()
 
 
-def exclude_from_weight_decay(optimizer, variables):
-    """Adds to the variables that an optimizer's weight decay leaves alone.
-
-    Keras's own method of this name forgets what earlier calls excluded.
-    """
-    excluded = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
-    excluded.update(optimizer._var_key(variable) for variable in variables)
-    optimizer._exclude_from_weight_decay = excluded
-    optimizer._exclude_from_weight_decay_cache = {}
-
-
-def copy_weight_decay_exclusions(source, target, variables):
-    """What an optimizer's config does not say of its weight decay.
-
-    Args:
-        source: An optimizer.
-        target: Another one.
-        variables: The model's variables. Keras knows them by their `id`,
-            which of others might soon be that of a new variable.
-    """
-    excluded = getattr(source, "_exclude_from_weight_decay", set())
-    target._exclude_from_weight_decay = {
-        key for key in map(target._var_key, variables) if key in excluded
-    }
-    target._exclude_from_weight_decay_pattern = getattr(
-        source, "_exclude_from_weight_decay_pattern", None
-    )
-    target._exclude_from_weight_decay_cache = {}
-
-
-def weight_decay_exclusions(optimizer):
-    """The keys of the variables that weight decay leaves alone, a copy."""
-    return set(getattr(optimizer, "_exclude_from_weight_decay", ()))
-
-
-def set_weight_decay_exclusions(optimizer, keys):
-    """Sets what `weight_decay_exclusions` gave."""
-    optimizer._exclude_from_weight_decay = set(keys)
-    optimizer._exclude_from_weight_decay_cache = {}
-
-
-def weight_decay(optimizer, variable):
-    """The weight decay that an optimizer has for a variable, or 0."""
-    if optimizer.weight_decay is None:
-        return 0.0
-    return optimizer.weight_decay * optimizer._use_weight_decay(variable)
-
-
-def variable_index(optimizer, variable):
-    """The place of a variable among those that an optimizer trains."""
-    return optimizer._get_variable_index(variable)
-
-
-def check_variables_are_known(optimizer, variables):
-    """Raises `ValueError` for variables that an optimizer was not built on."""
-    optimizer._check_variables_are_known(variables)
-
-
-def trained_variables(optimizer):
-    """The variables that a built optimizer trains."""
-    return optimizer._trainable_variables
-
-
-def iterations(optimizer):
-    """The variable that counts an optimizer's calls, accumulating or not."""
-    return optimizer._iterations
-
-
-class ShowsMovingAverage:
-    """Mixed into an optimizer that has an `inner_optimizer`.
-
-    Keras's `SwapEMAWeights` looks through one optimizer only.
-    """
-
-    @property
-    def _model_variables_moving_average(self):
-        return self.inner_optimizer._model_variables_moving_average
-
-
 def kernel_of(layer):
     """The variable that a layer's public `kernel` or `embeddings` shows.
 
@@ -478,11 +383,6 @@ def paired_quantized_variables(layer, twin):
 def causal_padding(layer):
     """The widths by which a causal convolution pads its inputs."""
     return layer._compute_causal_padding()
-
-
-def track_optimizer_variable(optimizer, variable):
-    """Makes a variable part of an optimizer's state."""
-    optimizer._track_variable(variable)
 
 
 def is_nnx_enabled():

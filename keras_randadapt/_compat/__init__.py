@@ -1,0 +1,102 @@
+"""The private Keras API that injection needs, and nothing else.
+
+Every symbol here reaches past Keras's public surface, so each has a test of
+its own (`tests/test_compat.py`): a Keras release that moves one fails there,
+by name, rather than somewhere inside a user's `fit`.
+"""
+
+from keras_randadapt._compat.layers import KeepsTrainingFlag
+from keras_randadapt._compat.layers import alias_registered_class
+from keras_randadapt._compat.layers import attach_sublayer
+from keras_randadapt._compat.layers import calls_in_graph
+from keras_randadapt._compat.layers import causal_padding
+from keras_randadapt._compat.layers import compiled_functions
+from keras_randadapt._compat.layers import detach_sublayer
+from keras_randadapt._compat.layers import flatten_layers
+from keras_randadapt._compat.layers import forget_jax_state
+from keras_randadapt._compat.layers import fresh_step
+from keras_randadapt._compat.layers import has_values
+from keras_randadapt._compat.layers import instance_attributes
+from keras_randadapt._compat.layers import is_nnx_enabled
+from keras_randadapt._compat.layers import is_saveable
+from keras_randadapt._compat.layers import kernel_of
+from keras_randadapt._compat.layers import kernel_shape
+from keras_randadapt._compat.layers import layer_trainable_flag
+from keras_randadapt._compat.layers import may_rematerialize
+from keras_randadapt._compat.layers import no_automatic_dependency_tracking
+from keras_randadapt._compat.layers import open_name_scope
+from keras_randadapt._compat.layers import owned_variables
+from keras_randadapt._compat.layers import paired_quantized_variables
+from keras_randadapt._compat.layers import refresh_torch_parameters
+from keras_randadapt._compat.layers import reset_compiled_functions
+from keras_randadapt._compat.layers import restore_sublayer
+from keras_randadapt._compat.layers import set_keras_mask
+from keras_randadapt._compat.layers import set_layer_trainable_flag
+from keras_randadapt._compat.layers import snake_case
+from keras_randadapt._compat.layers import sublayers
+from keras_randadapt._compat.layers import sync_jax_state
+from keras_randadapt._compat.layers import trainable_by_nature
+from keras_randadapt._compat.layers import training_phase
+from keras_randadapt._compat.layers import unpickle_model
+from keras_randadapt._compat.layers import values_of_jax_state
+from keras_randadapt._compat.layers import walk_attributes
+from keras_randadapt._compat.optimizers import ShowsMovingAverage
+from keras_randadapt._compat.optimizers import check_variables_are_known
+from keras_randadapt._compat.optimizers import copy_weight_decay_exclusions
+from keras_randadapt._compat.optimizers import exclude_from_weight_decay
+from keras_randadapt._compat.optimizers import iterations
+from keras_randadapt._compat.optimizers import set_weight_decay_exclusions
+from keras_randadapt._compat.optimizers import track_optimizer_variable
+from keras_randadapt._compat.optimizers import trained_variables
+from keras_randadapt._compat.optimizers import variable_index
+from keras_randadapt._compat.optimizers import weight_decay
+from keras_randadapt._compat.optimizers import weight_decay_exclusions
+
+__all__ = [
+    "alias_registered_class",
+    "attach_sublayer",
+    "calls_in_graph",
+    "causal_padding",
+    "check_variables_are_known",
+    "compiled_functions",
+    "copy_weight_decay_exclusions",
+    "detach_sublayer",
+    "exclude_from_weight_decay",
+    "flatten_layers",
+    "forget_jax_state",
+    "fresh_step",
+    "has_values",
+    "instance_attributes",
+    "is_nnx_enabled",
+    "is_saveable",
+    "iterations",
+    "KeepsTrainingFlag",
+    "kernel_of",
+    "kernel_shape",
+    "layer_trainable_flag",
+    "may_rematerialize",
+    "no_automatic_dependency_tracking",
+    "open_name_scope",
+    "owned_variables",
+    "paired_quantized_variables",
+    "refresh_torch_parameters",
+    "reset_compiled_functions",
+    "restore_sublayer",
+    "set_keras_mask",
+    "set_layer_trainable_flag",
+    "set_weight_decay_exclusions",
+    "ShowsMovingAverage",
+    "snake_case",
+    "sublayers",
+    "sync_jax_state",
+    "track_optimizer_variable",
+    "trainable_by_nature",
+    "trained_variables",
+    "training_phase",
+    "unpickle_model",
+    "values_of_jax_state",
+    "variable_index",
+    "walk_attributes",
+    "weight_decay",
+    "weight_decay_exclusions",
+]
