@@ -21,23 +21,24 @@ QUICKSTART_STAMP := $(VENV)/.quickstart
 TEST_STAMP := $(VENV)/.test
 OLDEST_STAMP := $(VENV_OLDEST)/.test
 QUALITY_STAMP := $(VENV)/.quality-models
-REQUIREMENTS := pyproject.toml constraints/models.txt \
+REQUIREMENTS := pyproject.toml setup.py constraints/models.txt \
 	keras_randadapt/ops/_native.c
 
 # TensorFlow's start-up notes hide what matters.
 export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-full lint format bench clean
+.PHONY: help quickstart test test-full lint format bench dist clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  set up, fine-tune, save, merge, export (5 minutes)"
 	@echo "make test        the tests on every backend, slow ones left out"
 	@echo "make test-full   every test, and the suite on the oldest Keras"
-	@echo "make lint        check the style"
+	@echo "make lint        check the style, the format and the types"
 	@echo "make format      sort imports and format"
 	@echo "make bench       time the Walsh-Hadamard transform"
+	@echo "make dist        build the wheel and the source distribution in dist/"
 	@echo "make quality-models  install the models of benchmarks/quality/"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
@@ -108,7 +109,15 @@ bench: $(TEST_STAMP)
 		KERAS_BACKEND=$$backend $(RUN) benchmarks/fwht.py || exit 1; \
 	done
 
+# The wheel is built from the source distribution, so it shows that nothing is
+# missing there. Files that the check refuses are removed.
+dist: $(TEST_STAMP)
+	rm -rf dist
+	KERAS_RANDADAPT_REQUIRE_NATIVE=1 $(RUN) -m build --no-isolation
+	@$(RUN) tools/check_dist.py dist/* || { rm -rf dist; exit 1; }
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .ruff_cache build outputs
+	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist outputs
 	rm -rf *.egg-info keras_randadapt/ops/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
