@@ -1,4 +1,4 @@
-"""The methods, one module each."""
+"""The adaptation methods, one module a method."""
 
 from keras_randadapt.adapters.adalora import AdaLoRA
 from keras_randadapt.adapters.base import Adapter

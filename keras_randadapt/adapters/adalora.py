@@ -15,33 +15,33 @@ from keras_randadapt.regularizers import Orthogonality
 class AdaLoRA(gated.GatedLoRA):
     """Adaptive budget allocation: LoRA that moves ranks between sites.
 
-    `delta = scaling * A diag(l) B`, like a singular value decomposition: a
-    penalty, `orthogonality * (||A' A - I||_F^2 + ||B B' - I||_F^2)`, keeps
-    `A`'s columns and `B`'s rows nearly orthonormal. Ranks are scored by how
-    much the loss depends on their weights, and those with the lowest scores
-    in the whole model lose their `l_i`, until a budget is met. `l` starts at
-    zero, so the delta does. `rank * (input_dim + output_dim + 1)` weights a
-    site.
+    The delta `scaling * A diag(l) B` is like a singular value decomposition:
+    a penalty, `orthogonality * (||A' A - I||_F^2 + ||B B' - I||_F^2)`, keeps
+    `A`'s columns and `B`'s rows nearly orthonormal. Each rank is scored by
+    how much the loss depends on its weights. The ranks with the lowest scores
+    in the whole model are pruned, which sets their `l_i` to zero, until a
+    budget is met. `l` starts at zero, so the delta starts at zero. A site has
+    `rank * (input_dim + output_dim + 1)` weights.
 
-    The budget is set by `keras_randadapt.callbacks.RankBudget`, and nothing
-    else need be called: the penalty is among the model's losses, and the
-    optimizer of a compiled model is put inside a `RankAllocation`, which
-    scores and prunes, for as long as the adapter is active. Without the
-    callback no rank is pruned. After training,
-    `keras_randadapt.compact(model)` drops the ranks that are off.
+    The callback `keras_randadapt.callbacks.RankBudget` sets the budget;
+    without it no rank is pruned. Nothing else has to be called: the penalty
+    is among the model's losses, and while the adapter is active, a
+    `RankAllocation` wraps the optimizer of a compiled model, scores ranks and
+    prunes them. After training, `keras_randadapt.compact(model)` drops the
+    pruned ranks.
 
     Train it at a learning rate of 5e-4 to 1e-3 (AdamW).
 
     Args:
-        rank: int. The rank of every site at first, 1.5 times the average
-            rank to end with in the paper.
+        rank: int. The rank of every site at first. In the paper it is 1.5
+            times the average rank at the end.
         orthogonality: float, at least 0. The strength of the penalty.
-        alpha: Optional float. See `LoRA`. `scaling` stays what it is when
-            ranks are pruned.
+        alpha: Optional float. See `LoRA`. Pruning ranks does not change
+            `scaling`.
         scaling: Optional float. See `LoRA`.
         a_initializer: The first values of `A`, normal with standard deviation
             0.02 by default. See `LoRA` for the forms it may have.
-        b_initializer: The first values of `B`, as of `A`.
+        b_initializer: The first values of `B`, with the same default.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.

@@ -1,5 +1,4 @@
-"""What every adapter has in common: the contract, and all that a method need
-not say again."""
+"""`Adapter`: the contract of a method, and the code that all methods share."""
 
 import difflib
 import hashlib
@@ -21,7 +20,7 @@ from keras_randadapt.adapters.variables import AdapterVariables
 from keras_randadapt.sites.product import Product
 from keras_randadapt.sites.site import Site
 
-# What others call arguments of ours.
+# Names that other libraries give to this library's arguments.
 _OTHER_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -55,18 +54,19 @@ def _unknown_arguments(cls, names):
 class Adapter(AdapterVariables):
     """The trainable update of one kernel view.
 
-    An adapter built by hand or by a user is a *template*: `inject` clones it
-    for each `Site` and builds the clones. A method overrides `build`, `delta`,
-    `delta_kernel` and `get_config`; one that is not additive overrides `adapt`
-    or `merged` too. Casting, dropout, merging, files, several adapters on a
-    site and reporting are done once, here and in the model's modules.
+    An adapter that a user creates is a *template*: `inject` clones it for each
+    `Site` and builds the clones. A method overrides `build`, `delta`,
+    `delta_kernel` and `get_config`; a method that is not additive overrides
+    `adapt` or `merged` too. Everything else is written once, here and in
+    `keras_randadapt.model`: casting, dropout, merging, files, several adapters
+    on a site, and reports.
 
     Args:
-        seed: int in `[0, 2**64)`. Gives the frozen bases, which no file
-            stores, and the initial trainables.
+        seed: int in `[0, 2**64)`. It determines the frozen bases, which no
+            file stores, and the first values of the trainable weights.
         dropout: float in `[0, 1)`. The fraction of a site's inputs that the
-            delta does not see in training. Lookups of embeddings, whose inputs
-            are ids, ignore it.
+            delta does not see in training. Embeddings ignore it, because
+            their inputs are ids.
         dtype: The dtype of the trainable weights, whatever the model's policy.
             Products run in the site's compute dtype.
         name: Optional string.
@@ -82,20 +82,20 @@ class Adapter(AdapterVariables):
     #: Whether `merge` can fold the method into the site's own weights.
     mergeable = True
 
-    #: What may be a site: `"product"`, Dense and EinsumDense;
-    #: `"convolution"`; `"lookup"`, embeddings; `"norm"`, normalizations with
-    #: an offset.
+    #: The kinds of layers that may be sites: `"product"` (Dense and
+    #: EinsumDense), `"convolution"`, `"lookup"` (embeddings) and `"norm"`
+    #: (normalizations with an offset).
     site_kinds: tuple[str, ...] = ("product", "convolution", "lookup")
 
-    #: What the method changes: kernels, biases, or what the site gives after
-    #: bias and activation (see `adapt_output`).
+    #: Whether the method changes the kernel, the bias, and the site's output
+    #: after bias and activation (see `adapt_output`).
     adapts_kernel = True
     adapts_bias = False
     adapts_output = False
 
-    #: Optional function of a dict from structural address to layer: the
-    #: addresses that `targets=None` means, if not those of query and value
-    #: projections.
+    #: Optional function from a dict of structural addresses to layers to the
+    #: addresses that `targets=None` means. Without it, `targets=None` means
+    #: the query and value projections.
     default_targets: (
         Callable[[dict[str, keras.layers.Layer]], Collection[str]] | None
     ) = None
@@ -126,7 +126,7 @@ class Adapter(AdapterVariables):
             )
         self.dropout_seed_generator = None
 
-    # What a method says.
+    # A method overrides the following.
 
     def build(self, site: Site) -> None:
         """Creates the trainable weights.
@@ -153,7 +153,7 @@ class Adapter(AdapterVariables):
         """The update itself: `(input_dim, output_dim)`, float32."""
         raise NotImplementedError
 
-    # What a method may say better.
+    # A method may override the following.
 
     def check(self, site: Site) -> None:
         """Raises `ValueError` if the method can't take a site.
@@ -167,14 +167,17 @@ class Adapter(AdapterVariables):
         layers: dict[str, keras.layers.Layer],
         addresses: Collection[str],
     ) -> Self:
-        """The template with what its arguments mean in a model spelled out.
+        """The template whose arguments are resolved against a model.
+
+        For example, an argument that means "the feed-forward networks" is
+        replaced by their addresses.
 
         Args:
             layers: dict from structural address to layer.
             addresses: The sites' addresses.
 
         Returns:
-            A template whose config a file can hold; by default this one.
+            A template whose config a file can hold. By default it is `self`.
 
         Raises:
             ValueError: If an argument means nothing in this model.
@@ -197,10 +200,10 @@ class Adapter(AdapterVariables):
         return self
 
     def training_delta_kernel(self) -> Any:
-        """The update as a training step uses it, if that differs.
+        """The update that a training step uses, if it is another one.
 
         Returns:
-            As `delta_kernel`.
+            See `delta_kernel`.
         """
         return self.delta_kernel()
 
@@ -240,11 +243,10 @@ class Adapter(AdapterVariables):
 
         Args:
             x: Tensor of shape `(..., input_dim)`.
-            linear: `Product`. Called with a tensor like `x`, it
-                gives the product that this adapter adapts,
-                `(..., output_dim)`; `linear.kernel()` is the kernel view, or
-                `None` where it can't be had. `linear.base` is the product
-                without any adapter.
+            linear: A `Product`. Called with a tensor like `x`, it gives the
+                product that this adapter adapts, `(..., output_dim)`.
+                `linear.kernel()` is its kernel view, or `None` where there is
+                none. `linear.base` is the product without any adapter.
             training: Whether a training step is running.
 
         Returns:
@@ -253,13 +255,13 @@ class Adapter(AdapterVariables):
         return linear(x) + self.delta(self.drop(x, training), training)
 
     def adapt_output(self, y: Any, x: Any, training: bool | None = None) -> Any:
-        """What the site gives, if the method adapts outputs.
+        """The adapted output of the site, if the method adapts outputs.
 
         Args:
             y: Tensor of shape `(..., output_dim)`: the site's output, bias and
-                activation included, as other adapters have left it.
+                activation included, which other adapters may have changed.
             x: Tensor of shape `(..., source_dim)`: the input of the site, or
-                of the layer that `sources` named.
+                of the layer that `sources` names.
             training: Whether a training step is running.
 
         Returns:
@@ -272,7 +274,7 @@ class Adapter(AdapterVariables):
         layers: dict[str, keras.layers.Layer],
         addresses: Collection[str],
     ) -> dict[str, str]:
-        """Which layers' inputs `adapt_output` gets, if not the sites' own.
+        """The layers whose inputs `adapt_output` gets instead of the sites'.
 
         Args:
             layers: dict from structural address to layer.
@@ -288,9 +290,11 @@ class Adapter(AdapterVariables):
         """The adapted kernel: `(input_dim, output_dim)`, float32.
 
         Args:
-            kernel: The kernel view that other adapters have left, float32.
+            kernel: The kernel view, float32, which other adapters may have
+                changed.
             base: The base kernel view, float32. A method that is not
-                `additive` adds what depends on it to `kernel`.
+                `additive` computes its update from `base` and adds it to
+                `kernel`.
             training: Whether a training step is running.
         """
         if training:
@@ -301,39 +305,42 @@ class Adapter(AdapterVariables):
         """The adapted bias, if the method adapts biases.
 
         Args:
-            bias: float32 vector, the bias that other adapters have left. Of
-                `output_dim` numbers, in the kernel view's order, wherever
-                each output has its own.
+            bias: float32 vector, the bias, which other adapters may have
+                changed. Where each output has its own bias, it has
+                `output_dim` numbers in the kernel view's order.
             base: float32 vector, the base bias.
 
         Returns:
-            A vector like them.
+            A vector of the shape of `bias`.
         """
         return bias
 
     def start_from(self, kernel: np.ndarray) -> None:
-        """Sets what depends on the base kernel, when the adapter is attached.
+        """Sets the variables that depend on the base kernel.
+
+        It is called when the adapter is attached.
 
         Args:
             kernel: float32 NumPy array, the base kernel view.
         """
 
     def factors(self) -> tuple[Any, Any] | None:
-        """Two thin matrices whose product is the update, if it has such.
+        """Two thin matrices whose product is the update, if there are any.
 
         Returns:
             `None`, or float32 tensors `(input_dim, rank)` and
-            `(rank, output_dim)`. With them, `analysis` forms no update.
+            `(rank, output_dim)`. `analysis` uses them to avoid forming the
+            update.
         """
         return None
 
     def compacted(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """The update with all that does not count left out, for `compact`.
+        """The update without the ranks that are off, for `compact`.
 
         Returns:
             `(a, b, scaling)`: NumPy arrays `(input_dim, rank)` and `(rank,
-            output_dim)` with `scaling * a b` the update, and a float that all
-            sites have in common. The rank may be 0.
+            output_dim)`, and a float that is the same for all sites. The
+            update is `scaling * a b`. The rank may be 0.
 
         Raises:
             TypeError: If the method has nothing to leave out.
@@ -344,7 +351,7 @@ class Adapter(AdapterVariables):
         )
 
     def truncated(self, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """The first ranks of the update, for `truncate`.
+        """The update cut to its first ranks, for `truncate`.
 
         Args:
             rank: int, at least 1.
@@ -364,7 +371,7 @@ class Adapter(AdapterVariables):
         """A short hash of the frozen bases, or `""` where there are none."""
         return ""
 
-    # What is the same for all.
+    # The following is the same for all methods.
 
     def for_site(self, site: Site, name: str) -> Self:
         """A clone of this template for a site, not yet built.
@@ -379,7 +386,7 @@ class Adapter(AdapterVariables):
         return clone
 
     def build_at(self, site: Site) -> None:
-        """Builds the adapter for a site, with its state of dropout.
+        """Builds the adapter for a site, with its own dropout state.
 
         Args:
             site: A `Site`.
@@ -405,8 +412,9 @@ class Adapter(AdapterVariables):
     ) -> keras.optimizers.Optimizer:
         """Wraps the optimizer that is to train this adapter.
 
-        Asked of the template of each active adapter when the model is
-        compiled and when its adapters change, so that plain `fit` is enough.
+        It is called on the template of each active adapter when the model is
+        compiled and when its adapters change, so users call only `compile`
+        and `fit`.
 
         Args:
             optimizer: A Keras optimizer. It may be wrapped by another active
@@ -415,12 +423,14 @@ class Adapter(AdapterVariables):
                 paths contain `"/adapter/<name>/"`.
 
         Returns:
-            An `OptimizerWrapper` around the optimizer, or the optimizer.
+            An `OptimizerWrapper` around the optimizer, or the optimizer
+            itself.
         """
         return optimizer
 
     def _prepare_dropout(self) -> None:
-        # Each site has its own: all of a model are called in each step.
+        # Each site has its own state, because every site of a model is called
+        # in each step and one state would give all sites related masks.
         text = f"dropout/{self.seed}/{self.site.address}"
         key = hashlib.sha256(text.encode()).digest()
         self.dropout_seed_generator = keras.random.SeedGenerator(
@@ -461,8 +471,8 @@ class Adapter(AdapterVariables):
         return (*input_shape[:-1], self.output_dim)
 
     def get_config(self) -> dict[str, Any]:
-        # No name and no trainable flag: two templates of one method with
-        # equal arguments have equal configs, in files as well.
+        # The config has no name and no trainable flag, so that two templates
+        # of one method with equal arguments have equal configs, also in files.
         config = {"seed": self.seed, "dropout": self.dropout}
         if self.dtype != "float32":
             config["dtype"] = self.dtype

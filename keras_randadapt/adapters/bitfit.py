@@ -1,4 +1,4 @@
-"""BitFit: the biases that a model has, and nothing else."""
+"""BitFit: it trains the biases of a model and nothing else."""
 
 import math
 
@@ -21,13 +21,13 @@ def _with_bias(layers):
 class BitFit(base.Adapter):
     """Trains biases: those of layers and the offsets of normalizations.
 
-    A site's bias `b` becomes `b + d`, with a trained `d` that starts at zero;
-    kernels stay what they are. As many weights a site as its bias has.
+    A site's bias `b` becomes `b + d`, with a trained `d` that starts at zero.
+    Kernels do not change. A site has as many weights as its bias.
 
     With `targets=None` every layer with a bias is a site: Dense, EinsumDense
     and convolutions, LayerNormalization, BatchNormalization and
-    GroupNormalization. Layers without one that `targets` names are left out,
-    with a warning. Models of the Llama kind have no biases.
+    GroupNormalization. If `targets` names layers without a bias, they are
+    left out with a warning. Models of the Llama family have no biases.
 
     Train it at a learning rate of 1e-4 to 1e-2 (AdamW).
 

@@ -8,7 +8,7 @@ from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites import kerashub
 
-#: `(reduction, activation, scaling)` that each placement's paper trains with.
+#: `(reduction, activation, scaling)` with which each placement's paper trains.
 _DEFAULTS = {
     "houlsby": (16, "swish", 1.0),
     "pfeiffer": (16, "relu", 1.0),
@@ -18,28 +18,28 @@ _DEFAULTS = {
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
 class Bottleneck(base.Adapter):
-    """A small network with one narrow hidden layer, beside frozen ones.
+    """A small network with one narrow hidden layer, beside frozen layers.
 
-    A site that gives `h`, bias and activation included, gives `h + scaling *
-    (U f(D z + d) + u)` instead, with `D` of shape `(rank, dim of z)`, `U` of
-    shape `(dim of h, rank)` and an activation `f`. What `z` is and which
-    layers are sites says the placement:
+    The output `h` of a site, after bias and activation, becomes `h + scaling *
+    (U f(D z + d) + u)`, with `D` of shape `(rank, dim of z)`, `U` of shape
+    `(dim of h, rank)` and an activation `f`. The placement determines `z` and
+    which layers are sites:
 
     - `"houlsby"`: `z = h`, behind attention and behind the feed-forward
       network of every transformer block, before dropout, the residual sum and
-      the normalization. `2 rank dim + rank + dim` weights each.
+      the normalization. Each site has `2 rank dim + rank + dim` weights.
     - `"pfeiffer"`: `z = h`, behind the feed-forward networks alone.
     - `"parallel"`: `z` is the input of the feed-forward network, so that the
       two run side by side.
 
-    With `targets=None` these are found in KerasHub's transformers, except
-    mixtures of experts. Layers that `targets` names are sites whatever they
-    are; of a parallel one that ends no known feed-forward network, `z` is its
-    own input.
+    With `targets=None` these layers are found in KerasHub's transformers,
+    except in mixtures of experts. Layers that `targets` names are sites in any
+    case; with `"parallel"`, if such a layer does not end a known feed-forward
+    network, `z` is the layer's own input.
 
-    `U` and `u` start at zero, so the update does. It is not linear and can't
-    be merged; `export` and whole-model files hold it. Layers that compute
-    their activation elsewhere are adapted before it.
+    `U` and `u` start at zero, so the update starts at zero. It is not linear
+    and can't be merged; `export` and whole-model files hold it. If another
+    layer computes a site's activation, the update comes before the activation.
 
     Train it at a learning rate of 1e-4 to 1e-3 (AdamW).
 
@@ -47,18 +47,19 @@ class Bottleneck(base.Adapter):
         rank: Optional int. The size of the hidden layer.
         placement: `"houlsby"`, `"pfeiffer"` or `"parallel"`.
         reduction: Optional int. The size of the hidden layer is the size of
-            the site's output divided by it. 16 by default, 2 if parallel.
-        activation: Optional name of a Keras activation. `"swish"` by default
-            for `"houlsby"`, `"relu"` otherwise.
-        scaling: Optional float. A constant factor, by default 4 if parallel
-            and 1 otherwise.
-        down_initializer: The first values of `D`. `{"name": "normal",
-            "stddev": 0.02}` by default, `"kaiming_uniform"` if parallel. See
-            `LoRA`.
-        up_initializer: The first values of `U`. With others than zeros, such
-            as `{"name": "normal", "stddev": 0.02}`, the adapted model does not
-            start as the base model.
-        seed: int. Gives the first values.
+            the site's output divided by it. The default is 16, or 2 for
+            `"parallel"`.
+        activation: Optional name of a Keras activation. The default is
+            `"swish"` for `"houlsby"` and `"relu"` otherwise.
+        scaling: Optional float. A constant factor. The default is 4 for
+            `"parallel"` and 1 otherwise.
+        down_initializer: The first values of `D`. The default is `{"name":
+            "normal", "stddev": 0.02}`, or `"kaiming_uniform"` for
+            `"parallel"`. See `LoRA`.
+        up_initializer: The first values of `U`. With values other than zeros,
+            such as `{"name": "normal", "stddev": 0.02}`, the adapted model
+            does not start as the base model.
+        seed: int. It determines the first values.
         dropout: float. The fraction of `z` that the adapter does not see in
             training. See `Adapter`.
         dtype: See `Adapter`.
@@ -190,8 +191,8 @@ class Bottleneck(base.Adapter):
     def merged(self, kernel, base, training=False):
         raise ValueError(
             f"'{self.path}' is a `Bottleneck`: it computes something behind "
-            "the layer that its kernel does not show. Whatever asks for the "
-            "kernel, a part of the model or an analysis, would miss it."
+            "the layer that its kernel does not show. Code that reads the "
+            "kernel, in the model or in an analysis, would ignore this adapter."
         )
 
     def get_config(self):
@@ -218,7 +219,8 @@ def _check_activation(activation):
     )
     try:
         name = keras.activations.serialize(keras.activations.get(activation))
-        # By the name alone: what is no function of Keras's has none.
+        # The name must be enough to find the activation again: a function
+        # that is not Keras's has no such name.
         keras.activations.get(name)
     except (ValueError, TypeError) as error:
         raise ValueError(message) from error

@@ -20,8 +20,8 @@ def deserialize(config: dict[str, Any]) -> Adapter:
     """The template that `serialize` described.
 
     Raises:
-        ValueError: If the class is not a registered adapter: a file must not
-            be able to name any other class.
+        ValueError: If the class is not a registered adapter. A file must not
+            be able to create any other class.
     """
     cls = keras.saving.get_registered_object(config["class"])
     if not isinstance(cls, type) or not issubclass(cls, Adapter):
@@ -34,7 +34,7 @@ def deserialize(config: dict[str, Any]) -> Adapter:
 
 
 def canonical(description: dict[str, Any]) -> str:
-    """One text for equal descriptions, on every backend."""
+    """The text of a description: equal ones give one text on every backend."""
     return json.dumps(
         description, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )

@@ -8,40 +8,44 @@ from keras_randadapt.adapters import base
 from keras_randadapt.adapters import configs
 from keras_randadapt.ops.fast_products import matmul
 
-# Below any norm that matters, and far above where its square underflows.
+# The floor of a squared norm: it lies below the square of any norm that
+# matters and far above the smallest float32.
 _SMALLEST_SQUARE = 1e-30
-# A squared norm in closed form is a difference, of which little is right where
-# a delta takes nearly all of a column away, as one can if columns are short;
-# and nothing at this part of what is subtracted.
+# The closed form of a squared norm subtracts nearly equal numbers where a
+# delta cancels most of a column. Columns up to `_SHORT` entries are short
+# enough for that to happen, so their norms come from the delta itself. In
+# longer columns a result below `_ROUNDED` of the terms is rounding error, so
+# it is raised to that part.
 _SHORT = 64
 _ROUNDED = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
 class DoRA(base.Adapter):
-    """Weight-decomposed low-rank adaptation, of any additive adapter.
+    """Weight-decomposed low-rank adaptation around any additive adapter.
 
-    The adapted kernel is `m * (W + delta) / ||W + delta||`, where `delta` is
-    that of the inner adapter, `||.||` the norm of each column of the kernel
-    view, one an output, and `m`, `(output_dim,)`, a trained magnitude. It
-    starts at `||W||`, so that the kernel starts at `W` if the inner delta
-    starts at zero. `output_dim` weights a site more than the inner adapter.
+    The adapted kernel is `m * (W + delta) / ||W + delta||`. Here `delta` is
+    the inner adapter's, `||.||` is the norm of each column of the kernel view
+    (a column is an output), and `m`, `(output_dim,)`, is a trained magnitude.
+    `m` starts at `||W||`, so the kernel starts at `W` if the inner delta
+    starts at zero. A site has `output_dim` weights beside those of the inner
+    adapter.
 
-    `DoRA(LoRA(8))` is the paper's; `DoRA(VeRA(256))` is DVoRA.
+    `DoRA(LoRA(8))` is the paper's method; `DoRA(VeRA(256))` is DVoRA.
 
-    The update depends on the base kernel: beside other active adapters, it is
-    `adapted kernel - W` that is added. `||W||` is computed when the adapter
-    is attached, so load a base model's weights before that. Where the inner
-    adapter has two thin factors and the columns are longer than 64, the norms
-    come from products of these with the kernel and no delta is formed.
+    The update depends on the base kernel: beside other active adapters, it
+    adds `adapted kernel - W`. `||W||` is computed when the adapter is
+    attached, so load a base model's weights before that. If the inner adapter
+    has two thin factors and the columns are longer than 64, the norms come
+    from products of the factors with the kernel, and no delta is formed.
 
     Train it at the inner adapter's learning rate.
 
     Args:
         adapter: The inner adapter, such as `LoRA(8)`, with its seed and
             dropout. It must be additive.
-        detach_norm: bool. Whether the gradient takes the norms for constants,
-            as in the paper's section 4.3, which saves memory and time.
+        detach_norm: bool. Whether the gradient treats the norms as constants,
+            as in the paper's section 4.3. It saves memory and time.
         dtype: The dtype of `m`. See `Adapter`.
         name: Optional string.
 
@@ -123,11 +127,11 @@ class DoRA(base.Adapter):
         self.magnitude = self.add_trainable(
             "magnitude", (self.output_dim,), "ones"
         )
-        # Of the base kernel, so no adapter file holds it.
+        # It is derived from the base kernel, so no adapter file holds it.
         self.base_square = self.add_derived("base_square", (self.output_dim,))
 
     def _prepare_dropout(self):
-        """The inner adapter drops inputs, so it has the state."""
+        """Does nothing: the inner adapter has the dropout state."""
 
     def start_from(self, kernel):
         self.inner.start_from(kernel)
@@ -146,8 +150,8 @@ class DoRA(base.Adapter):
         excess = self._excess(self._square(linear, training))
         excess = ops.cast(excess, x.dtype)
         if training and self.dropout:
-            # As in the reference code: only the product with the base kernel
-            # as it was sees all inputs.
+            # As in the reference code, only the product with the unscaled base
+            # kernel sees all inputs.
             dropped = self.drop(x, training)
             direction = linear.base(dropped)
             delta = self.inner.delta(dropped, training)
@@ -157,9 +161,11 @@ class DoRA(base.Adapter):
             return y + excess * self.inner.adapt(x, linear.base, training)
         dtype = keras.backend.standardize_dtype(y.dtype)
         if dtype in ("float16", "bfloat16"):
-            # A factor near 1 would round all outputs alike.
+            # In 16 bits, `1 + excess` would be rounded, and all outputs with
+            # it.
             return y + excess * y
-        # Without a compiler, a tensor less in memory and in the gradient.
+        # Without a compiler, this form needs a tensor less in memory and in
+        # the gradient.
         return y * (1.0 + excess)
 
     def merged(self, kernel, base, training=False):
@@ -186,7 +192,7 @@ class DoRA(base.Adapter):
         if factors is None:
             delta = self._norms_see(self._inner_delta(training))
             return ops.sum(ops.square(linear.base_kernel() + delta), axis=0)
-        # ||w + A b||^2 = ||w||^2 + 2 (A' w)' b + b' (A' A) b, an output.
+        # For each output, ||w + A b||^2 = ||w||^2 + 2 (A' w)' b + b' (A' A) b.
         a, b = map(self._norms_see, factors)
         rows = ops.transpose(a)
         crossed = 2.0 * ops.sum(linear.times_base(rows) * b, axis=0)

@@ -1,4 +1,4 @@
-"""DyLoRA: LoRA that can be cut down to any rank after training."""
+"""DyLoRA: a LoRA that can be cut to any rank after training."""
 
 import keras
 from keras import ops
@@ -13,32 +13,32 @@ class DyLoRA(lora.LoRA):
     """LoRA that is trained for all ranks up to its own at once.
 
     Each training step draws a rank `b`, the same for all sites, uniformly
-    from `min_rank` to `rank`, and computes with the first `b` columns of `A`
-    and rows of `B` alone: `delta = scaling * (rank / b) * A[:, :b] B[:b]`.
-    Otherwise the delta is that of `LoRA` at the full rank. Trained are
-    `rank * (input_dim + output_dim)` weights a site.
+    from `min_rank` to `rank`, and computes with only the first `b` columns of
+    `A` and rows of `B`: `delta = scaling * (rank / b) * A[:, :b] B[:b]`.
+    Outside training the delta is that of `LoRA` at the full rank. A site has
+    `rank * (input_dim + output_dim)` trained weights.
 
-    After training, `keras_randadapt.truncate(model, b)` gives the `LoRA` of
-    any rank `b` in that range, without training it again.
+    After training, `keras_randadapt.truncate(model, b)` turns the adapter into
+    a `LoRA` of any rank `b` in that range, without further training.
 
-    The draws are counted in the compiled step, so nothing is traced anew for
-    a rank, and training that is resumed from a checkpoint draws what it would
-    have drawn.
+    The compiled step counts the draws. A new rank therefore needs no new
+    trace, and training that resumes from a checkpoint draws the ranks that
+    uninterrupted training would have drawn.
 
     Train it at a learning rate of 1e-4 to 1e-3 (AdamW), as LoRA.
 
     Args:
         rank: int. The largest rank.
         min_rank: int, at most `rank`. The smallest rank that is drawn.
-        frozen: bool. Whether a step trains the `b`-th column and row alone
-            and takes the others as they are, the paper's "frozen" mode.
-        alpha: Optional float. `scaling` is `alpha / rank`: the delta is
-            scaled by `alpha / b`.
+        frozen: bool. Whether a step trains only the `b`-th column and row,
+            which is the paper's "frozen" mode.
+        alpha: Optional float. `scaling` is `alpha / rank`, so a training step
+            scales its product by `alpha / b`.
         scaling: Optional float. See `LoRA`.
         a_initializer: The first values of `A`. See `LoRA`.
         b_initializer: The first values of `B`. See `LoRA`.
         regularizer: Optional regularizer of `A` and `B`. See `LoRA`.
-        seed: int. Also gives the drawn ranks. See `Adapter`.
+        seed: int. It also determines the drawn ranks. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
         name: Optional string.
@@ -61,8 +61,8 @@ class DyLoRA(lora.LoRA):
     ```
 
     References:
-        - Valipour et al., "DyLoRA", EACL 2023, algorithm 1. The row of
-          `W_dw` that it indexes as `[:, b, :]` is `[:b, :]`.
+        - Valipour et al., "DyLoRA", EACL 2023, algorithm 1. Its index
+          `[:, b, :]` of `W_dw` is taken as `[:b, :]`.
     """
 
     recommended_learning_rate = 5e-4
@@ -119,7 +119,7 @@ class DyLoRA(lora.LoRA):
         a = ops.cast(self.lora_a, "float32")
         b = ops.cast(self.lora_b, "float32")
         drawn = self.drawn_rank()
-        # What B's rows beyond the drawn rank multiply needs no mask.
+        # B's rows beyond the drawn rank are zeroed, so A needs no mask.
         places = ops.arange(self.rank, dtype="int32")
         if self.frozen:
             trained = ops.equal(places, drawn - 1)

@@ -8,9 +8,9 @@ from keras_randadapt.adapters import lora
 
 
 class GatedLoRA(lora.LoRA):
-    """`delta = scaling * A diag(gate) B`: what `SoRA` and `AdaLoRA` share.
+    """`delta = scaling * A diag(gate) B`, the base of `SoRA` and `AdaLoRA`.
 
-    `rank * (input_dim + output_dim + 1)` weights a site.
+    A site has `rank * (input_dim + output_dim + 1)` weights.
 
     Args:
         rank: int.

@@ -13,16 +13,17 @@ from keras_randadapt.ops.fast_products import thin_product
 class Hydra(base.Adapter):
     """Multi-head low-rank adaptation: LoRA in parallel and in sequence.
 
-    `y = W x + b + scaling * (B A x + D C (W x + b))`: `A` and `B` are LoRA's,
-    beside the layer, and `C`, `(output_dim, sequential_rank)`, and `D`,
-    `(sequential_rank, output_dim)`, come behind it. Trained are `rank *
-    (input_dim + output_dim) + 2 * sequential_rank * output_dim` weights a
-    site. `B` and `D` start at zero, so the update does.
+    The output is `y = W x + b + scaling * (B A x + D C (W x + b))`. `A` and
+    `B` are LoRA's and work beside the layer; `C`, `(output_dim,
+    sequential_rank)`, and `D`, `(sequential_rank, output_dim)`, work behind
+    it. A site has `rank * (input_dim + output_dim) + 2 * sequential_rank *
+    output_dim` trained weights. `B` and `D` start at zero, so the update
+    starts at zero.
 
-    A merge changes the kernel, by `scaling * (A B + W C D)` in the orientation
-    of the kernel view, and the bias, by `scaling * b C D`. The update depends
-    on the base kernel, and is added to those of other active adapters. In a
-    grouped convolution, or an einsum that is no plain matrix product, `W` is
+    A merge adds `scaling * (A B + W C D)`, in the orientation of the kernel
+    view, to the kernel, and `scaling * b C D` to the bias. The update depends
+    on the base kernel and is added to those of other active adapters. In a
+    grouped convolution, or an einsum that is not one matrix product, `W` is
     the kernel view, so `D` mixes kernels and not outputs.
 
     The paper adapts the second dense layer of each feed-forward network. Train
@@ -30,9 +31,10 @@ class Hydra(base.Adapter):
 
     Args:
         rank: int. The rank of the parallel branch.
-        sequential_rank: Optional int. The rank of the sequential branch, by
-            default `rank`; 0 for none, which leaves LoRA.
-        scaling: float. A constant factor of both.
+        sequential_rank: Optional int. The rank of the sequential branch. The
+            default is `rank`; with 0 there is no such branch and the method
+            is LoRA.
+        scaling: float. A constant factor of both branches.
         seed: int. See `Adapter`.
         dropout: float. The fraction of a branch's inputs that it does not see
             in training. See `Adapter`.
@@ -42,8 +44,8 @@ class Hydra(base.Adapter):
     Raises:
         TypeError: If a rank is no integer.
         ValueError: If an argument is out of range. At injection, if a site is
-            an embedding, or if a rank exceeds its dimensions, or if a bias
-            has another size than the layer has outputs.
+            an embedding, if a rank exceeds a site's dimensions, or if the
+            size of a bias is not the layer's number of outputs.
 
     Example:
 
@@ -124,7 +126,7 @@ class Hydra(base.Adapter):
         return y + parallel + sequential
 
     def merged(self, kernel, base, training=False):
-        del training  # The same either way.
+        del training  # The update is the same in training.
         parallel = matmul(
             ops.cast(self.lora_a, "float32"), self._scaled(self.lora_b)
         )

@@ -14,25 +14,25 @@ from keras_randadapt.sites import selection
 class IA3(base.Adapter):
     """Infused adapter by inhibiting and amplifying inner activations.
 
-    A trained vector `l`, which starts at ones, rescales what a layer gives,
-    `y = l * (W x + b)`, or, in the last layer of a feed-forward network, what
-    it gets, `y = W (l * x) + b`. There are `output_dim` weights a site, or
-    `input_dim` in the second form. A merge scales the columns of the kernel
-    view and the bias, or the rows of the kernel view.
+    A trained vector `l`, which starts at ones, rescales the output of a layer,
+    `y = l * (W x + b)`. In the last layer of a feed-forward network it
+    rescales the input instead, `y = W (l * x) + b`. A site has `output_dim`
+    weights, or `input_dim` in the second form. A merge scales the columns of
+    the kernel view and the bias, or the rows of the kernel view.
 
     With `targets=None` the key and value projections of KerasHub's
     transformers and the last layers of their feed-forward networks are the
-    sites. In a convolution, `l` has a value a filter, or a value a channel
-    (of a group) in the second form.
+    sites. In a convolution, `l` has a value for each filter; in the second
+    form, it has a value for each channel of a group.
 
-    The update depends on the base kernel: beside other active adapters, it is
-    `adapted kernel - W` that is added.
+    The update depends on the base kernel: beside other active adapters, it
+    adds `adapted kernel - W`.
 
     Train it at a learning rate of 3e-3 (AdamW).
 
     Args:
-        feedforward: Which sites have the second form, in which the input is
-            scaled: a name or a list of names, as for `targets` of `inject`.
+        feedforward: The sites that have the second form, which scales the
+            input: a name or a list of names, as for `targets` of `inject`.
             `None` means the last layers of KerasHub's feed-forward networks,
             and an empty list means none.
         dtype: The dtype of `l`. See `Adapter`.
@@ -41,8 +41,8 @@ class IA3(base.Adapter):
     Raises:
         TypeError: If `feedforward` is of another type.
         ValueError: At injection, if a name in `feedforward` matches no site,
-            if a site is an embedding or a normalization, or if a bias has
-            another size than the layer has outputs.
+            if a site is an embedding or a normalization, or if the size of a
+            bias is not the layer's number of outputs.
 
     Example:
 
@@ -126,7 +126,8 @@ class IA3(base.Adapter):
         change = self._change()
         if not self._scales_input:
             return kernel + base * change
-        # A convolution's rows are positions of the window times channels.
+        # A convolution's kernel view has a row for each position of the
+        # window and channel, and channels vary fastest.
         positions = self.input_dim // change.shape[0]
         rows = ops.tile(change, [positions])
         return kernel + base * ops.expand_dims(rows, -1)
@@ -135,7 +136,7 @@ class IA3(base.Adapter):
         return bias + base * self._change()
 
     def _change(self):
-        """`l - 1`, float32: in 16 bits a factor near 1 would be rounded."""
+        """`l - 1`, float32, since in 16 bits `l` near 1 would be rounded."""
         return ops.cast(self.ia3_l, "float32") - 1.0
 
     def get_config(self):

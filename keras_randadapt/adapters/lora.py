@@ -17,9 +17,9 @@ _FROM_KERNEL = ("pissa", "olora")
 class LoRA(base.Adapter):
     """Low-rank adaptation: `delta = scaling * A B`.
 
-    `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, are trained;
-    `rank * (input_dim + output_dim)` weights a site. `B` starts at zero, so
-    the delta does.
+    `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, are trained, which
+    makes `rank * (input_dim + output_dim)` weights a site. `B` starts at zero,
+    so the delta starts at zero.
 
     Train it at a learning rate of 1e-4 to 1e-3 (AdamW).
 
@@ -28,19 +28,20 @@ class LoRA(base.Adapter):
         alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
             `rank` by default, as in Keras's own `enable_lora`.
         scaling: Optional float, instead of `alpha`.
-        rslora: bool. Whether `scaling` is `alpha / sqrt(rank)`, which keeps
-            large ranks learning.
-        initialization: How `A` and `B` start. `"default"`: by the two
-            initializers below. `"gaussian"`: `A` normal with standard
-            deviation `1 / rank`. `"orthogonal"`: both nonzero, with `A B = 0`
-            up to rounding; needs an even rank. `"pissa"`: `A B` is the
-            kernel's best approximation of that rank, by its singular value
-            decomposition. `"olora"`: by the leading columns and rows of its
-            QR decomposition. With the last two the delta is `scaling * (A B -
-            A_0 B_0)`, which is zero at first and leaves the base kernel as it
-            is; `A_0` and `B_0` are computed from the kernel whenever the
-            adapter is attached, so a file belongs to the kernels that it was
-            trained on.
+        rslora: bool. Whether `scaling` is `alpha / sqrt(rank)`, so that large
+            ranks still learn.
+        initialization: How `A` and `B` start. With `"default"` the two
+            initializers below give their first values. With `"gaussian"` `A`
+            is normal with standard deviation `1 / rank`. With `"orthogonal"`
+            both are nonzero and `A B = 0` up to rounding; the rank must be
+            even. With `"pissa"` `scaling * A B` is the kernel's best
+            approximation of that rank, from its singular value
+            decomposition. With `"olora"` `A` and `B` are the leading columns
+            and rows of its QR decomposition. With the last two, the delta is
+            `scaling * (A B - A_0 B_0)`: it is zero at first, and the base
+            kernel does not change. `A_0` and `B_0` are computed from the
+            kernel whenever the adapter is attached, so an adapter file fits
+            only the kernels that it was trained on.
         a_initializer: The first values of `A`: `"kaiming_uniform"` (the
             default, `U(-1/sqrt(input_dim), 1/sqrt(input_dim))`), `"normal"`,
             `{"name": "normal", "stddev": 0.02}`, or a Keras initializer.
@@ -50,8 +51,8 @@ class LoRA(base.Adapter):
             `keras_randadapt.regularizers.Orthogonality(0.1)`. It is part of
             the model's losses, so plain `fit` applies it.
         site_ranks: Optional dict from structural addresses, the keys of
-            `keras_randadapt.sites(model)`, to ranks of their own. `scaling`
-            is the same for all.
+            `keras_randadapt.sites(model)`, to the ranks of these sites.
+            `scaling` is the same for all sites.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -256,9 +257,11 @@ class LoRA(base.Adapter):
         )
 
     def _sum(self, product, dtype, training=None):
-        """What a product gives for the pair, less what it gave at first."""
-        # Apart, and not as one pair of twice the rank: at first both are
-        # equal to the last bit.
+        """A product with `A` and `B`, less that with `A_0` and `B_0`, if any.
+
+        The two products are computed apart, and not as one pair of twice the
+        rank: at first they are equal to the last bit, so the sum is exactly 0.
+        """
         first, *others = self._pairs(dtype, training)
         y = product(*first)
         for pair in others:
@@ -274,8 +277,8 @@ class LoRA(base.Adapter):
         return pairs
 
     def _scaled(self, training):
-        """`A`, as it is, and `B` with the scale, float32."""
-        # Scaling B instead of the output: one pass over the smaller tensor.
+        """`A`, unchanged, and the scaled `B`, float32."""
+        # B is scaled instead of the output, because B is smaller.
         b = ops.cast(self.lora_b, "float32")
         return self.lora_a, b if self.scaling == 1 else b * self.scaling
 

@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA whose first factor is frozen."""
+"""LoRA-FA: a LoRA whose first factor is frozen."""
 
 import math
 
@@ -16,14 +16,14 @@ from keras_randadapt.ops.fast_products import matmul
 class LoRAFA(base.Adapter):
     """LoRA with a frozen first factor.
 
-    `delta = scaling * A B`, where `A`, `(input_dim, rank)`, is a frozen random
-    matrix that a seed gives and no file stores, and `B`, `(rank,
-    output_dim)`, is trained: `rank * output_dim` weights a site. `B` starts
-    at zero, so the delta does. The backward pass needs `x A` of a site's
-    input `x`, and not `x` itself.
+    The delta is `scaling * A B`. `A`, `(input_dim, rank)`, is a frozen random
+    matrix that a seed determines and no file stores. `B`, `(rank,
+    output_dim)`, is trained, which makes `rank * output_dim` weights a site.
+    `B` starts at zero, so the delta starts at zero. The backward pass needs
+    only `x A` of a site's input `x`, and not `x` itself.
 
-    Layers of one name and shape share one `A`: the queries of all blocks of a
-    transformer, say, but not a block's query and value.
+    Layers of one name and shape share one `A`. For example, the queries of
+    all blocks of a transformer share it, but a block's query and value do not.
 
     Train it at the learning rates of LoRA, 1e-4 to 1e-3 (AdamW).
 
@@ -32,15 +32,15 @@ class LoRAFA(base.Adapter):
         alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
             `rank` by default.
         scaling: Optional float, instead of `alpha`.
-        basis: What `A` is made of: `"uniform"` or `"gaussian"`, independent
-            entries; `"sparse"` or `"very_sparse"`, ternary ones, kept as
-            int8; `"hadamard"`, a randomized Hadamard transform, of which
-            nothing is kept. Entries have the variance that LoRA's have, 1 /
-            (3 input_dim), whatever the basis.
+        basis: The random matrix `A`: `"uniform"` or `"gaussian"` for
+            independent entries; `"sparse"` or `"very_sparse"` for ternary
+            entries, kept as int8; `"hadamard"` for a randomized Hadamard
+            transform, which takes no memory. With every basis, entries have
+            the variance of LoRA's, 1 / (3 input_dim).
         precondition: bool. Whether the gradient of `B` is multiplied by
             `(A' A)^-1 / scaling**2`. A step of plain gradient descent then
             changes the delta by the kernel's own gradient, projected onto
-            the columns of `A`. Adaptive optimizers undo most of it.
+            the columns of `A`. Adaptive optimizers undo most of this.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -109,7 +109,7 @@ class LoRAFA(base.Adapter):
         self.lora_b = self.add_trainable(
             "lora_b", (self.rank, self.output_dim), "zeros"
         )
-        # The scale of A's entries, given to B, which is smaller than x.
+        # B takes the scale of A's entries, because B is smaller than x.
         self._scale = self.scaling * basis.scale / math.sqrt(3 * self.input_dim)
         self._preconditioner = None
         if self.precondition:
@@ -133,7 +133,7 @@ class LoRAFA(base.Adapter):
 
     def lookup(self, ids, dtype, training=None):
         if self.basis == "hadamard":
-            # A transform gives all rows or none.
+            # A transform cannot compute single rows.
             return super().lookup(ids, dtype, training)
         a = self.basis_a.take(ids, dtype, axis=1)
         return ops.matmul(a, self._scaled_b(dtype))
@@ -151,7 +151,7 @@ class LoRAFA(base.Adapter):
     def _scaled_b(self, dtype):
         b = ops.cast(self.lora_b, "float32")
         if self._preconditioner is not None:
-            # Of B's own value, and with its gradient preconditioned.
+            # The value is B's; only its gradient is preconditioned.
             change = b - ops.stop_gradient(b)
             b = ops.stop_gradient(b) + ops.matmul(self._preconditioner, change)
         return ops.cast(b * self._scale, dtype)

@@ -16,15 +16,16 @@ from keras_randadapt.ops.fast_products import thin_product
 class NOLA(base.Adapter):
     """LoRA whose factors are combinations of frozen random matrices.
 
-    `delta = scaling * A B`, with `A = A_0 + sum_i alpha_i A_i`,
+    The delta is `scaling * A B`, with `A = A_0 + sum_i alpha_i A_i`,
     `(input_dim, rank)`, and `B = sum_j beta_j B_j`, `(rank, output_dim)`.
-    Trained are `alpha` and `beta`: `2 * num_bases` weights a site, whatever
-    its dimensions and the rank. Both start at zero, so the delta does.
+    `alpha` and `beta` are trained: a site has `2 * num_bases` weights,
+    independent of its dimensions and the rank. Both start at zero, so the
+    delta starts at zero.
 
-    The `A_i` and `B_j` are drawn from the seed whenever they are needed, some
-    at a time, so they take no memory to speak of and a good deal of time:
-    `num_bases * rank * (input_dim + output_dim)` random numbers a site, once
-    in the forward pass and once in the backward pass, whatever the batch.
+    The `A_i` and `B_j` are drawn from the seed whenever they are needed, a few
+    at a time. This takes hardly any memory but much time: the forward pass and
+    the backward pass each draw `num_bases * rank * (input_dim + output_dim)`
+    random numbers a site, independent of the batch size.
 
     Train it at a learning rate of 1e-3 to 1e-2 (AdamW).
 
@@ -57,10 +58,10 @@ class NOLA(base.Adapter):
     ```
 
     References:
-        - Koohpayegani et al., "NOLA", ICLR 2024, equation 3. With `A_0`, as
-          in its code: with both factors zero at first, nothing would have a
-          gradient. Entries of `A_i` and `B_j` are uniform on `(-1, 1)` over
-          `sqrt(num_bases)`, and those of `A_0` are LoRA's.
+        - Koohpayegani et al., "NOLA", ICLR 2024, equation 3. `A_0` comes from
+          its code: if both factors were zero at first, every gradient would
+          be zero. Entries of `A_i` and `B_j` are uniform on `(-1, 1)`,
+          divided by `sqrt(num_bases)`; those of `A_0` are LoRA's.
     """
 
     recommended_learning_rate = 5e-3
@@ -125,7 +126,7 @@ class NOLA(base.Adapter):
         scale = 1 / math.sqrt(self.num_bases)
         alpha = ops.cast(self.nola_alpha, "float32") * scale
         beta = ops.cast(self.nola_beta, "float32") * (scale * self.scaling)
-        # U(-1, 1) over sqrt(input_dim): LoRA's kaiming_uniform.
+        # U(-1, 1) divided by sqrt(input_dim) is LoRA's kaiming_uniform.
         a = self.first_a.matrix() / math.sqrt(self.input_dim)
         a = a + ops.reshape(self.bases_a.combine(alpha), a.shape)
         b = self.bases_b.combine(beta)

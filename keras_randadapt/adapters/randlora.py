@@ -22,45 +22,47 @@ RESCALE = ("sqrt", "none")
 class RandLoRA(base.Adapter):
     """Full-rank adaptation by random bases.
 
-    `delta = scaling * sum_j B_j diag(lambda_j) A diag(gamma_j)`, for an output
-    that is at least as large as the input (the paper's orientation: transpose
-    it for the kernel view; for a smaller output it is the kernel view as it
-    stands). `A`, `(rank, d_min)`, and the `n = ceil(d_min / rank)` matrices
-    `B_j`, `(d_max, rank)`, are frozen, random, and given by a seed that is all
-    a file stores; `d_min` and `d_max` are the smaller and larger dimension of
-    the kernel view. Trained are `lambda`, `(n, rank)`, and `gamma`,
-    `(n, d_min)`: `n * (rank + d_min)` weights a site, fewer the larger the
-    rank, for a delta of full rank. `lambda` starts at zero, so the delta does.
+    The delta is `scaling * sum_j B_j diag(lambda_j) A diag(gamma_j)`. If the
+    output is at least as large as the input, this is the paper's orientation
+    and the transpose of the kernel view; otherwise it has the orientation of
+    the kernel view. `d_min` and `d_max` are the smaller and larger dimension
+    of the kernel view. `A`, `(rank, d_min)`, and the `n = ceil(d_min / rank)`
+    matrices `B_j`, `(d_max, rank)`, are frozen and random; a seed determines
+    them and a file stores only the seed. `lambda`, `(n, rank)`, and `gamma`,
+    `(n, d_min)`, are trained. A site has `n * (rank + d_min)` weights, fewer
+    for a larger rank, and the delta has full rank. `lambda` starts at zero, so
+    the delta starts at zero.
 
-    All sites of one shape share one `A` and one `B`, which take memory:
-    `d_max * d_min` numbers of four bytes, of one byte with a sparse basis,
-    none with `basis="hadamard"`.
+    All sites of one shape share one `A` and one `B`. They take `d_max * d_min`
+    numbers of four bytes, of one byte with a sparse basis, and no memory with
+    `basis="hadamard"`.
 
     Train it at a learning rate of 1e-4 to 1e-2 (AdamW).
 
     Args:
         rank: int. The rank of each of the `n` terms.
-        basis: What `A` and `B_j` are made of, with entries of variance 1:
-            `"gaussian"` or `"uniform"`, independent entries; `"sparse"` or
-            `"very_sparse"`, ternary entries of which one in 3, or one in
-            `sqrt(d_min)`, is not zero, kept as int8, and a few entries are
-            added to `A` so that the rank is full; or `"hadamard"`, randomized
-            Hadamard transforms of which nothing is kept.
-        variant: `"full"`, or an ablation of the paper: `"averaged"`,
+        basis: The random matrices `A` and `B_j`, with entries of variance 1.
+            `"gaussian"` and `"uniform"` have independent entries. `"sparse"`
+            and `"very_sparse"` have ternary entries, kept as int8, of which
+            one in 3, or one in `sqrt(d_min)`, is not zero; a few entries are
+            added to `A` so that the delta has full rank. `"hadamard"` means
+            randomized Hadamard transforms, which take no memory.
+        variant: `"full"`, or an ablation of the paper. `"averaged"` is
             `sum_j B_j diag(lambda_j)` times `sum_j A diag(gamma_j)`, of rank
-            `rank`; `"half"`, half of the terms.
+            `rank`; `"half"` has half of the terms.
         alpha: Optional float, `2 * rank` by default. See `rescale`.
-        rescale: `"sqrt"`, where `scaling` is `alpha / rank / sqrt(n)` with the
-            `n` of the site, as in the paper's code and appendix; or `"none"`,
-            `alpha / rank`, as in Hugging Face's PEFT (whose `alpha` is 640 at
-            rank 32).
-        compute: `"factored"`, two products with each input in addition to the
-            site's own; `"materialized"`, the delta is formed in every step
-            and added to the kernel, one product with each input; or `"auto"`,
-            whichever takes fewer multiply-adds for the number of inputs at
-            hand. The results are equal up to rounding. With dropout in
-            training, or in 16 bits, where a small delta would be lost in the
-            kernel, a formed delta is multiplied apart: two products.
+        rescale: With `"sqrt"`, `scaling` is `alpha / rank / sqrt(n)` with the
+            `n` of the site, as in the paper's code and appendix. With
+            `"none"`, it is `alpha / rank`, as in Hugging Face's PEFT (whose
+            `alpha` is 640 at rank 32).
+        compute: `"factored"` multiplies each input twice in addition to the
+            site's own product. `"materialized"` forms the delta in every step
+            and adds it to the kernel, and multiplies each input once.
+            `"auto"` takes the form with fewer multiply-adds for the number of
+            inputs. The results are equal up to rounding. With dropout in
+            training, and in 16 bits, where the kernel would absorb a small
+            delta, a formed delta is not added to the kernel but multiplied
+            apart.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -149,18 +151,19 @@ class RandLoRA(base.Adapter):
             f"RandLoRA/{side}",
             expand=expand,
             smaller_dim=min(self.input_dim, self.output_dim),
-            # For generic vectors the delta is of full rank if the columns
+            # For generic vectors the delta has full rank if the columns
             # gamma_j[i] (x) A[:, i] are independent: no subspace of dimension
-            # u may hold more than n * u columns of A. A sparse A must be
-            # helped. A Hadamard one with one stage has orthogonal rows and
-            # entries of one size, and is always so; two stages leave zeros.
+            # u may hold more than n * u columns of A. A sparse A may violate
+            # this and is filled. A Hadamard A of one stage never does, since
+            # its rows are orthogonal and its entries have one size; with two
+            # stages it may have zeros.
             fill=side == "A",
             stages=1 if side == "A" else 2,
         )
         return self.add_frozen(f"basis_{side.lower()}", basis)
 
-    # The computation. With B = [B_1 ... B_n], (large, p), and the mixing
-    # matrix N = [(diag(lambda_j) A diag(gamma_j))' ...], (small, p), the delta
+    # Let B = [B_1 ... B_n], (large, p), and let the mixing matrix be
+    # N = [(diag(lambda_j) A diag(gamma_j))' ...], (small, p). Then the delta
     # is N B' if `_wide` and B N' otherwise.
 
     def adapt(self, x, linear, training=None):
@@ -191,14 +194,14 @@ class RandLoRA(base.Adapter):
             rows = ops.take(self._mixing(), ids, axis=0)
             return ops.cast(self.basis_b.matvec(rows), dtype)
         if self.basis == "hadamard":
-            # A transform gives all rows or none.
+            # A transform cannot compute single rows.
             return super().lookup(ids, dtype, training)
         rows = self.basis_b.take(ids, "float32", axis=0)
         return ops.cast(self._mix(rows, training, wide=False), dtype)
 
     def _product(self, x, training, wide):
         if keras.backend.standardize_dtype(x.dtype) == "float16":
-            # N's first values, lambda times gamma, are below its range.
+            # N's first values, lambda times gamma, underflow in float16.
             x = ops.cast(x, "float32")
             return ops.cast(self._product(x, training, wide), "float16")
         if self._materializes(x, training, False):
@@ -210,16 +213,18 @@ class RandLoRA(base.Adapter):
     def _materializes(self, x, training, into_kernel):
         """Whether to form the delta for these inputs.
 
-        Multiply-adds beyond the base product, forward, for `t` inputs, `b` of
-        one product with B and `m = small * p` of one with N:
+        Let `t` be the number of inputs, `b` the multiply-adds of one input's
+        product with B, and `m = small * p` those with N. Beyond the base
+        product, the forward pass takes these multiply-adds:
 
             factored                        t (b + m)
             materialized into the kernel    small b
             materialized apart              small b + t large small
 
-        and backward, where the factored form needs the gradients of the input
-        and of N, and the materialized one the delta again, the gradients of
-        the delta and of N, and apart from the kernel that of the input:
+        The backward pass takes those below. There the factored form computes
+        the gradients of the input and of N. The materialized form computes
+        the delta again and the gradients of the delta and of N; apart from
+        the kernel, it also computes the gradient of the input.
 
             factored                        t (b + m) + t m (+ t b if not wide)
             materialized into the kernel    2 small b + t large small
@@ -230,7 +235,8 @@ class RandLoRA(base.Adapter):
         t = 1
         for size in x.shape[:-1]:
             if not isinstance(size, int):
-                # Training batches are large, and single inputs are served.
+                # An unknown batch size is taken as large in training and as
+                # small in inference.
                 return bool(training)
             t *= size
         small, large = sorted((self.input_dim, self.output_dim))
@@ -254,7 +260,10 @@ class RandLoRA(base.Adapter):
         return with_gradient(mixing.form, backward, *self._mixing_arguments())
 
     def _mix(self, x, training, wide):
-        """`x N`, or `x N'` if not `wide`; keeps `x` and not N."""
+        """`x N`, or `x N'` if not `wide`.
+
+        The backward pass keeps `x` and not N.
+        """
         mixing = self._mixing_of
 
         def forward(x, *arguments):
@@ -283,7 +292,7 @@ class RandLoRA(base.Adapter):
     def _materialized(self, x, training, wide, kernel=None):
         """`x (kernel + delta)`, or `x delta` without a kernel.
 
-        Keeps `x` and the kernel, and not the delta.
+        The backward pass keeps `x` and the kernel, and not the delta.
         """
         mixing, basis_b = self._mixing_of, self.basis_b
         kernels = () if kernel is None else (kernel,)
@@ -360,7 +369,7 @@ class RandLoRA(base.Adapter):
 
 
 class _Mixing:
-    """The mixing matrix N of its vectors, and their gradients of its own.
+    """The mixing matrix N as a function of the vectors, and its gradients.
 
     `N[i, j * rank + k] = scale * lambda[j, k] * gamma[j, i] * A[k, i]`.
     """
@@ -377,7 +386,7 @@ class _Mixing:
         return reshape(n, (self.dim, self._terms * self.rank))
 
     def gradients(self, arguments, upstream):
-        """Of what `form` takes, from the gradient with respect to N."""
+        """The gradients of `form`'s arguments, from the gradient of N."""
         lambdas, gamma, *a = arguments
         upstream = reshape(upstream, (self.dim, self._terms, self.rank))
         upstream = upstream * self._scaled_a(a)
@@ -391,10 +400,11 @@ class _Mixing:
 
 
 def _in_turn(x, tensors, training):
-    """What a step forms of these, it forms when `x` is there.
+    """The tensors, unchanged, but in training not available before `x`.
 
-    Or XLA forms it for many layers at the start of the step, and all lies in
-    memory at once. In inference it should: a loop over tokens forms it once.
+    Without this, XLA would compute the products of these tensors for many
+    layers at the start of a step and hold them all in memory. In inference
+    that is wanted, because a loop over tokens then computes them once.
     """
     return fence(x, *tensors) if training else tensors
 
@@ -405,7 +415,7 @@ def _outer(x, y):
 
 
 def _on_rows(function, x, dim):
-    """A function of `(rows, _)` that gives `(rows, dim)`, on any batch."""
+    """Applies a function of `(rows, _)` to `(rows, dim)` to any batch shape."""
     if len(x.shape) == 2:
         return function(x)
     batch = ops.shape(x)[:-1]

@@ -1,4 +1,4 @@
-"""RLoRA: LoRA whose projections are randomized Hadamard transforms."""
+"""RLoRA: a LoRA whose projections are randomized Hadamard transforms."""
 
 from typing import Any
 from typing import TypeAlias
@@ -21,32 +21,33 @@ _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
 class RLoRA(base.Adapter):
     """Randomized low-rank adaptation.
 
-    `delta(x) = scaling * beta * B (alpha * (A x))`, where `A`, `(rank,
+    The delta is `delta(x) = scaling * beta * B (alpha * (A x))`. `A`, `(rank,
     input_dim)`, and `B`, `(output_dim, rank)`, are randomized Hadamard
-    transforms that a seed gives and no file stores. Trained are `alpha`,
-    `(rank,)`, and `beta`, `(output_dim,)`: `rank + output_dim` weights a
-    site. `beta` starts at zero, so the delta does.
+    transforms that a seed determines and no file stores. `alpha`, `(rank,)`,
+    and `beta`, `(output_dim,)`, are trained, which makes `rank + output_dim`
+    weights a site. `beta` starts at zero, so the delta starts at zero.
 
     With `hadamard="exact"` and `rank` up to both dimensions, `A` has
     orthonormal rows and `B` orthonormal columns: for `beta = 1` the singular
     values of the delta are `|alpha|` times `scaling`.
 
-    Train it at a learning rate of 1e-2 to 1e-1 (AdamW), ten times LoRA's and
-    more, with any head at 1e-4 to 1e-3: see
+    Train it at a learning rate of 1e-2 to 1e-1 (AdamW), at least ten times
+    LoRA's, and train any head at 1e-4 to 1e-3: see
     `keras_randadapt.optimizers.learning_rate_groups`.
 
     Args:
-        rank: int. Ranks above a dimension stack independent transforms. High
-            ranks cost little: one weight each.
+        rank: int. A rank above a dimension stacks independent transforms. A
+            high rank costs little: each rank is one weight.
         scaling: float. A constant factor.
-        stages: 1, 2 or 3. Sign flips and transforms a side. One stage leaves
-            `B` with few distinct rows; three gain little over two.
-        rows: Which of a transform's coordinates to keep: `"random"` or
+        stages: 1, 2 or 3. The number of sign flips and transforms on each
+            side. With one stage `B` has few distinct rows; three stages gain
+            little over two.
+        rows: The coordinates of a transform that are kept: `"random"` or
             `"leading"`.
-        hadamard: `"exact"`, orthogonal for any dimension, or `"pad"`, the
-            paper's literal reading: zero-padded to a power of two and
-            cropped. For a dimension that is no power of two, that is lossy,
-            and with leading rows rank deficient.
+        hadamard: `"exact"`, which is orthogonal for any dimension, or `"pad"`,
+            which reads the paper literally: it pads with zeros to a power of
+            two and crops. For a dimension that is not a power of two, `"pad"`
+            loses information, and with leading rows it is rank deficient.
         alpha_initializer: The first values of `alpha`: normal with standard
             deviation 0.1 by default. See `LoRA` for the forms it may have.
         beta_initializer: The first values of `beta`. Anything but zeros makes
@@ -143,7 +144,8 @@ class RLoRA(base.Adapter):
         )
 
     # The gradient of `beta` needs the expanded features, `output_dim` numbers
-    # a token. They are computed anew from the `rank` that are kept.
+    # a token. They are computed again from `rank` numbers a token, which are
+    # kept.
 
     def _expand(self, z, alpha, beta):
         return self.basis_b.matvec(z, before=alpha, after=beta)
@@ -164,8 +166,8 @@ class RLoRA(base.Adapter):
         return self.basis_a.adjoint(v * ops.cast(self.alpha, x.dtype))
 
     def delta_kernel(self):
-        # B diag(alpha) row by row, then A' along the other axis: rank +
-        # output_dim transforms, however large input_dim is.
+        # B transforms the rows of diag(alpha), then A' transforms the other
+        # axis: these are rank + output_dim transforms for any input_dim.
         rows = self.basis_b.matvec(ops.diag(self._float(self.alpha)))
         columns = ops.transpose(rows * self._scaled_beta("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))

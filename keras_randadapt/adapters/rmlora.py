@@ -1,4 +1,4 @@
-"""RM-LoRA: LoRA with orthogonal factors and randomly masked gradients."""
+"""RM-LoRA: a LoRA with orthogonal factors and randomly masked gradients."""
 
 import hashlib
 import math
@@ -17,32 +17,33 @@ from keras_randadapt.regularizers import Orthogonality
 class RMLoRA(lora.LoRA):
     """LoRA whose factors are kept orthogonal and trained in random parts.
 
-    `delta = scaling * A B` as in `LoRA`, and two things in training: the loss
-    gets `orthogonality * (||A' A - I||_F^2 + ||B B' - I||_F^2)` for each pair,
-    and each step trains only `update_rank` random directions of each pair,
-    the same columns of `A` and rows of `B`, drawn anew every step. Both keep
-    the update from collapsing to fewer directions than its rank.
+    The delta is `scaling * A B` as in `LoRA`. Training differs in two ways.
+    The loss gets the penalty `orthogonality * (||A' A - I||_F^2 +
+    ||B B' - I||_F^2)` for each pair. Each step trains only `update_rank`
+    random directions of each pair, which are the same columns of `A` and rows
+    of `B`; every step draws new ones. Both keep the update from collapsing to
+    fewer directions than its rank.
 
-    Plain `compile` and `fit` do both: the penalty is among the model's
-    losses, and the optimizer of a compiled model is put inside a
-    `MaskedGradient` for as long as the adapter is active. (In a custom loop
-    without `compile`, wrap the optimizer by hand. A `MaskedGradient` of your
-    own, in `compile` too, replaces the automatic one.)
+    `compile` and `fit` do both: the penalty is among the model's losses, and
+    while the adapter is active, a `MaskedGradient` wraps the optimizer of a
+    compiled model. (In a custom loop without `compile`, wrap the optimizer by
+    hand. A `MaskedGradient` of your own, also one given to `compile`,
+    replaces the automatic one.)
 
-    Its parts make the paper's ablations: `update_rank=rank` leaves the
-    regularizer (R-LoRA), `orthogonality=0` the masks (GM-LoRA).
+    Two settings are the paper's ablations: `update_rank=rank` has only the
+    regularizer (R-LoRA), and `orthogonality=0` only the masks (GM-LoRA).
 
     Train it at a learning rate of 1e-4 to 1e-3 (AdamW), as LoRA. Masked
     directions get no gradient, but momentum and weight decay move them; with
-    `mask_updates=True` they stay where they are.
+    `mask_updates=True` they do not change.
 
     Args:
         rank: int. The rank of the delta.
         orthogonality: float, at least 0. The strength of the penalty. The
             paper does not state it; AdaLoRA searches 0.1 to 0.5 for the same
             term.
-        update_rank: Optional int, at most `rank`: how many directions a step
-            trains. By default half of them, `max(1, rank // 2)`.
+        update_rank: Optional int, at most `rank`. The number of directions
+            that a step trains. The default is half, `max(1, rank // 2)`.
         mask_updates: bool. See `MaskedGradient`.
         alpha: Optional float. See `LoRA`.
         scaling: Optional float. See `LoRA`. 1 by default, as in the paper.
@@ -53,7 +54,7 @@ class RMLoRA(lora.LoRA):
             With the paper's unscaled Gaussian it would be `input_dim**2`
             times larger, and training would diverge.
         b_initializer: The first values of `B`. See `LoRA`.
-        seed: int. Also gives the masks. See `Adapter`.
+        seed: int. It also determines the masks. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
         name: Optional string.
@@ -76,8 +77,9 @@ class RMLoRA(lora.LoRA):
 
     References:
         - RM-LoRA ([arXiv 2407.12074](https://arxiv.org/abs/2407.12074)),
-          algorithm 1. Corrected: masks cover whole rows and columns, one
-          minibatch serves all pairs of a step, and any optimizer will do.
+          algorithm 1, with three corrections: masks cover whole rows and
+          columns, one minibatch serves all pairs of a step, and any optimizer
+          can be used.
     """
 
     recommended_learning_rate = 5e-4
@@ -108,7 +110,7 @@ class RMLoRA(lora.LoRA):
             **kwargs,
         )
         if a_initializer is None:
-            # Its scale depends on the site.
+            # The default's scale depends on the site: see `_initializer_of_a`.
             self.a_initializer = None
         self.orthogonality = penalty.strength
         if update_rank is None:
@@ -129,7 +131,8 @@ class RMLoRA(lora.LoRA):
             optimizer, masked_gradient.MaskedGradient
         ):
             return optimizer
-        # Two adapters of one seed draw different masks.
+        # The name is hashed too, so two adapters of one seed draw different
+        # masks.
         digest = hashlib.sha256(f"masks\n{self.seed}\n{name}".encode()).digest()
         return masked_gradient.MaskedGradient(
             optimizer,

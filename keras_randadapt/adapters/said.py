@@ -1,4 +1,4 @@
-"""SAID: one small vector that moves all adapted kernels."""
+"""SAID: one small trained vector changes all adapted kernels."""
 
 import math
 
@@ -17,18 +17,19 @@ from keras_randadapt.ops.fast_products import matmul
 class SAID(base.Adapter):
     """Structure-aware intrinsic dimension.
 
-    `delta_s = l_s * P_s(theta)`, reshaped to the kernel view of site `s`:
-    `theta`, `(dim,)`, is one trained vector for all sites, `l_s` a trained
-    scalar for each, and `P_s` a frozen random map of Fastfood's kind that a
-    seed gives: `P_s = c_s crop H G Q H B pad`, of orthonormal Hadamard
-    transforms `H`, random signs `B`, a permutation `Q` and normal factors
-    `G`, scaled so that `|P_s(v)|` is `|v|` on average. `dim` weights, and one
-    a site. `theta` starts at zero, so the deltas do.
+    The delta of site `s` is `l_s * P_s(theta)`, reshaped to the kernel view.
+    `theta`, `(dim,)`, is one trained vector for all sites, and `l_s` is a
+    trained scalar of each site. `P_s` is a frozen random map as in Fastfood,
+    which a seed determines: `P_s = c_s crop H G Q H B pad`, with orthonormal
+    Hadamard transforms `H`, random signs `B`, a permutation `Q` and normal
+    factors `G`, scaled so that `|P_s(v)|` is `|v|` on average. There are `dim`
+    weights and one more for each site. `theta` starts at zero, so the deltas
+    start at zero.
 
-    Each step transforms two vectors as large as the kernel, up to the next
-    power of two, and the draws stay in memory, nine bytes an entry of these:
-    a method to measure how many dimensions a task needs, rather than to save
-    anything but file size.
+    Each step transforms two vectors whose size is that of the kernel, rounded
+    up to a power of two. The draws stay in memory and take nine bytes for each
+    entry of such a vector. The method measures how many dimensions a task
+    needs; it makes files small but saves neither memory nor time.
 
     Train it at a learning rate of 1e-2 to 1e-1 (AdamW).
 
@@ -55,7 +56,7 @@ class SAID(base.Adapter):
         - Aghajanyan, Gupta and Zettlemoyer, "Intrinsic dimensionality
           explains the effectiveness of language model fine-tuning", ACL 2021,
           equations 2 and 3. Its code scales gradients wrongly, and
-          differently for each kernel; here they are the transposed maps'.
+          differently for each kernel; here they are those of the map.
         - Le, Sarlos and Smola, "Fastfood", ICML 2013.
     """
 
@@ -68,7 +69,7 @@ class SAID(base.Adapter):
     def build(self, site):
         self._size = self.input_dim * self.output_dim
         largest = max(self._size, self.dim)
-        # Of one length for all kernels of about a size, as in the paper.
+        # Kernels of similar size get one length, as in the paper.
         self._order = 1 << (largest - 1).bit_length()
         role = f"SAID/{site.number}"
         draws = {
@@ -101,7 +102,7 @@ class SAID(base.Adapter):
     def delta_kernel(self):
         theta = ops.cast(self.theta.variable, "float32")
         scale = ops.cast(self.said_scale, "float32")
-        # The scalar on the small side.
+        # The scalar multiplies `theta`, which is smaller than the delta.
         return ops.reshape(
             self.project(theta * scale), (self.input_dim, self.output_dim)
         )

@@ -1,4 +1,4 @@
-"""SoRA: LoRA that learns which of its ranks it needs."""
+"""SoRA: a LoRA that learns which of its ranks it needs."""
 
 import re
 
@@ -14,30 +14,31 @@ from keras_randadapt.optimizers import wrapper
 class SoRA(gated.GatedLoRA):
     """Sparse low-rank adaptation: a gate on each rank of LoRA.
 
-    `delta = scaling * A diag(g) B`, with LoRA's `A` and `B` and a trained gate
-    `g`, `(rank,)`: `rank * (input_dim + output_dim + 1)` weights a site. Each
-    update of the gate is followed by the proximal step of an L1 penalty, which
-    closes gates, `g_i = 0`, whose rank does not earn its keep. A gate that is
-    closed may open again. After training, `keras_randadapt.compact(model)`
-    drops what is closed for good.
+    The delta is `scaling * A diag(g) B`, with LoRA's `A` and `B` and a trained
+    gate `g`, `(rank,)`. A site has `rank * (input_dim + output_dim + 1)`
+    weights. After each update of the gate comes the proximal step of an L1
+    penalty. It closes the gates, `g_i = 0`, of ranks that lower the loss too
+    little. A closed gate may open again. After training,
+    `keras_randadapt.compact(model)` drops the ranks whose gates are closed.
 
-    Plain `compile` and `fit` do the proximal steps: the optimizer of a
-    compiled model is put inside a `ProximalL1` for as long as the adapter is
-    active. (In a custom loop without `compile`, wrap the optimizer by hand. A
-    `ProximalL1` of your own replaces the automatic one.)
+    `compile` and `fit` do the proximal steps: while the adapter is active, a
+    `ProximalL1` wraps the optimizer of a compiled model. (In a custom loop
+    without `compile`, wrap the optimizer by hand. A `ProximalL1` of your own
+    replaces the automatic one.)
 
     Train it at a learning rate of 1e-4 to 1e-3 (AdamW), as LoRA.
 
     Args:
         rank: int. The largest rank of the delta.
         sparsity: float, at least 0. The strength of the penalty: each step
-            moves gates towards 0 by the learning rate times this. With Adam,
-            whose own steps are about the learning rate, values below 1 let
-            a gate with a steady gradient grow; above 1 all gates close.
+            moves gates towards 0 by the learning rate times `sparsity`.
+            Adam's own steps are about as large as the learning rate, so below
+            1 a gate with a steady gradient can grow, and above 1 all gates
+            close.
         alpha: Optional float. See `LoRA`.
         scaling: Optional float. See `LoRA`.
-        gate_initializer: The first values of the gates: normal, as in the
-            reference code, by default. See `LoRA` for the forms it may have.
+        gate_initializer: The first values of the gates. The default is
+            normal, as in the reference code. See `LoRA` for other forms.
         a_initializer: The first values of `A`. See `LoRA`.
         b_initializer: The first values of `B`. See `LoRA`.
         regularizer: Optional regularizer of `A` and `B`. See `LoRA`.
@@ -65,9 +66,9 @@ class SoRA(gated.GatedLoRA):
 
     References:
         - Ding et al., "Sparse low-rank adaptation", EMNLP 2023, equations 5
-          to 8. The threshold is the learning rate times `sparsity`, and soft
-          as in the paper; the reference code closes all gates up to twice
-          its threshold.
+          to 8. The threshold is soft, as in the paper, and is the learning
+          rate times `sparsity`; the reference code closes all gates up to
+          twice its threshold.
     """
 
     recommended_learning_rate = 5e-4
@@ -86,7 +87,8 @@ class SoRA(gated.GatedLoRA):
     def wrap_optimizer(self, optimizer, name):
         if wrapper.chosen_by_user(optimizer, proximal_l1.ProximalL1):
             return optimizer
-        # Without `sparsity` too: it also keeps weight decay off the gates.
+        # The wrapper is used even if `sparsity` is 0, because it also keeps
+        # weight decay off the gates.
         return proximal_l1.ProximalL1(
             optimizer,
             self.sparsity,

@@ -1,4 +1,4 @@
-"""The variables of adapters: which are trained, shared, stored in files."""
+"""`AdapterVariables`: how an adapter creates, shares and stores variables."""
 
 import contextlib
 import contextvars
@@ -9,17 +9,17 @@ from keras import ops
 from keras_randadapt import _compat
 from keras_randadapt import arguments
 
-# The frozen variables that the adapters built in a `shared_bases` block have
-# in common, by what they hold.
+# The variables that the adapters built in a `shared_bases` block share, by a
+# key that describes their content.
 _shared = contextvars.ContextVar("keras_randadapt_shared_bases", default=None)
 
 
 @contextlib.contextmanager
 def shared_bases():
-    """For a block, adapters that are built share equal frozen variables.
+    """Adapters that are built in this block share equal frozen variables.
 
-    One block an injection, and nothing outlives it: variables that two models
-    shared would be donated twice by JAX's trainer.
+    Each injection has its own block, and nothing is shared between blocks: if
+    two models shared a variable, JAX's trainer would donate it twice.
     """
     before = _shared.get()
     try:
@@ -43,7 +43,7 @@ class SharedVariable:
 class AdapterVariables(keras.layers.Layer):
     """The part of an `Adapter` that makes and keeps its variables.
 
-    A subclass has an attribute `seed`, which the first values come from.
+    A subclass has an attribute `seed`, which determines the first values.
     """
 
     def __init__(self, *, dtype, name):
@@ -63,8 +63,8 @@ class AdapterVariables(keras.layers.Layer):
             initializer: A name that `initial_values` knows, a dict
                 `{"name": ..., **arguments}` for it, or any Keras initializer
                 (whose values differ from backend to backend).
-            regularizer: Optional Keras regularizer: a penalty on the weight,
-                part of the model's losses while the adapter is trained.
+            regularizer: Optional Keras regularizer. Its penalty on the weight
+                is among the model's losses while the adapter is trained.
         """
         own = arguments.own_initializer(initializer)
         if own is not None:
@@ -80,8 +80,8 @@ class AdapterVariables(keras.layers.Layer):
             name=name,
             shape=shape,
             initializer=initializer,
-            # Products cast explicitly: autocasting would also round the
-            # delta that is merged in float32.
+            # Products cast explicitly, because autocasting would also round
+            # the delta that is merged in float32.
             autocast=False,
             regularizer=regularizer,
         )
@@ -89,14 +89,14 @@ class AdapterVariables(keras.layers.Layer):
     def add_frozen(self, name, basis):
         """Keeps the values of a random basis in a variable that no file has.
 
-        A variable and not a constant of the compiled step, which would be
-        copied into every executable. Adapters of one injection with equal
-        bases share it.
+        The values are a variable because every executable would have its own
+        copy of a constant. Adapters of one injection with equal bases share
+        the variable.
 
         Args:
             name: string. The variable is the attribute `<name>_values`.
-            basis: A basis of `keras_randadapt.bases`, whose products use the
-                variable from then on. One that keeps no values is left alone.
+            basis: A basis of `keras_randadapt.bases`. Its products use the
+                variable from then on. A basis without values is not changed.
 
         Returns:
             `basis`.
@@ -120,7 +120,7 @@ class AdapterVariables(keras.layers.Layer):
 
         Args:
             name: string. The variable is the attribute `<name>_values`.
-            values: NumPy array, which a seed gives. No file has it.
+            values: NumPy array that a seed determines. No file has it.
         """
         variable = self._frozen_variable(
             name, lambda: values, values.shape, str(values.dtype)
@@ -147,7 +147,7 @@ class AdapterVariables(keras.layers.Layer):
     def add_shared_trainable(self, name, shape, initializer):
         """A trainable weight that all adapters of one injection share.
 
-        It belongs to the first of them, so files hold it once.
+        The first of them owns it, so files hold it once.
 
         Args:
             name: string.
@@ -167,9 +167,9 @@ class AdapterVariables(keras.layers.Layer):
         return SharedVariable(variable)
 
     def add_derived(self, name, shape):
-        """A float32 variable for what `start_from` derives from the kernel.
+        """A float32 variable for values that `start_from` derives.
 
-        Keras's files hold it, adapter files do not.
+        Keras's files hold it; adapter files do not.
         """
         self._derived_names += (name,)
         return self.add_weight(
@@ -182,13 +182,13 @@ class AdapterVariables(keras.layers.Layer):
         )
 
     def add_step_counter(self):
-        """Counts training steps, for methods that draw anew in each.
+        """Adds a counter of training steps, for methods that draw in each.
 
-        The adapted model counts up once a training call, before any layer
-        computes, so that all adapters of one injection see the same number
-        throughout a step, however often their site is called. The count is
-        state like that of dropout: Keras's files hold it, adapter files do
-        not.
+        The adapted model increments it once in each training call, before any
+        layer computes. All adapters of one injection therefore see one number
+        throughout a step, even if their site is called several times. The
+        count is state like that of dropout: Keras's files hold it; adapter
+        files do not.
         """
         shared = _shared.get()
         key = "step counter"
@@ -211,7 +211,7 @@ class AdapterVariables(keras.layers.Layer):
         return ops.convert_to_tensor(self.step_counter)
 
     def frozen_weights(self):
-        """The variables of frozen bases, here and below."""
+        """The variables of frozen bases, of this adapter and inner ones."""
         return [
             getattr(layer, name)
             for layer in _compat.flatten_layers(self)
@@ -222,9 +222,9 @@ class AdapterVariables(keras.layers.Layer):
     def stored_weights(self):
         """The weights that adapter files hold.
 
-        All but bases, step counters and what is derived from the kernel. Both
-        are methods, because Keras's saving walks into lists that properties
-        give.
+        These are all weights except bases, step counters and those derived
+        from the kernel. This and `frozen_weights` are methods, because Keras's
+        saving would walk into lists that properties return.
         """
         left_out = {id(variable) for variable in self.frozen_weights()}
         for layer in _compat.flatten_layers(self):
@@ -240,8 +240,8 @@ class AdapterVariables(keras.layers.Layer):
             store[str(i)] = variable
 
     def load_own_variables(self, store):
-        # A file of the model without adapters has nothing here; it must
-        # still load.
+        # A file of the model without adapters has no variables here, and it
+        # must still load.
         if not len(store.keys()):
             return
         variables = self._own_stored_variables()

@@ -14,30 +14,31 @@ from keras_randadapt.adapters import base
 class VeRA(base.Adapter):
     """Vector-based random matrix adaptation.
 
-    `delta(x) = scaling * b * B (d * (A x))`, where `A`, `(rank, input_dim)`,
-    and `B`, `(output_dim, rank)`, are frozen random matrices that a seed gives
-    and no file stores. Trained are `d`, `(rank,)`, and `b`, `(output_dim,)`:
-    `rank + output_dim` weights a site. `b` starts at zero, so the delta does.
+    The delta is `delta(x) = scaling * b * B (d * (A x))`. `A`, `(rank,
+    input_dim)`, and `B`, `(output_dim, rank)`, are frozen random matrices that
+    a seed determines and no file stores. `d`, `(rank,)`, and `b`,
+    `(output_dim,)`, are trained, which makes `rank + output_dim` weights a
+    site. `b` starts at zero, so the delta starts at zero.
 
-    All sites of one shape share one pair of matrices, which takes memory:
-    `rank * (input_dim + output_dim)` numbers of four bytes, of one byte with
-    a sparse basis, none with `basis="hadamard"`. In the paper all sites share
+    All sites of one shape share one pair of matrices. It takes `rank *
+    (input_dim + output_dim)` numbers of four bytes, of one byte with a sparse
+    basis, and no memory with `basis="hadamard"`. In the paper all sites share
     slices of one pair; here the values at a site do not depend on which other
     sites are adapted.
 
-    Train it at a learning rate of 4e-3 to 3e-2 (AdamW), ten times LoRA's,
-    with any head at 1e-4 to 1e-2: see
+    Train it at a learning rate of 4e-3 to 3e-2 (AdamW), ten times LoRA's, and
+    train any head at 1e-4 to 1e-2: see
     `keras_randadapt.optimizers.learning_rate_groups`.
 
     Args:
-        rank: int. May exceed the dimensions: a rank costs one weight.
-        basis: What the frozen matrices are made of: `"uniform"` or
-            `"gaussian"`, independent entries; `"sparse"` or `"very_sparse"`,
-            ternary entries of which one in 3, or one in
-            `sqrt(min(input_dim, output_dim))`, is not zero, kept as int8;
-            `"hadamard"`, randomized Hadamard transforms, of which nothing is
-            kept. Entries have the variance of `kaiming_uniform` whatever the
-            basis: 2 / input_dim in `A`, 2 / rank in `B`.
+        rank: int. It may exceed the dimensions: each rank is one weight.
+        basis: The frozen random matrices. `"uniform"` and `"gaussian"` have
+            independent entries. `"sparse"` and `"very_sparse"` have ternary
+            entries, kept as int8, of which one in 3, or one in
+            `sqrt(min(input_dim, output_dim))`, is not zero. `"hadamard"`
+            means randomized Hadamard transforms, which take no memory. With
+            every basis, entries have the variance of `kaiming_uniform`: 2 /
+            input_dim in `A`, 2 / rank in `B`.
         d_initial: float. The first value of `d`.
         scaling: float. A constant factor.
         seed: int. See `Adapter`.
@@ -112,14 +113,14 @@ class VeRA(base.Adapter):
         return self.basis_a.adjoint(v * self._scaled_d(x.dtype))
 
     def delta_kernel(self):
-        # B diag(d) row by row, then A' along the other axis.
+        # B transforms the rows of diag(d), then A' the other axis.
         rows = self.basis_b.matvec(ops.diag(self._scaled_d("float32")))
         columns = ops.transpose(rows * self._scaled_b("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
 
     def lookup(self, ids, dtype, training=None):
         if self.basis == "hadamard":
-            # A transform gives all rows or none.
+            # A transform cannot compute single rows.
             return super().lookup(ids, dtype, training)
         u = self.basis_a.take(ids, dtype, axis=1) * self._scaled_d(dtype)
         return self.basis_b.matvec(u) * self._scaled_b(dtype)
@@ -127,8 +128,8 @@ class VeRA(base.Adapter):
     def basis_digest(self):
         return self.basis_a.digest() + self.basis_b.digest()
 
-    # The bases have unit variance up to their scale; Kaiming's gain for them
-    # goes where it is cheapest, into the vectors.
+    # The bases have unit variance up to their scale. Kaiming's gain multiplies
+    # the vectors, because they are the smallest tensors.
 
     def _scaled_d(self, dtype):
         scale = self.basis_a.scale * math.sqrt(2 / self.input_dim)
