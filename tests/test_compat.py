@@ -365,3 +365,163 @@ def test_track_optimizer_variable():
     mine = keras.Variable(np.zeros(3), name="mine")
     _compat.track_optimizer_variable(optimizer, mine)
     assert any(v is mine for v in optimizer.variables)
+
+
+def test_open_name_scope():
+    layer = layers.Layer(name="one")
+    with keras.name_scope("outer"):
+        with _compat.open_name_scope(layer):
+            variable = keras.Variable(0.0, name="v")
+    assert variable.path == "outer/one/v"
+
+
+def test_sublayers_and_restore_sublayer():
+    """From every state that an interruption can leave."""
+    layer = layers.Layer()
+    layer.first, layer.second = layers.Dense(1), layers.Dense(2)
+    layer.build(())
+    first, order = layer.first, _compat.sublayers(layer)
+    assert order == [first, layer.second]
+
+    def check():
+        _compat.restore_sublayer(layer, "first", first, order)
+        assert layer.first is first and _compat.sublayers(layer) == order
+        with pytest.raises(ValueError, match="cannot add new"):
+            layer.third = layers.Dense(1)
+
+    check()
+    _compat.detach_sublayer(layer, "first")
+    check()
+    # Between the two steps of `detach_sublayer`, and in `attach_sublayer`.
+    del layer.first
+    check()
+    layer._tracker.unlock()
+    check()
+    other = layers.Dense(3)
+    _compat.attach_sublayer(layer, "other", other)
+    _compat.restore_sublayer(layer, "other", None, order)
+    assert not hasattr(layer, "other") and _compat.sublayers(layer) == order
+
+
+def test_layer_trainable_flag():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    for flag in (False, True):
+        layer.trainable = flag
+        assert _compat.layer_trainable_flag(layer) is flag
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax",
+    reason="Keras takes no values out of variables on other backends",
+)
+def test_values_of_jax_state():
+    model = _model()
+    model.compile("adam", "mse")
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            model = self._model
+            state = list(model._jax_state.values())
+            assert not _compat.has_values(model)
+            with _compat.values_of_jax_state(model, state):
+                seen.append(np.array(model.get_layer("d").bias))
+            assert not _compat.has_values(model)
+
+    model.fit(
+        np.ones((8, 3)),
+        np.ones((8, 2)),
+        batch_size=4,
+        verbose=0,
+        callbacks=[Watch()],
+    )
+    assert len(seen) == 2 and np.any(seen[0] != seen[1])
+    np.testing.assert_array_equal(seen[1], model.get_layer("d").bias)
+
+
+def test_weight_decay_exclusions():
+    model = _model()
+    optimizer = keras.optimizers.AdamW()
+    before = _compat.weight_decay_exclusions(optimizer)
+    _compat.exclude_from_weight_decay(optimizer, model.variables[:1])
+    optimizer.build(model.variables)
+    assert not optimizer._use_weight_decay(model.variables[0])
+    _compat.set_weight_decay_exclusions(optimizer, before)
+    assert optimizer._use_weight_decay(model.variables[0])
+
+
+def test_what_optimizers_know_of_variables():
+    model = _model()
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.variables)
+    assert _compat.trained_variables(optimizer) == model.variables
+    assert _compat.variable_index(optimizer, model.variables[1]) == 1
+    _compat.check_variables_are_known(optimizer, model.variables)
+    with pytest.raises(ValueError, match="Unknown variable"):
+        _compat.check_variables_are_known(optimizer, _model().variables)
+    counter = _compat.iterations(optimizer)
+    counter.assign_add(1)
+    assert int(keras.ops.convert_to_numpy(optimizer.iterations)) == 1
+
+
+def test_shows_moving_average():
+    class Wrapper(_compat.ShowsMovingAverage):
+        inner_optimizer = keras.optimizers.SGD(use_ema=True)
+
+    model = _model()
+    Wrapper.inner_optimizer.build(model.variables)
+    averages = Wrapper()._model_variables_moving_average
+    assert len(averages) == len(model.variables)
+
+
+def test_kernel_of():
+    dense = _model().get_layer("d")
+    assert _compat.kernel_of(dense) is dense.trainable_weights[0]
+    embedding = layers.Embedding(3, 2)
+    embedding.build(())
+    assert _compat.kernel_of(embedding) is embedding.trainable_weights[0]
+    assert _compat.kernel_of(layers.LayerNormalization()) is None
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_kernel_shape(mode):
+    layer = layers.EinsumDense("abc,cde->abde", (None, 2, 4))
+    layer.build((None, 3, 6))
+    if mode:
+        layer.quantize(mode)
+    assert _compat.kernel_shape(layer) == (6, 2, 4)
+
+
+def test_paired_quantized_variables():
+    pair = []
+    for _ in range(2):
+        layer = layers.Dense(4)
+        layer.build((None, 6))
+        layer.quantize("int8")
+        pair.append(layer)
+    found = _compat.paired_quantized_variables(*pair)
+    assert [a.name for a, _ in found] == ["kernel", "kernel_scale"]
+    for i, layer in enumerate(pair):
+        assert all(any(p[i] is w for w in layer.weights) for p in found)
+
+
+def test_causal_padding():
+    layer = layers.Conv1D(2, 3, padding="causal", dilation_rate=2)
+    assert _compat.causal_padding(layer) == [[0, 0], [4, 0], [0, 0]]
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax",
+    reason="JAX alone finds programs by the function that they came from",
+)
+def test_fresh_step():
+    """In the block a step is another function each time."""
+    model = _model()
+    own = model.train_step
+    seen = []
+    for _ in range(2):
+        with _compat.fresh_step(model, "train_step"):
+            seen.append(model.train_step)
+    assert seen[0] != seen[1] and own not in seen
+    assert model.train_step == own

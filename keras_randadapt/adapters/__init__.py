@@ -17,3 +17,27 @@ from keras_randadapt.adapters.rmlora import RMLoRA
 from keras_randadapt.adapters.said import SAID
 from keras_randadapt.adapters.sora import SoRA
 from keras_randadapt.adapters.vera import VeRA
+
+__all__ = [
+    "AdaLoRA",
+    "Adapter",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "DyLoRA",
+    "Hydra",
+    "IA3",
+    "LoRA",
+    "LoRAFA",
+    "NOLA",
+    "RandLoRA",
+    "RLoRA",
+    "RMLoRA",
+    "SAID",
+    "SoRA",
+    "VeRA",
+]
+
+
+def __dir__():
+    return __all__

@@ -1,8 +1,5 @@
 """`Adapter`: the contract of a method, and the code that all methods share."""
 
-import difflib
-import hashlib
-import inspect
 import math
 from collections.abc import Callable
 from collections.abc import Collection
@@ -16,39 +13,10 @@ from keras import ops
 from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt.adapters import argument_hints
 from keras_randadapt.adapters.variables import AdapterVariables
 from keras_randadapt.sites.product import Product
 from keras_randadapt.sites.site import Site
-
-# Names that other libraries give to this library's arguments.
-_OTHER_NAMES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "init_lora_weights": "initialization",
-    "rank_pattern": "site_ranks",
-    "target_modules": "targets` of `inject",
-    "exclude_modules": "exclude` of `inject",
-    "modules_to_save": "keep_trainable` of `inject",
-}
-
-
-def _unknown_arguments(cls, names):
-    known = []
-    for base in cls.__mro__:
-        if "__init__" in vars(base) and issubclass(base, Adapter):
-            known += inspect.signature(base.__init__).parameters
-    known = set(known) - {"self", "args", "kwargs", "unknown"}
-    found = []
-    for name in names:
-        close = difflib.get_close_matches(name, known, n=1)
-        meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
-        found.append(f"`{name}`" + (f" (`{meant}`?)" if meant else ""))
-    return (
-        f"`{cls.__name__}` has no argument {', '.join(found)}. "
-        f"It has: {sorted(known)}"
-    )
 
 
 class Adapter(AdapterVariables):
@@ -110,7 +78,9 @@ class Adapter(AdapterVariables):
         **unknown,
     ):
         if unknown:
-            raise TypeError(_unknown_arguments(type(self), unknown))
+            raise TypeError(
+                argument_hints.unknown_arguments(type(self), Adapter, unknown)
+            )
         super().__init__(dtype=dtype, name=name)
         self.seed = random.check_seed(seed)
         if not keras.backend.is_float_dtype(self.variable_dtype):
@@ -428,15 +398,6 @@ class Adapter(AdapterVariables):
         """
         return optimizer
 
-    def _prepare_dropout(self) -> None:
-        # Each site has its own state, because every site of a model is called
-        # in each step and one state would give all sites related masks.
-        text = f"dropout/{self.seed}/{self.site.address}"
-        key = hashlib.sha256(text.encode()).digest()
-        self.dropout_seed_generator = keras.random.SeedGenerator(
-            int.from_bytes(key[:4], "little") % 2**31
-        )
-
     def check_bias_of_outputs(self, site: Site) -> None:
         """Raises `ValueError` if a bias is not one number for each output.
 
@@ -453,14 +414,6 @@ class Adapter(AdapterVariables):
                 f"numbers for {site.output_dim} outputs. Leave it out with "
                 "`exclude`."
             )
-
-    def drop(self, x: Any, training: bool | None) -> Any:
-        """Dropout of the delta's inputs."""
-        if not self.dropout or not training:
-            return x
-        return keras.random.dropout(
-            x, self.dropout, seed=self.dropout_seed_generator
-        )
 
     def call(self, x: Any, training: bool | None = None) -> Any:
         return self.delta(self.drop(x, training), training)

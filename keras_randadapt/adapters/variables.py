@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+import hashlib
+from typing import Any
 
 import keras
 from keras import ops
@@ -179,6 +181,23 @@ class AdapterVariables(keras.layers.Layer):
             initializer="zeros",
             trainable=False,
             autocast=False,
+        )
+
+    def _prepare_dropout(self) -> None:
+        # Each site has its own state, because every site of a model is called
+        # in each step and one state would give all sites related masks.
+        text = f"dropout/{self.seed}/{self.site.address}"
+        key = hashlib.sha256(text.encode()).digest()
+        self.dropout_seed_generator = keras.random.SeedGenerator(
+            int.from_bytes(key[:4], "little") % 2**31
+        )
+
+    def drop(self, x: Any, training: bool | None) -> Any:
+        """Dropout of the delta's inputs."""
+        if not self.dropout or not training:
+            return x
+        return keras.random.dropout(
+            x, self.dropout, seed=self.dropout_seed_generator
         )
 
     def add_step_counter(self):

@@ -2,7 +2,7 @@
 
 from keras_randadapt.analysis.information import LayerInformation
 from keras_randadapt.analysis.information import layer_information
-from keras_randadapt.analysis.kernels import kernels
+from keras_randadapt.analysis.keyed_weights import kernels
 from keras_randadapt.analysis.loss_plane import LossPlane
 from keras_randadapt.analysis.loss_plane import mode_connectivity
 from keras_randadapt.analysis.rank import SingularValues
@@ -16,3 +16,26 @@ from keras_randadapt.analysis.similarity import cka
 from keras_randadapt.analysis.similarity import linear_cka
 from keras_randadapt.analysis.table import SiteTable
 from keras_randadapt.analysis.table import Table
+
+__all__ = [
+    "cka",
+    "delta_statistics",
+    "effective_rank",
+    "intrinsic_rank",
+    "kernels",
+    "layer_information",
+    "LayerInformation",
+    "linear_cka",
+    "LossPlane",
+    "mode_connectivity",
+    "orthogonality_loss",
+    "Similarity",
+    "singular_values",
+    "SingularValues",
+    "SiteTable",
+    "Table",
+]
+
+
+def __dir__():
+    return __all__

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
-from keras_randadapt.analysis import kernels as kernels_lib
+from keras_randadapt.analysis import keyed_weights
 from keras_randadapt.analysis import plane as plane_lib
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import Table
@@ -168,12 +168,14 @@ def mode_connectivity(
             if state_lib.is_adapted(model):
                 stack.enter_context(switch.disabled(model))
             layers = state_lib.layers_of(model)
-            variables = [kernels_lib.variable(layers, key) for key in points[0]]
+            variables = [
+                keyed_weights.variable(layers, key) for key in points[0]
+            ]
             stack.enter_context(_restored(model, variables))
 
             def write(values):
                 for key, value in values.items():
-                    kernels_lib.write(layers, key, value)
+                    keyed_weights.write(layers, key, value)
         else:
             points = _check_trainable_points(model, points)
             plane = plane_lib.Plane(points)
@@ -254,7 +256,7 @@ def _check_arguments(model, points, x, resolution, margin, labels):
 def _check_kernel_points(model, points):
     layers = state_lib.layers_of(model)
     keys = list(points[0])
-    kernels_lib.check_keys(layers, keys)
+    keyed_weights.check_keys(layers, keys)
     for i, point in enumerate(points):
         if set(point) != set(keys):
             different = sorted(set(point) ^ set(keys))
@@ -270,7 +272,7 @@ def _check_kernel_points(model, points):
                     f"'{layers[key].quantization_mode}', which can't hold "
                     "the points between two models. Use a float model."
                 )
-            expected = kernels_lib.shape(layers, key)
+            expected = keyed_weights.shape(layers, key)
             if np.shape(point[key]) != expected:
                 raise ValueError(
                     f"`points[{i}]['{key}']` must have shape {expected}. "
@@ -307,7 +309,7 @@ def _check_trainable_points(model, points):
             )
         values.append(
             {
-                k: np.asarray(kernels_lib.as_numpy(v), "float64")
+                k: np.asarray(keyed_weights.as_numpy(v), "float64")
                 for k, v in enumerate(point)
             }
         )
@@ -325,7 +327,7 @@ def _file_values(model, path):
         )
     with _restored(model, list(model.trainable_variables)):
         load.load_adapter(model, path, name=state.active[0])
-        return [kernels_lib.as_numpy(v) for v in model.trainable_variables]
+        return [keyed_weights.as_numpy(v) for v in model.trainable_variables]
 
 
 # Reading, writing and restoring.
@@ -341,7 +343,7 @@ def _restored(model, variables):
     if keras.config.backend() == "jax":
         variables = {id(v): v for v in [*variables, *model.variables]}.values()
     values = [
-        (variable, kernels_lib.as_numpy(variable)) for variable in variables
+        (variable, keyed_weights.as_numpy(variable)) for variable in variables
     ]
     try:
         yield

@@ -10,3 +10,20 @@ from keras_randadapt.bases.random_matrix import Uniform
 from keras_randadapt.bases.random_matrix import fence_operands
 from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard
 from keras_randadapt.bases.regenerated import RegeneratedUniform
+
+__all__ = [
+    "check_kind",
+    "fence_operands",
+    "Gaussian",
+    "KINDS",
+    "make_basis",
+    "RandomizedHadamard",
+    "RandomMatrix",
+    "RegeneratedUniform",
+    "SparseTernary",
+    "Uniform",
+]
+
+
+def __dir__():
+    return __all__

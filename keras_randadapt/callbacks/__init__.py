@@ -3,3 +3,13 @@
 from keras_randadapt.callbacks.pac_bayes import PACBayes
 from keras_randadapt.callbacks.rank_budget import RankBudget
 from keras_randadapt.callbacks.rank_monitor import RankMonitor
+
+__all__ = [
+    "PACBayes",
+    "RankBudget",
+    "RankMonitor",
+]
+
+
+def __dir__():
+    return __all__

@@ -8,6 +8,19 @@ from keras_randadapt.optimizers.proximal_l1 import ProximalL1
 from keras_randadapt.optimizers.rank_allocation import RankAllocation
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
+__all__ = [
+    "GaLore",
+    "learning_rate_groups",
+    "MaskedGradient",
+    "OptimizerWrapper",
+    "ProximalL1",
+    "RankAllocation",
+]
+
+
+def __dir__():
+    return __all__
+
 
 def __getattr__(name):
     # It is about an adapted model, so its module is above this one.
