@@ -1,24 +1,25 @@
 """Hadamard transforms of any order, as Kronecker products of small cores.
 
 The transform of order `d = m * 2**j` (`m` odd) is a Kronecker product of
-cores, the odd ones first and Sylvester's `[[1, 1], [1, -1]]` after them:
+cores: first cores that absorb the odd part, then Sylvester's `[[1, 1], [1,
+-1]]`.
 
-- `m = 1`: Sylvester's matrix.
+- For `m = 1` it is Sylvester's matrix.
 - Paley's constructions (1933) absorb odd factors: a core of order
   `p = g * 2**i` for a divisor `g` of `m`, with entries +-1, where `p / 2 - 1`
   is a prime of the form `4 k + 1` (Paley II, symmetric) or `p - 1` is a prime
   of the form `4 k + 3` (Paley I, *not* symmetric).
-- What no Paley core of order at most 160 covers gets a Hartley core,
-  `cas(2 pi i j / g)` with `cas = cos + sin`: symmetric, orthogonal for every
-  `g`, entries of magnitude at most `sqrt(2)`.
+- Odd factors that no Paley core of order at most 160 covers get a Hartley core,
+  `cas(2 pi i j / g)` with `cas = cos + sin`. It is symmetric and orthogonal for
+  every `g`, and its entries have magnitude at most `sqrt(2)`.
 
-Orders 768, 1280, 3072, 3584, 25600 are true Hadamard matrices this way, and
-11008 = 43 * 256 has one Hartley core; none needs padding. All matrices here
-are unnormalised: `F @ F.T == order * I`, so that Hadamard entries are exact in
-any dtype.
+The orders 768, 1280, 3072, 3584 and 25600 thus have true Hadamard matrices, and
+11008 = 43 * 256 has one Hartley core; none needs padding. All matrices here are
+unnormalized: `F @ F.T == order * I`, so that Hadamard entries are exact in any
+dtype.
 
-The matrix of an order is part of the adapter file format and never changes.
-How the cores are grouped into factors is a matter of speed only.
+The matrix of an order is part of the adapter file format and never changes. The
+grouping of cores into factors only affects speed.
 """
 
 import functools
@@ -28,14 +29,30 @@ import operator
 
 import numpy as np
 
+__all__ = [
+    "group_factors",
+    "hadamard",
+    "hadamard_cores",
+    "hadamard_factors",
+    "HARTLEY_COMPOSITE_LIMIT",
+    "HARTLEY_CORE_LIMIT",
+    "is_supported",
+    "largest_order",
+    "PALEY_CORE_LIMIT",
+    "PASS_COST",
+    "WINDOW_CORE_LIMIT",
+    "window_order",
+]
+
 PALEY_CORE_LIMIT = 160
-# A prime has no smaller core than itself. Composites are split above this.
+# A prime needs a core of its own size. A composite is split above the second
+# limit.
 HARTLEY_CORE_LIMIT = 1024
 HARTLEY_COMPOSITE_LIMIT = 128
 # Above this, two overlapping windows are cheaper than the core itself.
 WINDOW_CORE_LIMIT = 256
-# What one more pass over the data costs, in multiply-adds an element. Fits the
-# times on a CPU, see benchmarks/README.md.
+# The cost of one more pass over the data, in multiply-adds an element, fitted
+# to times on a CPU (docs/design/transforms.md).
 PASS_COST = 31
 _MAX_FACTORS = 4
 
@@ -43,14 +60,15 @@ _MAX_FACTORS = 4
 def hadamard(order: int, normalize: bool = True) -> np.ndarray:
     """The dense Hadamard matrix of an order.
 
-    For a power of two this is Sylvester's matrix in its natural order, as
-    `scipy.linalg.hadamard` has it; see the module's docstring for the others.
+    For a power of two it is Sylvester's matrix in its natural order, like
+    `scipy.linalg.hadamard`. The module's docstring describes the others.
 
     Args:
         order: Integer, at least 1.
         normalize: Whether to divide by `sqrt(order)`, which makes the matrix
-            orthogonal. Otherwise its entries are +-1, or magnitudes up to
-            `sqrt(2)` a Hartley core, and `H @ H.T == order * I`.
+            orthogonal. Otherwise `H @ H.T == order * I`, and its entries are
+            +-1; each Hartley core multiplies their magnitude by up to
+            `sqrt(2)`.
 
     Returns:
         A `float64` array of shape `(order, order)`.
@@ -74,8 +92,9 @@ def hadamard(order: int, normalize: bool = True) -> np.ndarray:
 def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
     """Kronecker factors of the Hadamard matrix of an order.
 
-    Multiplying by the factors one after the other costs the sum of their
-    orders an element, not `order`; they are nearly balanced.
+    Multiplying by the factors one after the other takes the sum of their
+    orders in multiply-adds an element, instead of `order`. The factors are
+    nearly balanced.
 
     Args:
         order: Integer, at least 1.
@@ -94,7 +113,7 @@ def hadamard_factors(order: int) -> tuple[np.ndarray, ...]:
 
 
 def hadamard_cores(order: int) -> tuple[np.ndarray, ...]:
-    """`hadamard_factors` as finely as can be: primes of the construction."""
+    """The cores of an order: `hadamard_factors` before any are grouped."""
     return _cores(_check_order(order))
 
 
@@ -103,14 +122,15 @@ def group_factors(
     pass_cost: float = PASS_COST,
     left_cost: float = 1,
 ) -> tuple[np.ndarray, ...]:
-    """Multiplies Kronecker factors out into fewer, cheaper to apply.
+    """Multiplies Kronecker factors out into fewer that are cheaper to apply.
 
     Args:
-        matrices: Tuple of arrays, not always square.
-        pass_cost: What a pass over the data costs in addition to its
+        matrices: Tuple of arrays, which need not be square.
+        pass_cost: The cost of a pass over the data in addition to its
             products, in multiply-adds an element.
-        left_cost: What a multiply-add of any factor but the last costs; one
-            of the last, which acts on what lies side by side, costs 1.
+        left_cost: The cost of a multiply-add of any factor but the last. A
+            multiply-add of the last factor, which acts on numbers that lie
+            side by side, costs 1.
 
     Returns:
         A tuple of arrays of the same Kronecker product.
@@ -154,19 +174,19 @@ def largest_order(limit: int) -> int:
 
 
 def window_order(order: int) -> int | None:
-    """The order of the windows that stand in for a Hadamard matrix.
+    """The order of the windows that replace a Hadamard matrix.
 
-    `m = window_order(d)` is for the dimensions `d` that have a large prime
-    factor, such as vocabulary sizes. The transform of dimension `d` is then
-    two transforms of order `m > d / 2`, on the first `m` coordinates and then
-    on the last `m`. It is orthogonal, as each of the two is.
+    Some dimensions `d`, such as vocabulary sizes, have a large prime factor.
+    Their transform consists of two transforms of order `m = window_order(d) >
+    d / 2`, on the first `m` coordinates and then on the last `m`. It is
+    orthogonal, because each of the two is.
 
     Args:
         order: Integer, at least 1.
 
     Returns:
-        `None` where `order` has a Hadamard matrix with small cores; else the
-        order of the windows, `largest_order(order)`.
+        `None` if `order` has a Hadamard matrix with small cores; otherwise
+        the order of the windows, `largest_order(order)`.
     """
     order = _check_positive(order)
     if is_supported(order) and all(
@@ -210,16 +230,16 @@ def _grouping(shapes, pass_cost, left_cost):
 def _decompose(odd, twos):
     """The odd cores of order `odd * 2**twos`, or `None`.
 
-    A core is `(kind, g, i)`, of order `g * 2**i`. Fewest coordinates in
-    Hartley cores come first, since they are not exact in low precision, then
-    fewest cores, then smallest.
+    A core is `(kind, g, i)` and has the order `g * 2**i`. The choice has the
+    fewest coordinates in Hartley cores, since these are not exact in low
+    precision, then the fewest cores, then the smallest ones.
     """
     if odd == 1:
         return ()
     prime = _prime_factors(odd)[-1]
     candidates = []
-    # Some core has the largest prime: choosing that one first visits every
-    # way of splitting `odd` once.
+    # Some core has the largest prime. If that core is chosen first, every way
+    # of splitting `odd` is visited once.
     for g in (g for g in range(prime, odd + 1, prime) if odd % g == 0):
         for core in _candidate_cores(g, twos):
             rest = _decompose(odd // g, twos - core[2])
@@ -265,7 +285,7 @@ def _core(kind, g, i):
 
 
 def _paley1(order):
-    """`I + S`, with `S` skew: entries +-1, and not symmetric."""
+    """`I + S` with a skew `S`: it has entries +-1 and is not symmetric."""
     skew = np.ones((order, order))
     skew[1:, 0] = -1.0
     skew[1:, 1:] = _jacobsthal(order - 1)
@@ -274,7 +294,7 @@ def _paley1(order):
 
 
 def _paley2(order):
-    """From the symmetric conference matrix of order `order / 2`."""
+    """Paley's core from the symmetric conference matrix of `order / 2`."""
     n = order // 2
     conference = np.ones((n, n))
     conference[1:, 1:] = _jacobsthal(n - 1)

@@ -23,6 +23,16 @@ import operator
 import numpy as np
 from numpy.typing import ArrayLike
 
+__all__ = [
+    "check_seed",
+    "digest",
+    "normals",
+    "permutation",
+    "signs",
+    "ternaries",
+    "uniforms",
+]
+
 _VERSION = 1
 # Elements turned into float64 at a time: bounds the memory of a large draw
 # and keeps the temporaries in cache. The stream does not depend on it.
