@@ -1,12 +1,21 @@
 """Bottleneck adapters: small networks between a model's layers."""
 
+from collections.abc import Collection
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
+from keras_randadapt._types import Layers
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites import kerashub
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 #: `(reduction, activation, scaling)` with which each placement's paper trains.
 _DEFAULTS = {
@@ -105,9 +114,9 @@ class Bottleneck(base.Adapter):
         reduction: int | None = None,
         activation: str | None = None,
         scaling: float | None = None,
-        down_initializer=None,
-        up_initializer="zeros",
-        **kwargs,
+        down_initializer: Initializer | None = None,
+        up_initializer: Initializer = "zeros",
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.placement = arguments.check_choice(
@@ -149,19 +158,21 @@ class Bottleneck(base.Adapter):
             up_initializer, "up_initializer"
         )
 
-    def default_targets(self, layers):
+    def default_targets(self, layers: Layers) -> Collection[str]:
         networks = kerashub.feed_forwards(layers)
         if self.placement != "houlsby" or not networks:
             return networks
         return {*networks, *kerashub.attention_outputs(layers)}
 
-    def sources(self, layers, addresses):
+    def sources(
+        self, layers: Layers, addresses: Collection[str]
+    ) -> dict[str, str]:
         if self.placement != "parallel":
             return {}
         networks = kerashub.feed_forwards(layers)
         return {a: networks[a] for a in addresses if a in networks}
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         parallel = self.placement == "parallel"
         dim = site.source_dim if parallel else self.output_dim
         hidden_dim = self.rank or max(1, self.output_dim // self.reduction)
@@ -176,10 +187,14 @@ class Bottleneck(base.Adapter):
             "up_bias", (self.output_dim,), "zeros"
         )
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         return linear(x)
 
-    def adapt_output(self, y, x, training=None):
+    def adapt_output(
+        self, y: Tensor, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         z = ops.cast(x, y.dtype) if self.placement == "parallel" else y
         hidden = _affine(
             self.drop(z, training), self.down, self.down_bias, training
@@ -188,14 +203,16 @@ class Bottleneck(base.Adapter):
         update = _affine(activation(hidden), self.up, self.up_bias)
         return y + self.scaling * update
 
-    def merged(self, kernel, base, training=False):
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         raise ValueError(
             f"'{self.path}' is a `Bottleneck`: it computes something behind "
             "the layer that its kernel does not show. Code that reads the "
-            "kernel, in the model or in an analysis, would ignore this adapter."
+            "kernel, in the model or in an analysis, would miss it."
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "placement": self.placement,

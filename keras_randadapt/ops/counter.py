@@ -1,11 +1,11 @@
 """Random numbers inside a compiled step: equal bits on every backend.
 
-Training needs fresh draws every step. Keras's own differ from backend to
-backend, and state that a generator carries along must be saved with it. Here a
-draw is a pure function of a seed, of what it is for and of the step, so it
-depends on no call that came before, it can be repeated from a checkpoint that
-stores the step alone, and nothing is re-traced. Frozen random bases come from
-`keras_randadapt.random` instead, outside of any step.
+Training needs new draws in every step. Keras's draws differ from backend to
+backend, and a generator's state must be saved. Here a draw is a pure function
+of a seed, of a stream (its purpose) and of the step. It therefore depends on no
+earlier call, a checkpoint that stores only the step can repeat it, and nothing
+is traced again. Frozen random bases come from `keras_randadapt.random` instead,
+outside of any step.
 
 The generator is Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011), the one that JAX uses. It is written in
@@ -29,12 +29,12 @@ def random_words(seed: int, stream: int | Sequence[int], counter, n: int):
 
     Args:
         seed: int in `[0, 2**64)`.
-        stream: int in `[0, 2**32)`, what the draw is for, or a sequence of
-            them: one draw each, at the cost of one in eager execution. Draws
-            of different streams are independent.
+        stream: int in `[0, 2**32)`, the purpose of the draw, or a sequence of
+            ints, one a draw; in eager execution several draws cost as much as
+            one. Draws of different streams are independent.
         counter: Integer scalar, mostly the step: a Python int or a tensor,
-            which may be traced. Its lower 32 bits count. Draws of different
-            counters are independent.
+            which may be traced. Only its lower 32 bits are used. Draws of
+            different counters are independent.
         n: int. The number of words.
 
     Returns:
@@ -61,8 +61,8 @@ def random_words(seed: int, stream: int | Sequence[int], counter, n: int):
         )
     if n < 1:
         raise ValueError(f"`n` must be at least 1. Received: n={n!r}")
-    # One key a stream, made outside of the step, leaves the whole counter of
-    # the generator to the step and to the place in the draw.
+    # Each stream has its own key, made outside of the step. The step and the
+    # place in the draw can therefore use the generator's whole counter.
     key = (seed & _MASK, seed >> 32)
     keys = [_threefry_ints(key, (s, 0)) for s in streams]
     keys = ops.convert_to_tensor(
@@ -114,8 +114,8 @@ def random_subset(words, k: int):
 
     The subset holds the places of the `k` smallest words. Words are compared
     by their leading `32 - ceil(log2(n))` bits and, where these are equal, by
-    their place: so exactly `k` are chosen, and they are the same ones on
-    every backend, whatever its sort does with ties.
+    their place. Exactly `k` are therefore chosen, and every backend chooses
+    the same, because there are no ties.
 
     Args:
         words: int32 tensor of shape `(..., n)`; see `random_words`.
@@ -148,8 +148,8 @@ def random_subset(words, k: int):
     places = ops.arange(n, dtype="int32")
     keys = ops.bitwise_or(ops.bitwise_and(words, -1 << bits), places)
     chosen = ops.sort(keys, axis=-1)[..., :k]
-    # From the sorted keys alone: XLA would compute whatever else the mask
-    # depends on, all of the generator, anew for every use of the mask.
+    # The mask depends only on the sorted keys. If it depended on the words
+    # too, XLA would run the generator again for every use of the mask.
     chosen = ops.bitwise_and(chosen, (1 << bits) - 1)
     return ops.any(ops.equal(chosen[..., None], places), axis=-2)
 
@@ -199,7 +199,7 @@ def _threefry(key, counter):
 
 
 def _rotate(x, left):
-    # Right shifts of int32 repeat the sign: the mask takes the copies off.
+    # Right shifts of int32 repeat the sign bit; the mask clears the copies.
     right = ops.right_shift(x, 32 - left)
     return ops.left_shift(x, left) | ops.bitwise_and(right, (1 << left) - 1)
 

@@ -1,12 +1,13 @@
-"""Products and reshapes of Keras, without what they cost beyond arithmetic.
+"""Keras's products and reshapes with less overhead a call.
 
-In eager PyTorch Keras spends ten microseconds of a call on looking for symbolic
-tensors, devices and dtypes, and PyTorch one or two on the operation. On a GPU
-that is the time that a training step of small batches waits for.
+In eager PyTorch, Keras spends ten microseconds of a call on looking for
+symbolic tensors, devices and dtypes; PyTorch spends one or two on the
+operation. On a GPU, a training step of small batches waits for this overhead.
 
-A product with a tall matrix of few columns has the gradient `x' g`, as tall,
-which JAX and PyTorch compute on a CPU several times slower than `(g' x)'`, the
-same numbers (benchmarks/README.md). `thin_product` makes that of it.
+A product with a tall matrix of few columns has a gradient `x' g` of the same
+shape. On a CPU, JAX and PyTorch compute it several times slower than
+`(g' x)'`, which is equal (docs/design/training-step.md). `thin_product` makes
+them compute the second form.
 """
 
 import keras
@@ -18,7 +19,7 @@ if _BACKEND == "torch":
 
     # Keras computes products of float16 in float32 on a CPU.
     _DIRECT = (torch.float32, torch.bfloat16)
-    # Others, such as "meta", have no autocast to ask about.
+    # Other devices, such as "meta", have no autocast state to query.
     _DEVICES = ("cpu", "cuda")
 
     def matmul(x, y):
@@ -29,10 +30,10 @@ if _BACKEND == "torch":
             and isinstance(y, torch.Tensor)
             and x.dtype == y.dtype
             and x.dtype in _DIRECT
-            # What is elsewhere Keras moves to its default device.
+            # Keras moves tensors of other devices to its default device.
             and x.device == y.device
             and x.device.type in _DEVICES
-            # Keras gives the dtype of the arguments there.
+            # Under autocast Keras returns the dtype of the arguments.
             and not torch.is_autocast_enabled(x.device.type)
         ):
             return torch.matmul(x, y)
@@ -48,7 +49,7 @@ if _BACKEND == "torch":
         return keras.ops.convert_to_tensor(x)
 
     def _columns_first(matrix):
-        # The gradient of a matrix that lies in memory by columns does too.
+        # If a matrix lies in memory by columns, so does its gradient.
         if matrix.device.type != "cpu" or torch.compiler.is_compiling():
             return matrix
         return matrix.t().contiguous().t()
@@ -65,8 +66,8 @@ if _BACKEND == "jax":
     import jax
 
     def _columns_first(matrix):
-        # XLA makes one product of a product and a transposition, of which it
-        # does not see both then. The gradient of a barrier is a barrier.
+        # XLA would fuse the product with the transposition; the barrier
+        # separates them. The gradient of a barrier is a barrier too.
         if jax.default_backend() != "cpu":
             return matrix
         return jax.lax.optimization_barrier(matrix.T).T

@@ -1,37 +1,37 @@
-"""Functions with a gradient of their own."""
+"""Functions with a gradient that the caller gives."""
 
 from collections.abc import Callable
-from typing import Any
 
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops.transforms import _backend
 
 
 def with_gradient(
-    forward: Callable[..., Any],
-    backward: Callable[[tuple[Any, ...], Any], tuple[Any, ...]],
-    *arguments: Any,
+    forward: Callable[..., Tensor],
+    backward: Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]],
+    *arguments: Tensor,
     drop: int = 0,
-) -> Any:
-    """Computes `forward(*arguments)` with a gradient of one's own.
+) -> Tensor:
+    """Computes `forward(*arguments)` with the gradient `backward`.
 
-    For the backward pass the arguments but the first `drop` are kept and
-    nothing else: what `forward` computes on the way is gone, and `backward`
-    computes it anew.
+    The backward pass keeps only the arguments, except the first `drop` of
+    them. It keeps no intermediate result of `forward`, so `backward` computes
+    these again.
 
     It works in eager execution and under `jit`, `tf.function`,
-    `torch.compile`, and `vmap` of JAX and PyTorch; `backward` is
-    differentiated in turn where a second derivative is asked for. There is no
-    forward mode (`jvp`): asking for it is an error.
+    `torch.compile`, and `vmap` of JAX and PyTorch. For a second derivative,
+    `backward` is differentiated. Forward mode (`jvp`) is not supported and
+    raises an error.
 
     Args:
         forward: Function of tensors that gives one tensor. It must use no
             other tensor than its arguments.
-        backward: Function of the tuple of arguments that were kept and of the
-            gradient with respect to the output. Gives a tuple of gradients,
-            one an argument, kept or not; `None` for those that have none.
+        backward: Function of the tuple of kept arguments and of the gradient
+            with respect to the output. It returns a tuple with a gradient for
+            each argument, kept or not; the gradient may be `None`.
         *arguments: Tensors.
-        drop: int. How many arguments not to keep: what the function is linear
-            in.
+        drop: int. The number of first arguments that are not kept. `forward`
+            must be linear in them.
 
     Returns:
         A tensor.
@@ -39,19 +39,19 @@ def with_gradient(
     return _backend.with_gradient(forward, backward, *arguments, drop=drop)
 
 
-def fence(awaited: Any, *tensors: Any) -> tuple[Any, ...]:
-    """The tensors, but not to a compiler's knowledge.
+def fence(awaited: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors unchanged, hidden from compiler optimization.
 
-    A compiler that sees the forward and the backward pass compute the same
-    thing would compute it once, and keep it between the two. In `forward` it
-    keeps a compiler from computing what needs no input long before its turn;
-    that is for training, since a loop of inference should compute it once. Each
-    tensor is passed over once, so fence what is small, or is cast to
-    something large.
+    In `backward` it prevents a compiler from keeping a result of the forward
+    pass because the backward pass computes the same result. In `forward` it
+    prevents a compiler from computing products that need no input long before
+    they are used. The second use is for training, since a loop of inference
+    should compute such products once. A fence reads and writes each tensor
+    once, so fence small tensors, before they are made or cast to larger ones.
 
     Args:
-        awaited: What the tensors wait for: the gradient that `backward` was
-            given, or an input of `forward`.
+        awaited: The tensor that the others wait for: the gradient that
+            `backward` was given, or an input of `forward`.
         *tensors: Tensors.
 
     Returns:

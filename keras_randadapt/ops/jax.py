@@ -1,4 +1,4 @@
-"""JAX: a linear primitive, so that every transformation composes."""
+"""JAX's transforms: a linear primitive, so that all of `jax` composes."""
 
 import functools
 import math
@@ -14,17 +14,19 @@ from jax.interpreters import mlir
 from keras_randadapt.ops import native
 from keras_randadapt.ops import program as steps
 
-# A primitive of our own rather than `custom_vjp`, which has no forward mode,
-# and rather than JAX's own transposition, which turns gathers into scatters
-# and products into ones of another layout.
+# The transform is its own primitive, because `custom_vjp` has no forward mode
+# and JAX's own transposition turns gathers into scatters and products into
+# products of another layout.
 _transform = jax.extend.core.Primitive("randomized_transform")
-# By this name XLA knows the compiled code, from this version of JAX on.
+# The name of the compiled code in XLA.
 _NATIVE = "keras_randadapt_transform"
+# The first version of JAX whose XLA can call the compiled code.
 _FIRST_JAX = (0, 8, 0)
-# In multiply-adds an element, see benchmarks/README.md.
+# The cost of a pass over the data, in multiply-adds an element
+# (docs/design/transforms.md).
 _PASS_COST = 36
-# Elements a block of rows, on a CPU. Smaller is faster on one core, by a
-# fifth, but leaves the other cores idle.
+# The elements in a block of rows, on a CPU. Smaller blocks are faster by a
+# fifth on one core but leave the other cores idle.
 _BLOCK = 1 << 19
 
 
@@ -37,8 +39,7 @@ def compile_time(function):
 def apply(x, program):
     """Applies a program to the last axis of an array.
 
-    Its transpose is the transposed program, so nothing is kept for the
-    gradient.
+    The gradient applies the transposed program, so nothing is kept for it.
     """
     return _transform.bind(x, program=program)
 
@@ -65,23 +66,23 @@ def _takes_native(ctx, program):
 
 
 def _stays_here(ctx):
-    """Whether a program may hold what XLA does not know."""
+    """Whether a program may call code that XLA does not know."""
     module = ctx.module_context
     return (
         # An exported program should run wherever XLA does.
         not module.lowering_parameters.for_export
-        # XLA cannot divide what it does not know among several devices. Whether
-        # there are is not known under `shard_map`.
+        # XLA cannot divide a call to unknown code among several devices. Under
+        # `shard_map` the number of devices is unknown.
         and getattr(module.axis_context, "num_devices", None) == 1
     )
 
 
 @functools.cache
 def _register_native():
-    """Makes the compiled code known to XLA; whether it is.
+    """Registers the compiled code with XLA and returns whether that worked.
 
-    Not before a program is lowered: what JAX is told before it has a backend
-    it takes up later, and a backend that does not take it does not start.
+    It is called only when a program is lowered. If JAX has no backend yet, it
+    stores a registration, and a backend that rejects it later does not start.
     """
     if jax.__version_info__ < _FIRST_JAX:
         return False
@@ -106,10 +107,10 @@ def _run_native(x, program):
 
 
 def _run_on_cpu(x, program):
-    """Runs a few rows at a time, so that what is between steps is in cache.
+    """Runs a few rows at a time, so that results between steps stay in cache.
 
-    XLA gives each step a buffer of the whole size otherwise; getting those
-    from the system costs more than the arithmetic.
+    Otherwise XLA gives each step a buffer of the whole size, and allocating
+    these buffers costs more than the arithmetic.
     """
     batch = x.shape[:-1]
     rows = math.prod(batch)
@@ -122,13 +123,14 @@ def _run_on_cpu(x, program):
     first = _first_product(program, x.dtype)
     in_place = first is not None
     if in_place:
-        # A product on the last axis alone needs no blocks, and its result is
-        # where the blocks' results can go.
+        # A product along the last axis needs no blocks, and its buffer can
+        # receive the results of the blocks.
         y = x.reshape(rows, -1, first.shape[1])
         y = _multiply_last(y, first).reshape(x.shape)
     else:
-        # All of it is overwritten. Of `x`, since XLA makes what depends on
-        # nothing at the start of a step, for every transform in it.
+        # Every element of `y` is overwritten. Its value depends on `x`, since
+        # otherwise XLA would allocate the buffers of all transforms at the
+        # start of a step.
         y = jnp.broadcast_to(x[0, 0], (rows, program.output_dim))
     run = functools.partial(_run_rows, program=program, made=int(in_place))
 
@@ -145,15 +147,15 @@ def _run_on_cpu(x, program):
 
 
 def _block_of(rows, limit):
-    """Rows a block: a divisor of all if there is one near the limit."""
+    """The rows of a block: a divisor of `rows` if one is near the limit."""
     divisors = (n for n in range(limit, limit // 2, -1) if rows % n == 0)
     return next(divisors, limit)
 
 
 def _first_product(program, dtype):
-    """The matrix that a program multiplies the last axis by at first.
+    """The matrix by which a program first multiplies the last axis.
 
-    `None` if there is none, or if what follows changes the size.
+    It is `None` if there is no such matrix or if a step changes the size.
     """
     step = program.steps[0]
     dims = {program.input_dim, *(step.output_dim for step in program)}
@@ -198,7 +200,7 @@ def _kronecker(x, step, made=0):
     Args:
         x: Array `(rows, input_dim)`.
         step: A `Kronecker`.
-        made: How many products have been made already.
+        made: The number of products that have been computed already.
     """
     rows = x.shape[0]
     factors = _factors(step, x.dtype)
@@ -206,7 +208,7 @@ def _kronecker(x, step, made=0):
     for i, factor in enumerate(factors):
         sizes[factor.axis] = factor.matrix.shape[0 if i < made else 1]
     x = x.reshape(rows, *sizes)
-    # XLA would transpose before and after each product otherwise.
+    # Without these rotations XLA would transpose before and after a product.
     *rotations, last = step.rotations(factors)
     for (matrix, *_), axes in list(zip(factors, rotations))[made:]:
         x = x.transpose(0, *(1 + axis for axis in axes))
@@ -246,8 +248,8 @@ def _batch(args, axes, program):
     return apply(jnp.moveaxis(x, axis, 0), program), 0
 
 
-# Eager calls run operation by operation, as all of Keras does in JAX: a merge
-# uses a program of every site twice, and compiling all would take minutes.
+# Eager calls run operation by operation, like all of Keras in JAX. A merge
+# uses the program of each site twice, and compiling them would take minutes.
 _transform.def_impl(_run)
 _transform.def_abstract_eval(_abstract)
 ad.deflinear2(_transform, _transpose)
@@ -273,8 +275,9 @@ def with_gradient(forward, backward, *arguments, drop=0):
 def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`.
 
-    Not `optimization_barrier`: XLA drops that on a CPU before it looks for
-    what is computed twice. That nothing is above infinity it doesn't know.
+    `optimization_barrier` is not enough, since XLA drops it on a CPU before it
+    removes repeated computations. XLA does not know that no number is above
+    infinity, so it cannot simplify the sum.
     """
     zero = jnp.sum(awaited[(slice(1),) * awaited.ndim]) > jnp.inf
     return tuple(tensor + zero.astype(tensor.dtype) for tensor in tensors)

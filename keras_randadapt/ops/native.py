@@ -22,26 +22,27 @@ from keras_randadapt.hadamard import _SYLVESTER
 from keras_randadapt.ops import program as steps
 
 _MODULE = "keras_randadapt.ops._native"
-# To turn it off, set this to 0 before the package is imported.
+# Setting this to 0 before the package is imported turns the compiled code off.
 _SWITCH = "KERAS_RANDADAPT_NATIVE"
-# Of what `_native.c` and this file have agreed on; an old file may lie around.
+# The version of the program format that `_native.c` and this file share. It
+# detects a file that an older version of the package has left behind.
 _FORMAT = 1
 # Operations of `_native.c`.
 _RADIX, _RUN, _DENSE, _GATHER, _SCATTER, _RESIZE, _SCALE = range(7)
-# Floats that are computed side by side.
+# The floats of one vector instruction.
 _LANES = 8
 _LARGEST_RUN = 64
 _LARGEST_RADIX = 16
-# From this distance on, coordinates share a set of the nearest cache, which
-# has room for 8 of them.
+# Coordinates at this distance or more fall into one set of the first-level
+# cache, which holds 8 of them.
 _CONFLICT = 1024
-# Multiply-adds an element above which a matrix library is faster.
+# A matrix library is faster above this many multiply-adds an element.
 _LARGEST_CORE = 64
 _HEADER, _WORDS = 4, 10
 
 
 def path():
-    """Where the compiled code is, or `None`."""
+    """The path of the compiled code, or `None`."""
     if os.environ.get(_SWITCH, "1") == "0":
         return None
     spec = importlib.util.find_spec(_MODULE)
@@ -76,11 +77,11 @@ def library():
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NativeProgram:
-    """A program as `_native.c` wants it.
+    """A program in the format of `_native.c`.
 
     Args:
-        integers: int32 array: dimensions, operations, and where coordinates
-            come from or go to.
+        integers: int32 array: dimensions, operations, and the indices of
+            gathers and scatters.
         floats: float32 array: matrices, signs and scales.
     """
 
@@ -95,8 +96,8 @@ class NativeProgram:
 def translate(program):
     """The `NativeProgram` of a program, or `None`.
 
-    That is where there is no compiled code, and for windows and cores whose
-    products a matrix library makes faster.
+    It is `None` if there is no compiled code, and for windows and for cores
+    that a matrix library multiplies faster.
     """
     if library() is None:
         return None
@@ -120,8 +121,9 @@ def apply(
         rows: Integer.
         before: Address of a vector, or `None`.
         after: Address of a vector, or `None`.
-        threads: Integer, the most to use.
-        parallel: OpenMP's function `GOMP_parallel`, to run in its threads.
+        threads: Integer, the largest number of threads.
+        parallel: Optional address of OpenMP's function `GOMP_parallel`, whose
+            threads are then used.
     """
     status = library().randadapt_apply(
         *native.addresses, x, before, after, y, rows, threads, parallel
@@ -136,7 +138,7 @@ class _Translation:
         self.integers = []
         self.floats = []
         self.float_count = 0
-        # Signs that have not been multiplied by yet.
+        # The signs of steps that no operation has multiplied by yet.
         self.vector = None
 
     def of(self, program):
@@ -200,7 +202,7 @@ class _Translation:
         factors = _factors(step)
         if factors is None:
             return False
-        # As in `Kronecker.grouped`: what shrinks comes first.
+        # Factors that shrink the data come first, as in `Kronecker.grouped`.
         sizes = [q for _, q, _ in factors]
         order = sorted(
             range(len(factors)),
@@ -227,7 +229,7 @@ class _Translation:
             self._scaled(_RUN, dim, outer * size // run, run, 1, scale)
             size, right, scale = size // run, run, 1.0
         while size > 1:
-            # In equal parts: 8 and 8 rather than 16 and 4.
+            # The parts are equal: 8 and 8 rather than 16 and 4.
             bits = size.bit_length() - 1
             largest = _LARGEST_RADIX if right < _CONFLICT else 8
             parts = -(-bits // (largest.bit_length() - 1))
@@ -285,10 +287,10 @@ class _Translation:
 
 
 def _factors(step):
-    """What to multiply by, as tuples `(rows, columns, matrix)`, or `None`.
+    """The factors of a step, as tuples `(rows, columns, matrix)`, or `None`.
 
-    The last may be the Hadamard matrix of a power of two, and then has its
-    scale for a matrix.
+    If the last one is the Hadamard matrix of a power of two, its scale stands
+    for the matrix.
     """
     matrices = list(step.matrices)
     size, scale = 1, 1.0

@@ -1,4 +1,4 @@
-"""NumPy: the reference for the other backends, and what `dense` is made by."""
+"""NumPy's transforms: `dense` uses them, and they test the other backends."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What a randomized transform is: signs, and where input and output go."""
+"""`RandomizedTransform`: the signs and the coordinates of a transform."""
 
 import numpy as np
 
@@ -10,17 +10,17 @@ from keras_randadapt.ops import program as steps
 class RandomizedTransform:
     """A frozen random matrix that is applied without being formed.
 
-    `T = Select H B_k ... H B_1 Embed`, shape `(output_dim, input_dim)`: the
-    input coordinates are placed among `order` coordinates, which are mixed by
-    `k` stages of random signs `B_i` and the orthonormal Hadamard transform
-    `H`, and `output_dim` coordinates are kept (Lei, Qian and Cheung, RLoRA,
-    2024, Eq. 4; `k=2` there). `T` has orthonormal columns if all coordinates
-    are kept, orthonormal rows if all are used.
+    The matrix is `T = Select H B_k ... H B_1 Embed`, of shape `(output_dim,
+    input_dim)`. The input coordinates are placed among `order` coordinates,
+    `k` stages of random signs `B_i` and the orthonormal Hadamard transform `H`
+    mix them, and `output_dim` coordinates are kept (Lei, Qian and Cheung,
+    RLoRA, 2024, Eq. 4, with `k=2`). `T` has orthonormal columns if all
+    coordinates are kept, and orthonormal rows if all are used.
 
-    `order` may be any positive integer. Where it has a prime factor too large
+    `order` may be any positive integer. If it has a prime factor too large
     for a Hadamard transform, such as 30522 = 6 * 5087, `H` is a product of
     two transforms of order `m > order / 2`, on the first `m` coordinates and
-    then on the last `m`; that is orthogonal too.
+    then on the last `m`. This product is orthogonal too.
 
     Args:
         order: Integer, the number of coordinates that are mixed.
@@ -70,43 +70,44 @@ class RandomizedTransform:
             self._selection(self._input_index, self._input_dim).transpose,
             self._selection(self._output_index, self._output_dim),
         )
-        # Both now, since compilers that trace Python should not meet NumPy.
+        # The adjoint is made here, since compilers that trace Python should
+        # not meet NumPy.
         self._adjoint_program = self._program.transpose
 
     @property
-    def order(self):
+    def order(self) -> int:
         return self._order
 
     @property
-    def signs(self):
+    def signs(self) -> np.ndarray:
         return self._signs
 
     @property
-    def input_dim(self):
+    def input_dim(self) -> int:
         return self._input_dim
 
     @property
-    def output_dim(self):
+    def output_dim(self) -> int:
         return self._output_dim
 
     @property
-    def input_index(self):
+    def input_index(self) -> np.ndarray | None:
         return self._input_index
 
     @property
-    def output_index(self):
+    def output_index(self) -> np.ndarray | None:
         return self._output_index
 
     @property
-    def program(self):
-        """The steps that apply the transform, see `program.py`."""
+    def program(self) -> steps.Program:
+        """The `Program` that applies the transform."""
         return self._program
 
     @property
-    def adjoint_program(self):
+    def adjoint_program(self) -> steps.Program:
         return self._adjoint_program
 
-    def dense(self):
+    def dense(self) -> np.ndarray:
         """The matrix `T`, `float64`, of shape `(output_dim, input_dim)`."""
         identity = np.eye(self._input_dim)
         return numpy_backend.apply(identity, self.program).T

@@ -1,8 +1,8 @@
 """Linear maps on the last axis, as short programs of pure NumPy data.
 
-Each backend module interprets the five kinds of step below and knows nothing
-else; the adjoint and the gradient of a program is `program.transpose`, a
-program again.
+Each backend module interprets the five kinds of step below and needs nothing
+else. The adjoint of a program, which is also its gradient, is another program,
+`program.transpose`.
 
 Steps compare by identity, so that a program can be the static argument of a
 compiled function without hashing its arrays.
@@ -14,6 +14,8 @@ import itertools
 import math
 import typing
 import weakref
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,13 +40,13 @@ class Factor(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kronecker:
-    """`scale * (M_1 (x) M_2 (x) ...) x`, the matrices not always square.
+    """`scale * (M_1 (x) M_2 (x) ...) x`; the matrices need not be square.
 
     Args:
         matrices: Tuple of `float64` arrays of shapes `(p_i, q_i)`. Entries of
             Hadamard factors are +- a power of two, exact in every dtype.
-        scale: Float in `[sqrt(1/2), sqrt(2)]`: what normalisation leaves
-            beyond powers of two.
+        scale: Float in `[sqrt(1/2), sqrt(2)]`: the part of the normalization
+            that is no power of two.
     """
 
     matrices: tuple
@@ -59,17 +61,18 @@ class Kronecker:
         return math.prod(m.shape[0] for m in self.matrices)
 
     def grouped(self, pass_cost, exact, left_cost=1):
-        """What to multiply by, in order.
+        """The products that apply this step, in order.
 
         Args:
             pass_cost: See `keras_randadapt.hadamard.group_factors`.
-            exact: Whether to leave `scale` out, to be multiplied by at the
-                end, so that entries stay exact in low precision.
+            exact: Whether to leave `scale` out, so that entries stay exact in
+                low precision. The caller then multiplies by it at the end.
             left_cost: See `group_factors`.
 
         Returns:
-            A tuple of `Factor`. Matrices that shrink the data come first,
-            those that grow it last, and among equals the last factor.
+            A tuple of `Factor`. Matrices that shrink the data come first and
+            matrices that grow it last. Among equals, later factors come
+            first.
         """
         key = pass_cost, exact, left_cost
         if key not in self._grouped:
@@ -96,13 +99,13 @@ class Kronecker:
 
     @staticmethod
     def rotations(factors):
-        """For products along the last axis alone: how to move the axes.
+        """The transpositions for backends that multiply only the last axis.
 
-        Every axis is moved to the end for its product, where the next one
-        finds it.
+        Each axis is moved to the end before its product and stays there until
+        the next one is moved.
 
         Args:
-            factors: What `grouped` gives.
+            factors: The result of `grouped`.
 
         Returns:
             A list of permutations, one before each product and one after the
@@ -204,61 +207,63 @@ class Window:
 
 
 def _of_transpose(step, transpose):
-    # Transposing twice gives the same object back, so that what a backend has
-    # compiled or cached for a step is found again.
+    # Transposing twice returns the same object, so that a backend finds what
+    # it has compiled or cached for a step.
     vars(transpose)["transpose"] = step
     return transpose
 
 
 class Program:
-    """Steps to apply first to last.
+    """Steps that are applied first to last.
 
-    `key` finds the program again, where only a string can be passed on.
+    `from_key(program.key)` finds the program where only a string can be
+    passed.
     """
 
     _by_key = weakref.WeakValueDictionary()
     _counter = itertools.count()
 
-    def __init__(self, steps, key=None):
+    def __init__(self, steps: Iterable[typing.Any], key: str | None = None):
         self.steps = tuple(steps)
-        # Not a number: `torch.compile` makes symbols of numbers that change.
+        # The key is a string, because `torch.compile` makes numbers that
+        # change symbolic.
         self.key = str(next(self._counter)) if key is None else key
         self._by_key[self.key] = self
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[typing.Any]:
         return iter(self.steps)
 
     @property
-    def input_dim(self):
+    def input_dim(self) -> int:
         return self.steps[0].input_dim
 
     @property
-    def output_dim(self):
+    def output_dim(self) -> int:
         return self.steps[-1].output_dim
 
     @functools.cached_property
-    def largest_dim(self):
+    def largest_dim(self) -> int:
         return max(max(s.input_dim, s.output_dim) for s in self.steps)
 
     @classmethod
-    def from_key(cls, key):
+    def from_key(cls, key: str) -> typing.Self:
         if key.endswith("'"):
             return cls.from_key(key[:-1]).transpose
         return cls._by_key[key]
 
     @functools.cached_property
-    def transpose(self):
+    def transpose(self) -> "Program":
         """The program of the transposed map."""
         steps = [step.transpose for step in reversed(self.steps)]
-        # A key that follows from this one, also in another process that finds
-        # what `torch.compile` has left on disk.
+        # The key follows from this program's key, so that another process,
+        # which loads compiled code of `torch.compile` from disk, has it too.
         return _of_transpose(self, Program(steps, f"{self.key}'"))
 
 
 def scaled(apply):
-    """Lets a backend's `apply(x, program)` multiply before and after.
+    """Decorates a backend's `apply(x, program)` to multiply before and after.
 
-    Where nothing does it in one pass, it is two products more.
+    The two products are extra passes over the data.
     """
 
     @functools.wraps(apply)
@@ -272,7 +277,7 @@ def scaled(apply):
 
 
 def hadamard_steps(order, normalize=True):
-    """The Hadamard transform of a supported order."""
+    """The program of the Hadamard transform of a supported order."""
     factors = hadamard_cores(order)
     if not normalize:
         return Program([Kronecker(factors)])
@@ -280,7 +285,10 @@ def hadamard_steps(order, normalize=True):
 
 
 def randomized_steps(signs, embed, select):
-    """`Select (H B_k) ... (H B_1) Embed`, with what can be skipped left out.
+    """The program of `Select (H B_k) ... (H B_1) Embed`.
+
+    It skips the products with padding and those of coordinates that are
+    dropped.
 
     Args:
         signs: `int8` array of shape `(k, order)`.
@@ -293,8 +301,8 @@ def randomized_steps(signs, embed, select):
     order = signs.shape[1]
     window = window_order(order)
     if window is None:
-        # Powers of two are shared out over all stages: with two stages of an
-        # odd power of two, nothing is left to multiply by.
+        # Powers of two are distributed over all stages. With two stages of an
+        # odd power of two, the remaining scale is then 1.
         factors = hadamard_cores(order)
         stages = [[step] for step in _normalized([factors] * len(signs))]
     else:
@@ -321,12 +329,13 @@ def randomized_steps(signs, embed, select):
 
 
 def _normalized(stages):
-    """One `Kronecker` a stage, whose product is orthogonal.
+    """One `Kronecker` a stage, such that their product is orthogonal.
 
-    Factors get powers of two, such that every partial product, from the last
-    factor of a stage to the first as in `Kronecker.grouped`, is within
-    `sqrt(2)` of orthogonal: `float16` does not overflow inside. The last
-    stage has the rest, in `[sqrt(1/2), sqrt(2)]`.
+    Factors are divided by powers of two, such that every partial product,
+    from the last factor of a stage to the first as in `Kronecker.grouped`, is
+    orthogonal up to a factor `sqrt(2)`. Partial results therefore do not
+    overflow in `float16`. The last stage has the remaining scale, in
+    `[sqrt(1/2), sqrt(2)]`.
     """
     wanted = given = 0.0
     steps = []
@@ -345,9 +354,10 @@ def _normalized(stages):
 
 
 def _skip_unselected(program):
-    """Computes only those coordinates of the last transform that are kept.
+    """Restricts the last transform to the coordinates that are kept.
 
-    Its transpose skips the products with the zeros that pad the input.
+    Applied to a transposed program, it skips the products with the zeros that
+    pad the input.
     """
     *head, last, select = program
     if isinstance(last, Multiply):

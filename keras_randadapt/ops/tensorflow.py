@@ -1,4 +1,4 @@
-"""TensorFlow: eager, `tf.function`, XLA and SavedModel."""
+"""TensorFlow's transforms, for eager, `tf.function`, XLA and SavedModel."""
 
 import contextlib
 import itertools
@@ -6,8 +6,8 @@ import os
 
 import tensorflow as tf
 
-# What is public does not tell what is registered, nor whether XLA compiles, and
-# takes no operations into `tf.vectorized_map`.
+# TensorFlow's public API does not tell whether an operation is registered or
+# whether XLA compiles, and cannot add operations to `tf.vectorized_map`.
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.parallel_for import pfor
@@ -15,16 +15,17 @@ from tensorflow.python.ops.parallel_for import pfor
 from keras_randadapt.ops import native
 from keras_randadapt.ops import program as steps
 
-# In multiply-adds an element, see benchmarks/README.md.
+# Costs in multiply-adds an element (docs/design/transforms.md).
 _PASS_COST = 60
 _LEFT_COST = 3
 _PASS_COST_OF_XLA = 36
-# Elements a block of rows, on a CPU.
+# The elements in a block of rows, on a CPU.
 _BLOCK = 1 << 19
 _MAX_BLOCKS = 16
-# The attribute of a graph that has its constants.
+# The attribute in which a graph keeps its constants.
 _CONSTANTS = "_keras_randadapt_constants"
-# The operation of `_native.c`, and what tells it to register itself.
+# The operation of `_native.c`, and the variable of the environment that makes
+# it register itself.
 _OPERATION = "KerasRandadaptTransform"
 _REGISTER = "_KERAS_RANDADAPT_REGISTER"
 # Functions of Keras's `fit`, `evaluate` and `predict`.
@@ -40,19 +41,19 @@ _FUNCTIONS_OF_TRAINER = frozenset(
 def _load_operation():
     """TensorFlow's operation that runs the compiled code, or `None`.
 
-    It registers itself while TensorFlow loads the file, so TensorFlow must be
-    the first that does.
+    It registers itself while TensorFlow loads the file, so TensorFlow must
+    load the file first.
     """
     path = native.path()
     if path is None:
         return None
-    # It may be of another copy of the package, or of an earlier import.
+    # Another copy of the package or an earlier import may have registered it.
     if op_def_registry.get(_OPERATION) is None:
         os.environ[_REGISTER] = "1"
     try:
         operations = tf.load_op_library(path)
     except tf.errors.NotFoundError:
-        # `native.library` will tell.
+        # `native.library` will warn.
         return None
     finally:
         os.environ.pop(_REGISTER, None)
@@ -67,8 +68,8 @@ def compile_time(function):
     return function
 
 
-# There is nothing to convert for AutoGraph, which warns of the syntax that it
-# does not know.
+# AutoGraph has nothing to convert here and would warn of syntax that it does
+# not know.
 @tf.autograph.experimental.do_not_convert
 @steps.scaled
 def apply(x, program):
@@ -83,14 +84,14 @@ def apply(x, program):
         dim = y.shape[-1]
 
         def gradient(upstream):
-            # What `tf.split` passes back does not know its own size.
+            # The gradient of `tf.split` has no static shape.
             batch = [None] * (upstream.shape.rank - 1)
             upstream = tf.ensure_shape(upstream, [*batch, dim])
             return apply(upstream, program.transpose)
 
         return y, gradient
 
-    # Keras leaves a variable as it is.
+    # Keras passes variables on without converting them.
     return linear(tf.convert_to_tensor(x))
 
 
@@ -120,10 +121,10 @@ def _takes_native(x, program):
 
 
 def _stays_here():
-    """Whether what is traced runs on this processor, and is not to be saved.
+    """Whether the traced function runs on this CPU and will not be saved.
 
-    A SavedModel should run wherever TensorFlow does. Of what Keras traces, it
-    saves no functions of its trainer; functions that those call it may save.
+    A SavedModel should run wherever TensorFlow does. Keras saves no functions
+    of its trainer, but it may save functions that these call.
     """
     devices = tf.config.list_logical_devices()
     if not all(map(_is_own_processor, devices)):
@@ -154,7 +155,10 @@ def _run_native(x, program):
 
 
 def _gradient_of_operation(operation, upstream):
-    """For forward mode, which looks into functions that have a gradient."""
+    """The operation's gradient.
+
+    Forward mode needs it, because it looks into functions with a gradient.
+    """
     x, *constants = operation.inputs
     y = _operation(
         upstream,
@@ -167,7 +171,7 @@ def _gradient_of_operation(operation, upstream):
 
 
 def _vectorize_operation(pfor_input):
-    """For `tf.vectorized_map`: the rows of all iterations at once."""
+    """The operation in `tf.vectorized_map`: all iterations' rows at once."""
     x = pfor_input.stacked_input(0)
     sizes = tf.shape(x)
     constants = [pfor_input.unstacked_input(i) for i in range(1, 5)]
@@ -180,7 +184,8 @@ def _vectorize_operation(pfor_input):
     return pfor.wrap(y, True)
 
 
-# What an earlier import of the package has registered does as well.
+# A `KeyError` means that an earlier import of the package has registered them,
+# which is as good.
 with contextlib.suppress(KeyError):
     tf.RegisterGradient(_OPERATION)(_gradient_of_operation)
     pfor.RegisterPFor(_OPERATION)(_vectorize_operation)
@@ -204,10 +209,10 @@ def _run_in_blocks(x, program):
 
 
 def _blocks(rows, program):
-    """First rows of the blocks to work in, so that they stay in cache.
+    """The first rows of blocks that are small enough to stay in cache.
 
-    The blocks are unrolled into the graph: they are few, and there is one
-    where the batch size is unknown, for XLA, or for an accelerator.
+    The blocks are unrolled into the graph, so there are few. There is only
+    one if the batch size is unknown, under XLA, and with an accelerator.
     """
     if rows is None or _in_xla() or tf.config.list_logical_devices("GPU"):
         return [0]
@@ -260,7 +265,10 @@ def _kronecker(x, step):
 
 
 def _products(x, step, exact):
-    """From the left, but for the last axis; TensorFlow's transpose is slow."""
+    """The products of a step, by matrices from the left but the last.
+
+    TensorFlow's transpose is slow, so axes are not moved.
+    """
     for matrix, _, right in step.grouped(_PASS_COST, exact, _LEFT_COST):
         dim = matrix.shape[1]
         if right == 1:
@@ -273,7 +281,10 @@ def _products(x, step, exact):
 
 
 def _products_of_xla(x, step, exact):
-    """Along the last axis; XLA transposes twice for a product from the left."""
+    """The products of a step, along the last axis.
+
+    XLA would transpose twice for a product from the left.
+    """
     factors = step.grouped(_PASS_COST_OF_XLA, exact)
     *rotations, last = step.rotations(factors)
     sizes = [0] * len(factors)
@@ -290,10 +301,11 @@ def _products_of_xla(x, step, exact):
 
 
 def _constant(array, dtype, transposed=False):
-    """An array as a tensor, one for all its uses in a graph.
+    """An array as a tensor, which a graph has only once.
 
-    A model's layers share bases, and all blocks of rows their steps: with a
-    constant for each, a step of a RoBERTa-base held 430 MB more.
+    The layers of a model share bases, and all blocks of rows share steps.
+    With a constant for each use, a training step of a RoBERTa-base took 430 MB
+    more.
     """
     if tf.executing_eagerly():
         return tf.constant(array.T if transposed else array, dtype)
@@ -305,7 +317,7 @@ def _constant(array, dtype, transposed=False):
     key = id(array), dtype, transposed
     if key not in known:
         tensor = tf.constant(array.T if transposed else array, dtype)
-        # The array is kept too, so that nothing else gets its id.
+        # The array is kept too, so that no other object gets its id.
         known[key] = tensor, array
     return known[key][0]
 
@@ -315,13 +327,13 @@ def with_gradient(forward, backward, *arguments, drop=0):
 
     @tf.custom_gradient
     def function(*arguments):
-        # Without it, an eager tape would record what `forward` does as well.
+        # Without `stop_gradient`, an eager tape would also record `forward`.
         y = forward(*map(tf.stop_gradient, arguments))
         shape = y.shape
         kept = arguments[drop:]
 
         def gradient(upstream):
-            # What `tf.split` passes back does not know its own size.
+            # The gradient of `tf.split` has no static shape.
             return backward(kept, tf.ensure_shape(upstream, shape))
 
         return y, gradient
@@ -332,9 +344,9 @@ def with_gradient(forward, backward, *arguments, drop=0):
 def fence(awaited, *tensors):
     """See `keras_randadapt.ops.fence`.
 
-    Neither TensorFlow's graph optimizer nor XLA knows that nothing is below and
-    above zero. (Nor above infinity, but `enable_check_numerics` is for finding
-    that.)
+    Neither TensorFlow's graph optimizer nor XLA knows that no number is both
+    below and above zero, so they cannot simplify the sum. (A comparison with
+    infinity would also do, but `enable_check_numerics` would report it.)
     """
     if tf.executing_eagerly():
         return tensors

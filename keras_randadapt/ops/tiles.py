@@ -1,7 +1,7 @@
-"""Transforms as a kernel with tensor cores wants them; pure NumPy.
+"""Programs in the form that a GPU kernel with tensor cores needs, in NumPy.
 
-Coordinates lie in a tile whose axes are padded to powers of two, one axis a
-factor. `triton.py` has the kernel.
+Coordinates lie in a tile that has an axis for each factor; each axis is padded
+to a power of two. `triton.py` has the kernel.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ import numpy as np
 
 from keras_randadapt.ops import program as steps
 
-# Set to 0 before the package is imported, it turns the kernel off.
+# Setting this to 0 before the package is imported turns the kernel off.
 _SWITCH = "KERAS_RANDADAPT_TRITON"
-# Elements that one program holds on chip: at least so many, in several rows if
-# need be, and at most so many, in one.
+# The least and the largest number of elements that one program holds on chip.
+# If a row is smaller than the least number, a program holds several rows.
 _TILE = 4096
 _LARGEST_TILE = 32768
 # The least size of a product on tensor cores.
 _LEAST_SIZE = 16
-# What a product's size may be at the most: the first for which there is room.
+# The largest size of a product. The first that fits into shared memory is used.
 _LARGEST_SIZES = (128, 64, 32)
 _MAX_FACTORS = 3
-# The bits of a float32 that tensor cores do not take.
+# The bits of a float32 that tensor cores ignore.
 _OTHER_BITS = np.uint32(0x1FFF)
 
 
@@ -39,24 +39,24 @@ def kernel_is_wanted():
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TiledProgram:
-    """A program as the kernel wants it.
+    """A program in the form that the kernel needs.
 
     Coordinates are numbered by their position in a tile of `sizes`, whose
-    axes are padded to powers of two. All stages have the same factors, but for
-    a scale and for what is left out of the first and the last: that is computed
-    too, from zeros or for nobody.
+    axes are padded to powers of two. All stages have the same factors up to a
+    scale. The first and last stages are computed in full, even where a program
+    skips coordinates; unused inputs are zero and unused outputs are ignored.
 
     Args:
-        sizes: Tuple of three integers, powers of two; 1 for no factor.
+        sizes: Tuple of three integers, powers of two; 1 means no factor.
         dims: `(input_dim, output_dim)`.
-        stages: How many there are.
-        scale: What the result of each stage is multiplied by.
-        exact: Whether all bits of the factors are leading ones.
+        stages: The number of stages.
+        scale: The factor by which the result of each stage is multiplied.
+        exact: Whether tensor cores use all bits of the factors.
         factors: float32 array of shape `(s1**2 + s2**2 + s3**2,)`: the factors
             of every stage, row by row, padded with zeros.
         signs: float32 array of shape `(stages + 1, s1 * s2 * s3)`: signs before
             each stage and after the last. `None` if all are positive.
-        signed: Integer, a bit for each row of `signs` that has a negative one.
+        signed: Integer with a bit set for each row of `signs` with a -1.
         tables: `Tables`.
     """
 
@@ -72,25 +72,27 @@ class TiledProgram:
 
     @functools.cached_property
     def known_settings(self):
-        """By direction and dtype."""
+        """The launch settings that are known, by direction and dtype."""
         return {}
 
     def tile(self, itemsize):
-        """Elements that a program of the kernel holds on chip."""
+        """The elements that a program of the kernel holds on chip."""
         size = math.prod(self.sizes)
-        # Measured, see benchmarks/README.md.
+        # In 16 bits two rows were measured to be faster than one
+        # (docs/design/gpu-kernel.md).
         if itemsize < 4 and size == _TILE:
             return 2 * size
         return max(size, _TILE)
 
     def products(self, itemsize):
-        """Products of tensor cores that make one of this dtype."""
+        """The tensor-core products that make one product of this dtype."""
         return 1 if itemsize < 4 else 2 if self.exact else 3
 
     def shared_bytes(self, itemsize):
-        """Of shared memory: a tile that changes its layout, and factors.
+        """The bytes of shared memory for a tile and the factors.
 
-        Those of three products are kept in two parts.
+        The tile lies there while its layout changes. For three products, each
+        factor is kept in two parts.
         """
         parts = 2 if self.products(itemsize) == 3 else 1
         return itemsize * (self.tile(itemsize) + parts * len(self.factors))
@@ -98,11 +100,11 @@ class TiledProgram:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tables:
-    """Where coordinates come from and go to.
+    """The coordinates of the input and output at each position of a tile.
 
     Args:
-        source: int32 array `(s1 * s2 * s3,)`: which coordinate of the input
-            goes to each position, or -1. `None` if they are in order.
+        source: int32 array `(s1 * s2 * s3,)`: the coordinate of the input at
+            each position, or -1. `None` if they are in order.
         target: The same for the output.
     """
 
@@ -115,7 +117,7 @@ class Tables:
 
 
 def fitting(program, itemsize, room):
-    """The `TiledProgram` with the largest factors for which there is room."""
+    """The `TiledProgram` with the largest factors that fit, or `None`."""
     for largest in _LARGEST_SIZES:
         description = _describe(program, largest)
         if description and description.shared_bytes(itemsize) <= room:
@@ -124,7 +126,7 @@ def fitting(program, itemsize, room):
 
 
 def _describe(program, largest):
-    """A `TiledProgram`, or `None`; no factor is larger than that."""
+    """The `TiledProgram` with factors up to a size, or `None`."""
     steps_apart = _taken_apart(list(program))
     if steps_apart is None:
         return None
@@ -154,7 +156,7 @@ def _describe(program, largest):
         + [_flat(factors[group], size) for group, size in zip(groups, padded)]
     )
     return TiledProgram(
-        # Axes that are not there come first.
+        # Axes without a factor come first.
         sizes=(1,) * missing + tuple(padded),
         dims=dims,
         stages=len(stages),
@@ -171,10 +173,10 @@ def _describe(program, largest):
 
 
 def _common(stages):
-    """Matrices that all stages have in common, and the scale of each stage.
+    """The matrices that all stages share, and the scale of each stage.
 
-    A stage's matrices are those of another, times powers of two; of the first
-    and the last stage, columns or rows may have been left out.
+    The matrices of two stages differ by powers of two. In the first and the
+    last stage, columns or rows may be left out.
     """
     matrices = []
     scale = math.prod(stage.scale for stage in stages)
@@ -190,13 +192,13 @@ def _common(stages):
 
 
 def _taken_apart(program):
-    """The stages of a program, and what is around and between them.
+    """The stages of a program, and the steps around and between them.
 
     Returns:
-        `(dims, source, stages, between, target)`, or `None` if the program is
-        of another form: its input and output dimension, the `_selection`
-        before and after the stages, the `Kronecker` steps, and the signs
-        between each two.
+        `(dims, source, stages, between, target)`: the input and output
+        dimension, the `_selection` before the stages, the `Kronecker` steps,
+        the signs between each two of them, and the `_selection` after them.
+        `None` if the program has another form.
     """
     places = [
         place
@@ -211,7 +213,8 @@ def _taken_apart(program):
         return None
     dims = program[0].input_dim, program[-1].output_dim
     source = _selection(before, dims[0])
-    # Backwards, what comes after the last stage is what comes before it.
+    # The steps after the last stage, reversed and transposed, are a selection
+    # like those before the first.
     after = [step.transpose for step in reversed(after)]
     target = _selection(after, dims[1])
     for (columns, _), dim in zip((source, target), dims):
@@ -250,10 +253,10 @@ def _between(middle):
 
 @functools.lru_cache(maxsize=None)
 def _groups(sizes, largest):
-    """Slices of consecutive cores to multiply out, or `None`.
+    """Slices of consecutive cores that are multiplied out, or `None`.
 
-    As few as possible, since rotating axes costs more than multiply-adds; of
-    equals, the larger first.
+    There are as few as possible, since rotating axes costs more than
+    multiply-adds. Among equals, the larger come first.
     """
     for parts in range(1, _MAX_FACTORS + 1):
         best, least = None, (_LARGEST_TILE + 1,)
@@ -283,7 +286,7 @@ def _flat(matrices, size):
 
 
 def _table(columns, position, tile):
-    """Columns by position; `None` if they are in order and come first."""
+    """The columns by position, or `None` if they are in order and first."""
     table = np.full(tile, -1, np.int32)
     table[position[: len(columns)]] = columns
     dim = columns.max() + 1

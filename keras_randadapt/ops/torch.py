@@ -1,4 +1,4 @@
-"""PyTorch: eager, `torch.func`, `torch.compile`, and the meta device."""
+"""PyTorch's transforms, for eager, `torch.func`, `torch.compile` and "meta"."""
 
 import ctypes
 import functools
@@ -14,31 +14,33 @@ from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import tiles
 from keras_randadapt.ops import torch_tensors
 
-# Marks Python that is not to be traced: `torch.compile` would follow the
+# It marks Python that must not be traced: `torch.compile` would follow the
 # construction of the matrices down to NumPy.
 compile_time = torch.compiler.assume_constant_result
 
-# In multiply-adds an element, see benchmarks/README.md.
+# The cost of a pass over the data, in multiply-adds an element
+# (docs/design/transforms.md).
 _PASS_COST = 36
-# Elements a block of rows, on a CPU: what is between steps stays in cache,
-# and is not asked from the system, which costs more than the arithmetic.
+# The elements in a block of rows, on a CPU. In a block, results between steps
+# stay in cache; allocating larger ones costs more than the arithmetic.
 _BLOCK = 1 << 19
 _HAS_TRITON = tiles.kernel_is_wanted()
 
-# What `torch.autograd.Function.apply` asks too, and does.
+# `torch.autograd.Function.apply` uses these too.
 try:
     from torch._C import _are_functorch_transforms_active
     from torch._functorch.utils import unwrap_dead_wrappers
 
     forward_ad._current_level
 except (ImportError, AttributeError):
-    # Another PyTorch: always that function.
+    # Another version of PyTorch has other names; `Function` is then always
+    # used.
     def _are_functorch_transforms_active():
         return True
 
 
 def _unwrapped(*tensors):
-    """Without what transforms that have ended, such as `vjp`, put around."""
+    """The tensors without the wrappers of transforms that have ended."""
     return unwrap_dead_wrappers(tensors)
 
 
@@ -52,15 +54,15 @@ def apply(x, program, before=None, after=None):
         after: Optional tensor `(output_dim,)` to multiply by last.
     """
     if torch.compiler.is_dynamo_compiling():
-        # Only what is computed is a constant to `torch.compile` and guarded;
-        # an attribute as such is neither yet.
+        # `+ ""` computes a string, because `torch.compile` treats computed
+        # strings as guarded constants, but not attributes.
         return _apply_by_key(x, before, after, program.key + "")
     return _apply(x, before, after, program)
 
 
 @torch.compiler.allow_in_graph
 def _apply_by_key(x, before, after, key):
-    """What `torch.compile` puts into its graph, and later traces itself."""
+    """A call that `torch.compile` puts into its graph and traces later."""
     return _apply(x, before, after, steps.Program.from_key(key))
 
 
@@ -86,31 +88,32 @@ _apply_around = steps.scaled(_linear)
 
 
 def _is_untracked(*tensors):
-    """Whether no derivative will be asked of what is computed with these.
+    """Whether no derivative with respect to these tensors can be asked for.
 
-    As in the gradients of `with_gradient`, where an autograd function that is
-    called for nothing takes longer than compiled code for a few rows.
+    This is so in the gradients of `with_gradient`. For a few rows, an autograd
+    function takes longer than the compiled code, so it is skipped there.
     """
     return (
         not _are_functorch_transforms_active()
-        # Of forward mode.
+        # The level is negative outside of forward mode.
         and forward_ad._current_level < 0
         and not (
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         )
-        # A trace holds a function as it is, and would compare constants.
+        # A trace keeps an autograd function as one node. Without it, the trace
+        # would record constants, which its check compares.
         and not torch.jit.is_tracing()
     )
 
 
 def _with_signature(function):
-    """Spares PyTorch working the signature out anew in every call."""
+    """Stores the signature, which PyTorch would inspect in every call."""
     function.__signature__ = inspect.signature(function)
     return function
 
 
 class _Linear(torch.autograd.Function):
-    """The gradient applies the transposed program; nothing is kept for it."""
+    """A program; its gradient is the transposed program and keeps nothing."""
 
     @staticmethod
     @_with_signature
@@ -135,7 +138,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """`after * T (before * x)` where the kernel does it in one pass."""
+    """`after * T (before * x)`, computed by a kernel in one pass."""
 
     @staticmethod
     @_with_signature
@@ -146,7 +149,7 @@ class _Scaled(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, before, after, ctx.program = inputs
         ctx.save_for_forward(x, before, after)
-        # The data only where a scale is trained.
+        # The data are kept only if a scale is trained.
         x = x if any(ctx.needs_input_grad[1:3]) else None
         ctx.save_for_backward(x, before, after)
 
@@ -203,11 +206,12 @@ def _sum_of_rows(x):
 
 
 def _kernel(program, x):
-    """What applies a program in one pass over memory, or `None`.
+    """The kernel that applies a program in one pass over memory, or `None`.
 
-    That is a function of `(x, program, before, after)`, without gradient.
+    It is a function of `(x, program, before, after)` without a gradient.
     """
-    # An exported program should run wherever PyTorch does, ONNX elsewhere too.
+    # An exported program should run wherever PyTorch does, and one in ONNX
+    # also without PyTorch.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -242,10 +246,10 @@ def _apply_native(x, program, before, after):
 
 @functools.cache
 def _parallel():
-    """OpenMP's entry to the threads that PyTorch has, if it has those.
+    """OpenMP's function that runs code in PyTorch's threads, if it has some.
 
-    Other threads would share the processors with these, which go on for a while
-    after an operation in case there is another one.
+    PyTorch's threads keep spinning for a while after an operation, so other
+    threads would compete with them for the processors.
     """
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None)
 
@@ -259,14 +263,14 @@ def _transform(
 ) -> torch.Tensor:
     """A kernel, as one node of the graph that `torch.compile` makes.
 
-    Its constants are neither constants of that graph nor arguments: they are
-    found at run time, by the key of the program.
+    The program's arrays are neither constants of that graph nor arguments: the
+    key of the program finds them at run time.
     """
     program = steps.Program.from_key(key)
     return _kernel(program, x)(x, program, before, after)
 
 
-# A compiled graph knows programs by their keys alone, so they must live on.
+# A compiled graph knows programs only by their keys, so this keeps them alive.
 _compiled_programs = set()
 
 
@@ -302,7 +306,7 @@ def _run(x, program, before=None, after=None):
 
 
 def _is_plain(x):
-    # Neither traced nor a subclass with rules of its own.
+    # A plain tensor is not traced and not of a subclass with its own rules.
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -310,14 +314,15 @@ def _is_plain(x):
 
 
 def _is_in_memory(x):
-    """Whether a tensor is what lies at its address, and is asked to be used."""
+    """Whether a kernel may read a tensor at its address."""
     return x is None or (
         _is_plain(x)
         and x.layout == torch.strided
-        # Zeros without memory, and numbers whose sign is yet to be changed.
+        # PyTorch has zeros without memory, and tensors whose sign is still to
+        # be changed.
         and not x._is_zerotensor()
         and not x.is_neg()
-        # Something that sees every operation, and may record it.
+        # A dispatch mode must see every operation.
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -358,7 +363,8 @@ def _kronecker(x, step, out=None):
     x = _product(x, matrices[-1], rights[-1], out)
     x = x.reshape(rows, step.output_dim)
     if x.dtype.itemsize < 4 and step.scale != 1.0:
-        # In place, since `x` may be `out`; nothing else refers to it.
+        # The product is in place, since `x` may be `out`. No other tensor
+        # shares its memory.
         x *= step.scale
     return x
 

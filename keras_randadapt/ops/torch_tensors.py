@@ -25,8 +25,9 @@ def as_tensors(owner, arrays, dtype, device):
 
 
 def _copies(arrays, dtype, device):
-    # `torch.tensor` copies: read-only arrays are not for sharing. What is made
-    # in inference mode could not be kept for a backward pass later.
+    # `torch.tensor` copies, because read-only arrays must not be shared. A
+    # tensor that is made in inference mode could not be used in a later
+    # backward pass.
     with torch.inference_mode(False):
         return tuple(
             None if a is None else torch.tensor(a, dtype=dtype, device=device)

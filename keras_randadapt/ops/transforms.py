@@ -4,10 +4,10 @@ import functools
 import importlib
 import numbers
 import operator
-from typing import Any
 
 import keras
 
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops import program as steps
 from keras_randadapt.ops.plan import RandomizedTransform
 
@@ -25,33 +25,33 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def fwht(
-    x: Any,
+    x: Tensor,
     axis: int = -1,
     normalize: bool = True,
     transpose: bool = False,
-) -> Any:
+) -> Tensor:
     """Multiplies by a Hadamard matrix along an axis.
 
-    The matrix is `keras_randadapt.hadamard.hadamard(d)` of the size `d` of
-    the axis: Sylvester's for powers of two (where this is the fast
-    Walsh-Hadamard transform), and as orthogonal for any other `d` without a
-    prime factor above 1024; nothing is padded. It is applied as a few small
-    factors whose Kronecker product it is, at `d * (a + b)` multiply-adds a
-    row for `d = a * b` instead of `d * d`.
+    The matrix is `keras_randadapt.hadamard.hadamard(d)`, where `d` is the size
+    of the axis. For powers of two it is Sylvester's matrix, and this is the
+    fast Walsh-Hadamard transform. For any other `d` without a prime factor
+    above 1024 the matrix is orthogonal too, and nothing is padded. It is the
+    Kronecker product of a few small factors and applied by these: `d = a * b`
+    takes `d * (a + b)` multiply-adds a row instead of `d * d`.
 
-    The gradient is the same transform transposed, to every order of
-    differentiation, and keeps nothing from the forward pass.
+    The gradient, to every order of differentiation, is the transposed
+    transform and keeps nothing from the forward pass.
 
     Args:
-        x: Tensor of a floating dtype. Its size along `axis` must be known,
-            other sizes may not be.
+        x: Tensor of a floating dtype. Its size along `axis` must be known;
+            other sizes may be unknown.
         axis: Integer, the axis to transform.
         normalize: Whether to divide by `sqrt(d)`, which makes the transform
-            orthogonal. Otherwise mind the range of `float16`: results are up
-            to `d` times as large as `x`.
-        transpose: Whether to multiply by the transposed matrix. That differs
-            for the orders that have a core that is not symmetric, such as
-            20 or 44; normalised, it is the inverse.
+            orthogonal. Without it, results are up to `d` times as large as
+            `x` and may exceed the range of `float16`.
+        transpose: Whether to multiply by the transposed matrix. It is another
+            matrix only if the order has a core that is not symmetric, such as
+            20 or 44. If normalized, it is the inverse.
 
     Returns:
         A tensor of the shape and dtype of `x`.
@@ -81,16 +81,16 @@ def fwht(
 
 
 def randomized_transform(
-    x: Any,
+    x: Tensor,
     plan: RandomizedTransform,
     adjoint: bool = False,
-    before: Any = None,
-    after: Any = None,
-) -> Any:
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
     """Multiplies the last axis by a frozen random matrix.
 
-    See `RandomizedTransform` for the matrix `T`. The gradient is the adjoint,
-    to every order of differentiation, and keeps nothing from the forward
+    See `RandomizedTransform` for the matrix `T`. The gradient, to every order
+    of differentiation, is the adjoint and keeps nothing from the forward
     pass.
 
     Args:
@@ -98,9 +98,10 @@ def randomized_transform(
             `(..., plan.output_dim)` with `adjoint=True`.
         plan: A `RandomizedTransform`.
         adjoint: Whether to multiply by the transpose of `T`.
-        before: Optional vector of the dtype of `x`, to multiply `x` by first.
-            Where PyTorch has a kernel for it, that is in one pass over memory.
-        after: Optional vector like it, to multiply the result by.
+        before: Optional vector of the dtype of `x`, by which `x` is multiplied
+            first. If PyTorch has a kernel for the transform, this takes no
+            extra pass over memory.
+        after: Optional vector, by which the result is multiplied.
 
     Returns:
         `T x`, a tensor of the dtype of `x` and shape `(..., plan.output_dim)`;
@@ -162,7 +163,7 @@ class FWHT(keras.Operation):
 
     def compute_output_spec(self, x):
         axis = _check_fwht(x, self.axis)
-        # Raises for a size that has no transform.
+        # It raises an error for a size that has no transform.
         _fwht_program(x.shape[axis], self.normalize, self.transpose)
         return keras.KerasTensor(x.shape, x.dtype)
 
@@ -170,7 +171,7 @@ class FWHT(keras.Operation):
 class RandomizedTransformOperation(keras.Operation):
     """`randomized_transform` as a node of a functional model.
 
-    A plan is not serializable; a layer that makes it from a seed is.
+    A plan is not serializable, but a layer that makes one from a seed is.
     """
 
     def __init__(self, plan, adjoint=False, *, name=None):

@@ -1,19 +1,19 @@
-"""A CUDA kernel for the transforms, in Triton; of no framework.
+"""A CUDA kernel for the transforms, in Triton, independent of a framework.
 
-A program of `program.py` is applied to a block of rows in one pass over memory:
-the rows are read once, held on chip through all stages of signs and Hadamard
-transforms, and written once. The factors of a transform are matrix products,
-padded to the power-of-two sizes that Triton's tiles have; each is followed by a
-rotation of the axes, after which the next one is the fastest.
+The kernel applies a `Program` to a block of rows in one pass over memory: it
+reads the rows once, holds them on chip through all stages of signs and Hadamard
+transforms, and writes them once. The factors of a transform are matrix
+products, padded to the power-of-two sizes of Triton's tiles. After each product
+the axes are rotated, such that the axis of the next product is the fastest.
 
 Products accumulate in float32. Data of 16 bits are rounded to their dtype
-between two products, as matrix products of that dtype would. Of float32 data,
-tensor cores take the 11 leading bits of a number, so a second product adds the
-bits that follow; the factors' entries are +- powers of two, or else (Hartley
-cores) a third product adds their other bits.
+between two products, as in matrix products of that dtype. Tensor cores use only
+the 11 leading bits of a float32, so a second product adds the following bits of
+the data. The entries of Hadamard factors are +- powers of two and need no other
+bits; for Hartley cores a third product adds the factors' other bits.
 
-Under `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs on a
-CPU; slowly, for tests. `triton_torch.py` launches it.
+With `TRITON_INTERPRET=1`, set before Triton is imported, the kernel runs
+slowly on a CPU, which tests use. `triton_torch.py` launches it.
 """
 
 import contextlib
@@ -27,13 +27,14 @@ from keras_randadapt.ops import tiles
 
 @contextlib.contextmanager
 def _own_functions():
-    """Lets a library that is loaded find its own functions before others'.
+    """A library that is loaded in this block prefers its own functions.
 
-    TensorFlow's wheels offer their LLVM to everything that is loaded later, and
-    Triton, which has another one, crashes (tensorflow/tensorflow#124205).
+    TensorFlow's wheels export their LLVM to every library that is loaded later.
+    Triton has another LLVM and would crash (tensorflow/tensorflow#124205).
     """
     flags = sys.getdlopenflags()
-    # Not otherwise: it would pass over an allocator that was preloaded.
+    # Without TensorFlow the flag is left alone, since it would pass over a
+    # preloaded allocator.
     if "tensorflow" in sys.modules:
         sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
     try:
@@ -47,13 +48,13 @@ with _own_functions():
     import triton.language as tl
 
 DTYPES = ("float32", "bfloat16", "float16")
-#: The first generation with tensor cores for TF32.
+#: The first compute capability with tensor cores for TF32.
 FIRST_MAJOR = 8
 # Prefetching into shared memory leaves room for fewer programs.
 STAGES_AHEAD = 1
 
-# Programs a multiprocessor, where each goes through many blocks of rows: a
-# multiple of the 2 or 3 for which one has room.
+# The programs for each multiprocessor, if a program loops over many blocks of
+# rows. A multiprocessor has room for 2 or 3 programs; this is a multiple.
 _PROGRAMS = 6
 
 
@@ -67,7 +68,7 @@ def is_interpreted():
 
 
 def programs(rows, settings, multiprocessors):
-    """How many programs of the kernel to launch for so many rows."""
+    """The number of programs of the kernel to launch for some rows."""
     blocks = triton.cdiv(rows, settings["ROWS"])
     if settings["LOOP"]:
         return min(blocks, _PROGRAMS * multiprocessors)
@@ -75,7 +76,7 @@ def programs(rows, settings, multiprocessors):
 
 
 def launch_settings(tiled, adjoint, dtype):
-    """What is constant when the kernel is compiled, and the warps to run.
+    """The constants with which the kernel is compiled, and its warps.
 
     Args:
         tiled: `tiles.TiledProgram`.
@@ -92,7 +93,8 @@ def _launch_settings(tiled, adjoint, dtype):
     input_dim, output_dim = tiled.dims[:: -1 if adjoint else 1]
     sizes, itemsize = tiled.sizes, _itemsize(dtype)
     tile = tiled.tile(itemsize)
-    # Factors larger than a tile are read once for many, if they leave room.
+    # Factors that are larger than a tile are read once for many tiles, if they
+    # leave room.
     read_once = len(tiled.factors) > 1.5 * tile
     settings = {
         "INPUT_DIM": input_dim,
@@ -122,8 +124,8 @@ _known_tiled = weakref.WeakKeyDictionary()
 def tiled_program(program, dtype, room):
     """`(tiles.TiledProgram, adjoint)`, or `None` if there is none that fits.
 
-    Not for other dtypes, nor windows, nor orders whose tile does not fit on
-    chip. A program and its transpose have one.
+    There is none for other dtypes than `DTYPES`, for windows, and for orders
+    whose tile does not fit on chip. A program and its transpose share one.
 
     Args:
         program: `steps.Program`.
@@ -145,7 +147,8 @@ def tiled_program(program, dtype, room):
     return known[key]
 
 
-# Not compiled anew for batches of another size.
+# `rows` is not specialized, so that batches of another size use the same
+# compiled kernel.
 @triton.jit(do_not_specialize=["rows"])
 def kernel(
     x_pointer,
@@ -281,7 +284,7 @@ def _block(
     )
     for i in tl.static_range(STAGES):
         x = _signed(x, signs, STAGES - i if ADJOINT else i, SIZE, SIGNED)
-        # Each product is by the fastest axis, which then becomes the slowest.
+        # Each product is along the fastest axis, which then becomes slowest.
         x = _product(x, factor_3, scale, ROWS, SIZE, SIZE_3, PRODUCTS)
         if SIZE_2 > 1:
             x = _product(x, factor_2, None, ROWS, SIZE, SIZE_2, PRODUCTS)
@@ -293,7 +296,7 @@ def _block(
 
 @triton.jit
 def _factor(pointer, AXIS: tl.constexpr, ADJOINT, EMULATED: tl.constexpr):
-    """A factor, transposed: it is multiplied by from the right."""
+    """A factor, transposed, because the data are multiplied from the right."""
     i = tl.arange(0, AXIS)
     if ADJOINT:
         offsets = i[:, None] * AXIS + i[None, :]
@@ -322,8 +325,8 @@ def _load(
     """Reads rows, each coordinate to its position, and scales them."""
     column = tl.arange(0, SIZE)
     if table is not None:
-        # Transposed, since where the order of addresses is not known, the
-        # threads of a warp go along the first axis.
+        # The tile is loaded transposed. If Triton does not know the order of
+        # addresses, the threads of a warp go along the first axis.
         column = tl.load(table + column)
         mask = (column >= 0)[:, None] & (row < rows)[None, :]
         offsets = column[:, None] + row[None, :] * stride
@@ -414,6 +417,6 @@ def _product(
 
 @triton.jit
 def _leading(x):
-    """What tensor cores take of a float32: sign, exponent, 10 bits."""
+    """The part of a float32 that tensor cores use: sign, exponent, 10 bits."""
     bits = x.to(tl.uint32, bitcast=True) & 0xFFFFE000
     return bits.to(tl.float32, bitcast=True)

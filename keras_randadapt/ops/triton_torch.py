@@ -12,7 +12,8 @@ from keras_randadapt.ops.torch_tensors import as_tensors
 def takes(program, dtype, device):
     """Whether the kernel can apply a program to tensors of a dtype.
 
-    See `triton.tiled_program`; and on no GPU without tensor cores for TF32.
+    The program must have a `triton.tiled_program`, and the GPU must have
+    tensor cores for TF32.
     """
     return _tiled(program, dtype, device) is not None
 
@@ -46,7 +47,7 @@ def apply(x, program, before=None, after=None):
 
     Args:
         x: Tensor of shape `(rows, input_dim)`.
-        program: One that `takes` takes.
+        program: A `Program` for which `takes` is true.
         before: `None`, or tensor of shape `(input_dim,)`.
         after: `None`, or tensor of shape `(output_dim,)`.
 
@@ -88,7 +89,7 @@ def apply(x, program, before=None, after=None):
             **settings,
             num_warps=warps,
             num_stages=triton.STAGES_AHEAD,
-            # Said, since Triton is about to change what it means not to say.
+            # The default is given, since Triton is about to change it.
             enable_fp_fusion=True,
         )
     return y
