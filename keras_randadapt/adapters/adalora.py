@@ -1,10 +1,13 @@
 """AdaLoRA: a budget of ranks, given to the sites that use them."""
 
 import re
+from typing import Any
 
 import keras
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
 from keras_randadapt.adapters import gated
 from keras_randadapt.optimizers import rank_allocation
 from keras_randadapt.optimizers import wrapper
@@ -79,9 +82,9 @@ class AdaLoRA(gated.GatedLoRA):
         rank: int = 12,
         *,
         orthogonality: float = 0.1,
-        a_initializer={"name": "normal", "stddev": 0.02},
-        b_initializer={"name": "normal", "stddev": 0.02},
-        **kwargs,
+        a_initializer: Initializer = {"name": "normal", "stddev": 0.02},
+        b_initializer: Initializer = {"name": "normal", "stddev": 0.02},
+        **kwargs: Any,
     ):
         if "regularizer" in kwargs:
             raise TypeError(
@@ -102,14 +105,16 @@ class AdaLoRA(gated.GatedLoRA):
         )
         self.orthogonality = penalty.strength
 
-    def wrap_optimizer(self, optimizer, name):
+    def wrap_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> keras.optimizers.Optimizer:
         if wrapper.chosen_by_user(optimizer, rank_allocation.RankAllocation):
             return optimizer
         return rank_allocation.RankAllocation(
             optimizer, paths=f"(^|/)adapter/{re.escape(name)}/"
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.pop("regularizer", None)
         return {**config, "orthogonality": self.orthogonality}

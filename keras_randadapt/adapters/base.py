@@ -13,6 +13,9 @@ from keras import ops
 from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt._types import Config
+from keras_randadapt._types import Layers
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import argument_hints
 from keras_randadapt.adapters.variables import AdapterVariables
 from keras_randadapt.sites.product import Product
@@ -64,9 +67,7 @@ class Adapter(AdapterVariables):
     #: Optional function from a dict of structural addresses to layers to the
     #: addresses that `targets=None` means. Without it, `targets=None` means
     #: the query and value projections.
-    default_targets: (
-        Callable[[dict[str, keras.layers.Layer]], Collection[str]] | None
-    ) = None
+    default_targets: Callable[[Layers], Collection[str]] | None = None
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Adapter(AdapterVariables):
         dropout: float = 0.0,
         dtype: str = "float32",
         name: str | None = None,
-        **unknown,
+        **unknown: Any,
     ):
         if unknown:
             raise TypeError(
@@ -106,7 +107,7 @@ class Adapter(AdapterVariables):
         """
         raise NotImplementedError
 
-    def delta(self, x: Any, training: bool | None = None) -> Any:
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         """The update's product with inputs.
 
         Args:
@@ -119,7 +120,7 @@ class Adapter(AdapterVariables):
         """
         raise NotImplementedError
 
-    def delta_kernel(self) -> Any:
+    def delta_kernel(self) -> Tensor:
         """The update itself: `(input_dim, output_dim)`, float32."""
         raise NotImplementedError
 
@@ -134,7 +135,7 @@ class Adapter(AdapterVariables):
 
     def resolved(
         self,
-        layers: dict[str, keras.layers.Layer],
+        layers: Layers,
         addresses: Collection[str],
     ) -> Self:
         """The template whose arguments are resolved against a model.
@@ -169,7 +170,7 @@ class Adapter(AdapterVariables):
         """
         return self
 
-    def training_delta_kernel(self) -> Any:
+    def training_delta_kernel(self) -> Tensor:
         """The update that a training step uses, if it is another one.
 
         Returns:
@@ -177,7 +178,9 @@ class Adapter(AdapterVariables):
         """
         return self.delta_kernel()
 
-    def delta_transpose(self, x: Any, training: bool | None = None) -> Any:
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         """The product with the update's transpose, for tied output heads.
 
         Args:
@@ -190,7 +193,9 @@ class Adapter(AdapterVariables):
         kernel = ops.cast(self.delta_kernel(), x.dtype)
         return ops.matmul(x, ops.transpose(kernel))
 
-    def lookup(self, ids: Any, dtype: str, training: bool | None = None) -> Any:
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         """Rows of the update, for embeddings.
 
         Args:
@@ -205,10 +210,10 @@ class Adapter(AdapterVariables):
 
     def adapt(
         self,
-        x: Any,
+        x: Tensor,
         linear: Product,
         training: bool | None = None,
-    ) -> Any:
+    ) -> Tensor:
         """The site's output before bias and activation.
 
         Args:
@@ -224,7 +229,9 @@ class Adapter(AdapterVariables):
         """
         return linear(x) + self.delta(self.drop(x, training), training)
 
-    def adapt_output(self, y: Any, x: Any, training: bool | None = None) -> Any:
+    def adapt_output(
+        self, y: Tensor, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         """The adapted output of the site, if the method adapts outputs.
 
         Args:
@@ -241,7 +248,7 @@ class Adapter(AdapterVariables):
 
     def sources(
         self,
-        layers: dict[str, keras.layers.Layer],
+        layers: Layers,
         addresses: Collection[str],
     ) -> dict[str, str]:
         """The layers whose inputs `adapt_output` gets instead of the sites'.
@@ -256,7 +263,9 @@ class Adapter(AdapterVariables):
         """
         return {}
 
-    def merged(self, kernel: Any, base: Any, training: bool = False) -> Any:
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         """The adapted kernel: `(input_dim, output_dim)`, float32.
 
         Args:
@@ -271,7 +280,7 @@ class Adapter(AdapterVariables):
             return kernel + self.training_delta_kernel()
         return kernel + self.delta_kernel()
 
-    def merged_bias(self, bias: Any, base: Any) -> Any:
+    def merged_bias(self, bias: Tensor, base: Tensor) -> Tensor:
         """The adapted bias, if the method adapts biases.
 
         Args:
@@ -294,7 +303,7 @@ class Adapter(AdapterVariables):
             kernel: float32 NumPy array, the base kernel view.
         """
 
-    def factors(self) -> tuple[Any, Any] | None:
+    def factors(self) -> tuple[Tensor, Tensor] | None:
         """Two thin matrices whose product is the update, if there are any.
 
         Returns:
@@ -415,7 +424,7 @@ class Adapter(AdapterVariables):
                 "`exclude`."
             )
 
-    def call(self, x: Any, training: bool | None = None) -> Any:
+    def call(self, x: Tensor, training: bool | None = None) -> Tensor:
         return self.delta(self.drop(x, training), training)
 
     def compute_output_shape(
@@ -423,7 +432,7 @@ class Adapter(AdapterVariables):
     ) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.output_dim)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         # The config has no name and no trainable flag, so that two templates
         # of one method with equal arguments have equal configs, also in files.
         config = {"seed": self.seed, "dropout": self.dropout}

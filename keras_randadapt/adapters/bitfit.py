@@ -5,10 +5,15 @@ import math
 import keras
 from keras import ops
 
+from keras_randadapt._types import Config
+from keras_randadapt._types import Layers
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 
-def _with_bias(layers):
+def _with_bias(layers: Layers) -> list[str]:
     return [
         address
         for address, layer in layers.items()
@@ -57,22 +62,26 @@ class BitFit(base.Adapter):
     def __init__(self, *, dtype: str = "float32", name: str | None = None):
         super().__init__(dtype=dtype, name=name)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.bias_delta = self.add_trainable(
             "bias_delta", (math.prod(site.bias_shape),), "zeros"
         )
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         return linear(x)
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         return ops.zeros((self.input_dim, self.output_dim))
 
-    def merged(self, kernel, base, training=False):
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         return kernel
 
-    def merged_bias(self, bias, base):
+    def merged_bias(self, bias: Tensor, base: Tensor) -> Tensor:
         return bias + ops.cast(self.bias_delta, "float32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {} if self.dtype == "float32" else {"dtype": self.dtype}

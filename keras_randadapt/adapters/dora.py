@@ -1,12 +1,21 @@
 """DoRA: a magnitude for each output, and any adapter for the direction."""
 
+from collections.abc import Collection
+from typing import Self
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt._types import Config
+from keras_randadapt._types import Layers
+from keras_randadapt._types import Rename
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.adapters import configs
 from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 # The floor of a squared norm: it lies below the square of any norm that
 # matters and far above the smallest float32.
@@ -98,7 +107,7 @@ class DoRA(base.Adapter):
         self.detach_norm = bool(detach_norm)
         self.recommended_learning_rate = adapter.recommended_learning_rate
 
-    def for_site(self, site, name):
+    def for_site(self, site: Site, name: str) -> Self:
         clone = self._around(self.inner.for_site(site, "inner"), name)
         clone.site = site
         return clone
@@ -108,20 +117,20 @@ class DoRA(base.Adapter):
             inner, detach_norm=self.detach_norm, dtype=self.dtype, name=name
         )
 
-    def check(self, site):
+    def check(self, site: Site) -> None:
         self.inner.check(site)
 
-    def check_addresses(self, addresses):
+    def check_addresses(self, addresses: Collection[str]) -> None:
         self.inner.check_addresses(addresses)
 
-    def resolved(self, layers, addresses):
+    def resolved(self, layers: Layers, addresses: Collection[str]) -> Self:
         inner = self.inner.resolved(layers, addresses)
         return self if inner is self.inner else self._around(inner, self.name)
 
-    def relocated(self, rename):
+    def relocated(self, rename: Rename) -> Self:
         return self._around(self.inner.relocated(rename), self.name)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.inner.build_at(site)
         self.step_counter = self.inner.step_counter
         self.magnitude = self.add_trainable(
@@ -133,20 +142,24 @@ class DoRA(base.Adapter):
     def _prepare_dropout(self):
         """Does nothing: the inner adapter has the dropout state."""
 
-    def start_from(self, kernel):
+    def start_from(self, kernel: np.ndarray) -> None:
         self.inner.start_from(kernel)
         square = np.sum(kernel.astype("float64") ** 2, axis=0)
         square = square.astype("float32")
         self.base_square.assign(square)
         self.magnitude.assign(np.sqrt(square))
 
-    def wrap_optimizer(self, optimizer, name):
+    def wrap_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> keras.optimizers.Optimizer:
         return self.inner.wrap_optimizer(optimizer, name)
 
-    def drop(self, x, training):
+    def drop(self, x: Tensor, training: bool | None) -> Tensor:
         return self.inner.drop(x, training)
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         excess = self._excess(self._square(linear, training))
         excess = ops.cast(excess, x.dtype)
         if training and self.dropout:
@@ -168,13 +181,15 @@ class DoRA(base.Adapter):
         # the gradient.
         return y * (1.0 + excess)
 
-    def merged(self, kernel, base, training=False):
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         delta = self._inner_delta(training)
         direction = base + delta
         square = ops.sum(ops.square(self._norms_see(direction)), axis=0)
         return kernel + delta + self._excess(square) * direction
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self.inner.basis_digest()
 
     def _excess(self, square):
@@ -208,7 +223,7 @@ class DoRA(base.Adapter):
     def _norms_see(self, tensor):
         return ops.stop_gradient(tensor) if self.detach_norm else tensor
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {
             "adapter": configs.serialize(self.inner),
             "detach_norm": self.detach_norm,
@@ -218,7 +233,7 @@ class DoRA(base.Adapter):
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         config = dict(config)
         inner = config.pop("adapter")
         return cls(configs.deserialize(inner), **config)

@@ -1,11 +1,17 @@
 """DyLoRA: a LoRA that can be cut to any rank after training."""
 
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import lora
 from keras_randadapt.ops import counter
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -74,7 +80,7 @@ class DyLoRA(lora.LoRA):
         *,
         min_rank: int = 1,
         frozen: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         if kwargs.get("site_ranks"):
             raise ValueError(
@@ -90,20 +96,20 @@ class DyLoRA(lora.LoRA):
             )
         self.frozen = bool(frozen)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         super().build(site)
         self.add_step_counter()
 
-    def drawn_rank(self):
+    def drawn_rank(self) -> Tensor:
         """The rank of the training step that is running: an int32 tensor."""
         words = counter.random_words(self.seed, 0, self.training_step(), 1)
         choices = self.rank - self.min_rank + 1
         return self.min_rank + counter.random_below(words, choices)[0]
 
-    def training_delta_kernel(self):
+    def training_delta_kernel(self) -> Tensor:
         return self._sum(ops.matmul, "float32", training=True)
 
-    def truncated(self, rank):
+    def truncated(self, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
         if not self.min_rank <= rank <= self.rank:
             raise ValueError(
                 f"`rank` must be from {self.min_rank} to {self.rank}, which "
@@ -129,7 +135,7 @@ class DyLoRA(lora.LoRA):
         kept = ops.cast(places < drawn, "float32")
         return a, b * (kept * scale)[:, None]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "min_rank": self.min_rank,

@@ -1,10 +1,15 @@
 """LoRA with a trained factor on each rank."""
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
 from keras_randadapt.adapters import lora
+from keras_randadapt.sites.site import Site
 
 
 class GatedLoRA(lora.LoRA):
@@ -20,19 +25,21 @@ class GatedLoRA(lora.LoRA):
 
     starts_from_kernel = False
 
-    def __init__(self, rank, *, gate_initializer, **kwargs):
+    def __init__(
+        self, rank: int, *, gate_initializer: Initializer, **kwargs: Any
+    ):
         super().__init__(rank, **kwargs)
         self.gate_initializer = arguments.check_initializer(
             gate_initializer, "gate_initializer"
         )
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         super().build(site)
         self.gate = self.add_trainable(
             "gate", (self.rank,), self.gate_initializer
         )
 
-    def compacted(self):
+    def compacted(self) -> tuple[np.ndarray, np.ndarray, float]:
         a = ops.convert_to_numpy(self.lora_a)
         b = ops.convert_to_numpy(self.lora_b)
         gate = ops.convert_to_numpy(self.gate)
@@ -43,7 +50,7 @@ class GatedLoRA(lora.LoRA):
         a, b = super()._scaled(training)
         return a, b * ops.expand_dims(ops.cast(self.gate, "float32"), -1)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "gate_initializer": arguments.serialize_initializer(

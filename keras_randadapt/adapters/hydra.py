@@ -1,12 +1,18 @@
 """Hydra: a branch beside the layer and one behind it."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -73,7 +79,7 @@ class Hydra(base.Adapter):
         *,
         sequential_rank: int | None = None,
         scaling: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -84,7 +90,7 @@ class Hydra(base.Adapter):
         )
         self.scaling = arguments.check_scaling(scaling)
 
-    def check(self, site):
+    def check(self, site: Site) -> None:
         arguments.check_rank_fits(self.rank, site.kernel_view)
         if self.sequential_rank > site.output_dim:
             raise ValueError(
@@ -93,7 +99,7 @@ class Hydra(base.Adapter):
                 f"sequential_rank={self.sequential_rank}"
             )
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.check(site)
         self.check_bias_of_outputs(site)
         self.lora_a = self.add_trainable(
@@ -112,7 +118,9 @@ class Hydra(base.Adapter):
                 "hydra_d", (self.sequential_rank, self.output_dim), "zeros"
             )
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         y = linear(x)
         parallel = self._thin(
             self.drop(x, training), self.lora_a, self.lora_b, training
@@ -125,7 +133,9 @@ class Hydra(base.Adapter):
         )
         return y + parallel + sequential
 
-    def merged(self, kernel, base, training=False):
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         del training  # The update is the same in training.
         parallel = matmul(
             ops.cast(self.lora_a, "float32"), self._scaled(self.lora_b)
@@ -135,7 +145,7 @@ class Hydra(base.Adapter):
             return kernel
         return kernel + self._thin(base, self.hydra_c, self.hydra_d)
 
-    def merged_bias(self, bias, base):
+    def merged_bias(self, bias: Tensor, base: Tensor) -> Tensor:
         if not self.sequential_rank:
             return bias
         row = ops.expand_dims(base, 0)
@@ -149,7 +159,7 @@ class Hydra(base.Adapter):
     def _scaled(self, variable):
         return ops.cast(variable, "float32") * self.scaling
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "sequential_rank": self.sequential_rank,

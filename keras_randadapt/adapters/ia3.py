@@ -1,13 +1,21 @@
 """IA3: a scale for each activation."""
 
+from collections.abc import Collection
 from collections.abc import Sequence
+from typing import Self
 
 import keras
 from keras import ops
 
+from keras_randadapt._types import Config
+from keras_randadapt._types import Layers
+from keras_randadapt._types import Rename
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import selection
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -82,7 +90,7 @@ class IA3(base.Adapter):
             )
         self.feedforward = None if feedforward is None else list(names)
 
-    def resolved(self, layers, addresses):
+    def resolved(self, layers: Layers, addresses: Collection[str]) -> Self:
         if self.feedforward is None:
             meant = kerashub.feed_forwards(layers)
         elif not self.feedforward:
@@ -97,7 +105,7 @@ class IA3(base.Adapter):
             )
         return self._with(chosen)
 
-    def relocated(self, rename):
+    def relocated(self, rename: Rename) -> Self:
         return self._with(list(map(rename, self.feedforward or [])))
 
     def _with(self, feedforward):
@@ -105,7 +113,7 @@ class IA3(base.Adapter):
             feedforward=feedforward, dtype=self.dtype, name=self.name
         )
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self._scales_input = site.address in (self.feedforward or ())
         # The second form leaves the bias as it is.
         self.adapts_bias = not self._scales_input
@@ -114,7 +122,9 @@ class IA3(base.Adapter):
         dim = site.input_channels if self._scales_input else site.output_dim
         self.ia3_l = self.add_trainable("ia3_l", (dim,), "ones")
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         change = ops.cast(self._change(), x.dtype)
         if self._scales_input:
             return linear(x) + linear.base(x * change)
@@ -122,7 +132,9 @@ class IA3(base.Adapter):
         base_y = y if linear.base is linear else linear.base(x)
         return y + base_y * ops.cast(change, y.dtype)
 
-    def merged(self, kernel, base, training=False):
+    def merged(
+        self, kernel: Tensor, base: Tensor, training: bool = False
+    ) -> Tensor:
         change = self._change()
         if not self._scales_input:
             return kernel + base * change
@@ -132,14 +144,14 @@ class IA3(base.Adapter):
         rows = ops.tile(change, [positions])
         return kernel + base * ops.expand_dims(rows, -1)
 
-    def merged_bias(self, bias, base):
+    def merged_bias(self, bias: Tensor, base: Tensor) -> Tensor:
         return bias + base * self._change()
 
     def _change(self):
         """`l - 1`, float32, since in 16 bits `l` near 1 would be rounded."""
         return ops.cast(self.ia3_l, "float32") - 1.0
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {"feedforward": self.feedforward}
         if self.dtype != "float32":
             config["dtype"] = self.dtype

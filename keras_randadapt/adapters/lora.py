@@ -1,14 +1,23 @@
 """LoRA: low-rank adaptation."""
 
+from collections.abc import Collection
+from typing import Any
+from typing import Self
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
+from keras_randadapt._types import Rename
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites.site import Site
 
 _FROM_KERNEL = ("pissa", "olora")
 
@@ -92,11 +101,11 @@ class LoRA(base.Adapter):
         scaling: float | None = None,
         rslora: bool = False,
         initialization: str = "default",
-        a_initializer="kaiming_uniform",
-        b_initializer="zeros",
-        regularizer=None,
+        a_initializer: Initializer = "kaiming_uniform",
+        b_initializer: Initializer = "zeros",
+        regularizer: keras.regularizers.Regularizer | None = None,
         site_ranks: dict[str, int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -138,12 +147,12 @@ class LoRA(base.Adapter):
             )
         return initialization
 
-    def for_site(self, site, name):
+    def for_site(self, site: Site, name: str) -> Self:
         clone = super().for_site(site, name)
         clone.rank = self.site_ranks.get(site.address, self.rank)
         return clone
 
-    def relocated(self, rename):
+    def relocated(self, rename: Rename) -> Self:
         config = self.get_config()
         if self.site_ranks:
             config["site_ranks"] = {
@@ -152,7 +161,7 @@ class LoRA(base.Adapter):
             }
         return type(self).from_config(config)
 
-    def check_addresses(self, addresses):
+    def check_addresses(self, addresses: Collection[str]) -> None:
         unused = [key for key in self.site_ranks if key not in addresses]
         if unused:
             raise ValueError(
@@ -160,10 +169,10 @@ class LoRA(base.Adapter):
                 f"Sites: {list(addresses)[:5]}"
             )
 
-    def check(self, site):
+    def check(self, site: Site) -> None:
         arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.check(site)
         self.lora_a = self.add_trainable(
             "lora_a",
@@ -206,7 +215,7 @@ class LoRA(base.Adapter):
         self.lora_a.assign(a / 10)
         self.lora_b.assign(b / 10)
 
-    def start_from(self, kernel):
+    def start_from(self, kernel: np.ndarray) -> None:
         if self.initialization not in _FROM_KERNEL:
             return
         kernel = kernel.astype("float64") / self.scaling
@@ -223,30 +232,34 @@ class LoRA(base.Adapter):
         for variable in (self.lora_b, self.start_b):
             variable.assign(b.astype("float32"))
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return self._sum(
             lambda a, b: matmul(thin_product(x, a, training), b),
             x.dtype,
             training,
         )
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         def product(a, b):
             y = matmul(x, ops.transpose(b))
             return matmul(y, ops.transpose(a))
 
         return self._sum(product, x.dtype, training)
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         def product(a, b):
             return matmul(ops.cast(ops.take(a, ids, axis=0), dtype), b)
 
         return self._sum(product, dtype, training)
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         return self._sum(ops.matmul, "float32")
 
-    def factors(self):
+    def factors(self) -> tuple[Tensor, Tensor]:
         pairs = self._pairs("float32")
         if len(pairs) == 1:
             return pairs[0]
@@ -282,7 +295,7 @@ class LoRA(base.Adapter):
         b = ops.cast(self.lora_b, "float32")
         return self.lora_a, b if self.scaling == 1 else b * self.scaling
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {
             "rank": self.rank,
             "scaling": self.scaling,

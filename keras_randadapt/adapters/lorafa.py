@@ -1,6 +1,7 @@
 """LoRA-FA: a LoRA whose first factor is frozen."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,8 +9,11 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import bases
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -78,7 +82,7 @@ class LoRAFA(base.Adapter):
         scaling: float | None = None,
         basis: str = "uniform",
         precondition: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -91,10 +95,10 @@ class LoRAFA(base.Adapter):
                 f"Received: scaling={scaling}, alpha={alpha}"
             )
 
-    def check(self, site):
+    def check(self, site: Site) -> None:
         arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.check(site)
         basis = bases.make_basis(
             self.basis,
@@ -124,28 +128,32 @@ class LoRAFA(base.Adapter):
         inverse = np.linalg.pinv(a @ a.T) / self.scaling**2
         return inverse.astype("float32")
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         b = self._scaled_b(x.dtype)
         return self.basis_a.adjoint(matmul(x, ops.transpose(b)))
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         if self.basis == "hadamard":
             # A transform cannot compute single rows.
             return super().lookup(ids, dtype, training)
         a = self.basis_a.take(ids, dtype, axis=1)
         return ops.matmul(a, self._scaled_b(dtype))
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         return ops.matmul(*self.factors())
 
-    def factors(self):
+    def factors(self) -> tuple[Tensor, Tensor]:
         a = ops.transpose(self.basis_a.matrix())
         return a, self._scaled_b("float32")
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self.basis_a.digest()
 
     def _scaled_b(self, dtype):
@@ -156,7 +164,7 @@ class LoRAFA(base.Adapter):
             b = ops.stop_gradient(b) + ops.matmul(self._preconditioner, change)
         return ops.cast(b * self._scale, dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "scaling": self.scaling,

@@ -1,15 +1,19 @@
 """NOLA: low-rank factors that are combinations of random ones."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import bases
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -73,17 +77,17 @@ class NOLA(base.Adapter):
         num_bases: int = 512,
         alpha: float | None = None,
         scaling: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
         self.num_bases = arguments.check_rank(num_bases, "num_bases")
         self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
 
-    def check(self, site):
+    def check(self, site: Site) -> None:
         arguments.check_rank_fits(self.rank, site.kernel_view)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.check(site)
         first = bases.Uniform(
             self.input_dim, self.rank, self.seed, f"NOLA/{self.site.role}/A0"
@@ -106,23 +110,27 @@ class NOLA(base.Adapter):
             f"NOLA/{self.site.role}/{side}",
         )
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
         return matmul(thin_product(x, a, training), b)
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
         return matmul(matmul(x, ops.transpose(b)), ops.transpose(a))
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         a, b = self.factors()
         a = ops.cast(ops.take(a, ids, axis=0), dtype)
         return matmul(a, ops.cast(b, dtype))
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         return ops.matmul(*self.factors())
 
-    def factors(self):
+    def factors(self) -> tuple[Tensor, Tensor]:
         scale = 1 / math.sqrt(self.num_bases)
         alpha = ops.cast(self.nola_alpha, "float32") * scale
         beta = ops.cast(self.nola_beta, "float32") * (scale * self.scaling)
@@ -132,14 +140,14 @@ class NOLA(base.Adapter):
         b = self.bases_b.combine(beta)
         return a, ops.reshape(b, (self.rank, self.output_dim))
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return (
             self.first_a.digest()
             + self.bases_a.digest()
             + self.bases_b.digest()
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "num_bases": self.num_bases,

@@ -1,17 +1,22 @@
 """RandLoRA: full-rank adaptation by combinations of random bases."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import bases
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import reshape
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
 
 VARIANTS = ("full", "averaged", "half")
 COMPUTE = ("auto", "factored", "materialized")
@@ -102,7 +107,7 @@ class RandLoRA(base.Adapter):
         alpha: float | None = None,
         rescale: str = "sqrt",
         compute: str = "auto",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -114,7 +119,7 @@ class RandLoRA(base.Adapter):
         self.rescale = arguments.check_choice(rescale, RESCALE, "rescale")
         self.compute = arguments.check_choice(compute, COMPUTE, "compute")
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         small, large = sorted(site.kernel_view)
         self.terms = -(-small // self.rank)
         if self.variant == "half":
@@ -166,7 +171,9 @@ class RandLoRA(base.Adapter):
     # N = [(diag(lambda_j) A diag(gamma_j))' ...], (small, p). Then the delta
     # is N B' if `_wide` and B N' otherwise.
 
-    def adapt(self, x, linear, training=None):
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
         kernel = None
         dropped = training and self.dropout
         # In 16 bits a small delta would be rounded away in kernel + delta.
@@ -179,17 +186,21 @@ class RandLoRA(base.Adapter):
             return self._materialized(x, training, self._wide, kernel)
         return linear(x) + self.delta(self.drop(x, training), training)
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return self._product(x, training, self._wide)
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         return self._product(x, training, not self._wide)
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         delta = self.basis_b.matvec(self._mixing())
         return delta if self._wide else ops.transpose(delta)
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         if self._wide:
             rows = ops.take(self._mixing(), ids, axis=0)
             return ops.cast(self.basis_b.matvec(rows), dtype)
@@ -353,10 +364,10 @@ class RandLoRA(base.Adapter):
             *self.basis_a.operands(),
         )
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "basis": self.basis,

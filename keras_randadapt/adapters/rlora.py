@@ -1,19 +1,21 @@
 """RLoRA: a LoRA whose projections are randomized Hadamard transforms."""
 
 from typing import Any
-from typing import TypeAlias
 
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import bases
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.bases import randomized_hadamard
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
+from keras_randadapt.sites.site import Site
 
-_Initializer: TypeAlias = str | dict[str, Any] | keras.initializers.Initializer
 _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
 
 
@@ -88,9 +90,9 @@ class RLoRA(base.Adapter):
         stages: int = 2,
         rows: str = "random",
         hadamard: str = "exact",
-        alpha_initializer: _Initializer | None = None,
-        beta_initializer: _Initializer = "zeros",
-        **kwargs,
+        alpha_initializer: Initializer | None = None,
+        beta_initializer: Initializer = "zeros",
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -112,7 +114,7 @@ class RLoRA(base.Adapter):
             beta_initializer, "beta_initializer"
         )
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.basis_a = self._basis(self.input_dim, "A", expand=False)
         self.basis_b = self._basis(self.output_dim, "B", expand=True)
         self.alpha = self.add_trainable(
@@ -134,7 +136,7 @@ class RLoRA(base.Adapter):
             expand,
         )
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return with_gradient(
             self._expand,
             self._expand_gradient,
@@ -161,18 +163,20 @@ class RLoRA(base.Adapter):
             ops.sum(upstream * self.basis_b.matvec(z, before=alpha), tokens),
         )
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         v = self.basis_b.adjoint(x * self._scaled_beta(x.dtype))
         return self.basis_a.adjoint(v * ops.cast(self.alpha, x.dtype))
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         # B transforms the rows of diag(alpha), then A' transforms the other
         # axis: these are rank + output_dim transforms for any input_dim.
         rows = self.basis_b.matvec(ops.diag(self._float(self.alpha)))
         columns = ops.transpose(rows * self._scaled_beta("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()
 
     def _scaled_beta(self, dtype):
@@ -184,7 +188,7 @@ class RLoRA(base.Adapter):
     def _float(self, variable):
         return ops.cast(variable, "float32")
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "scaling": self.scaling,

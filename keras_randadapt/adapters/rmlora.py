@@ -3,10 +3,13 @@
 import hashlib
 import math
 import re
+from typing import Any
 
 import keras
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
 from keras_randadapt.adapters import lora
 from keras_randadapt.optimizers import masked_gradient
 from keras_randadapt.optimizers import wrapper
@@ -91,8 +94,8 @@ class RMLoRA(lora.LoRA):
         orthogonality: float = 0.1,
         update_rank: int | None = None,
         mask_updates: bool = False,
-        a_initializer=None,
-        **kwargs,
+        a_initializer: Initializer | None = None,
+        **kwargs: Any,
     ):
         if "regularizer" in kwargs:
             raise TypeError(
@@ -125,7 +128,9 @@ class RMLoRA(lora.LoRA):
             )
         self.mask_updates = bool(mask_updates)
 
-    def wrap_optimizer(self, optimizer, name):
+    def wrap_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> keras.optimizers.Optimizer:
         largest = max([self.rank, *self.site_ranks.values()])
         if self.update_rank == largest or wrapper.chosen_by_user(
             optimizer, masked_gradient.MaskedGradient
@@ -147,7 +152,7 @@ class RMLoRA(lora.LoRA):
             return super()._initializer_of_a()
         return {"name": "normal", "stddev": 1 / math.sqrt(self.input_dim)}
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         config.pop("regularizer", None)
         return {

@@ -1,6 +1,7 @@
 """SAID: one small trained vector changes all adapted kernels."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,8 +10,11 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import ops as kra_ops
 from keras_randadapt import random
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -62,11 +66,11 @@ class SAID(base.Adapter):
 
     recommended_learning_rate = 3e-2
 
-    def __init__(self, dim: int = 1000, **kwargs):
+    def __init__(self, dim: int = 1000, **kwargs: Any):
         super().__init__(**kwargs)
         self.dim = arguments.check_rank(dim, "dim")
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self._size = self.input_dim * self.output_dim
         largest = max(self._size, self.dim)
         # Kernels of similar size get one length, as in the paper.
@@ -87,7 +91,7 @@ class SAID(base.Adapter):
         self.theta = self.add_shared_trainable("theta", (self.dim,), "zeros")
         self.said_scale = self.add_trainable("said_scale", (), "ones")
 
-    def project(self, vector):
+    def project(self, vector: Tensor) -> Tensor:
         """`P(vector)`: float32 tensors, `(dim,)` to `(input * output,)`."""
         v = ops.pad(vector, (0, self._order - self.dim))
         v = v * ops.cast(self.signs_values, "float32")
@@ -96,10 +100,10 @@ class SAID(base.Adapter):
         v = v * ops.convert_to_tensor(self.factors_values)
         return kra_ops.fwht(v)[: self._size] * self._scale
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return matmul(x, ops.cast(self.delta_kernel(), x.dtype))
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         theta = ops.cast(self.theta.variable, "float32")
         scale = ops.cast(self.said_scale, "float32")
         # The scalar multiplies `theta`, which is smaller than the delta.
@@ -107,8 +111,8 @@ class SAID(base.Adapter):
             self.project(theta * scale), (self.input_dim, self.output_dim)
         )
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self._digest
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"dim": self.dim, **super().get_config()}

@@ -1,10 +1,13 @@
 """SoRA: a LoRA that learns which of its ranks it needs."""
 
 import re
+from typing import Any
 
 import keras
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Initializer
 from keras_randadapt.adapters import gated
 from keras_randadapt.optimizers import proximal_l1
 from keras_randadapt.optimizers import wrapper
@@ -78,13 +81,15 @@ class SoRA(gated.GatedLoRA):
         rank: int = 8,
         *,
         sparsity: float = 0.5,
-        gate_initializer="normal",
-        **kwargs,
+        gate_initializer: Initializer = "normal",
+        **kwargs: Any,
     ):
         super().__init__(rank, gate_initializer=gate_initializer, **kwargs)
         self.sparsity = arguments.check_non_negative(sparsity, "sparsity")
 
-    def wrap_optimizer(self, optimizer, name):
+    def wrap_optimizer(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> keras.optimizers.Optimizer:
         if wrapper.chosen_by_user(optimizer, proximal_l1.ProximalL1):
             return optimizer
         # The wrapper is used even if `sparsity` is 0, because it also keeps
@@ -95,5 +100,5 @@ class SoRA(gated.GatedLoRA):
             paths=f"(^|/)adapter/{re.escape(name)}/(.*/)?gate$",
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {**super().get_config(), "sparsity": self.sparsity}

@@ -6,10 +6,15 @@ import hashlib
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
+from keras_randadapt._types import Initializer
+from keras_randadapt._types import Store
+from keras_randadapt._types import Tensor
+from keras_randadapt.bases.by_name import Basis
 
 # The variables that the adapters built in a `shared_bases` block share, by a
 # key that describes their content.
@@ -38,7 +43,7 @@ class SharedVariable:
         variable: The `keras.Variable`.
     """
 
-    def __init__(self, variable):
+    def __init__(self, variable: keras.Variable):
         self.variable = variable
 
 
@@ -48,7 +53,7 @@ class AdapterVariables(keras.layers.Layer):
     A subclass has an attribute `seed`, which determines the first values.
     """
 
-    def __init__(self, *, dtype, name):
+    def __init__(self, *, dtype: str, name: str | None):
         super().__init__(dtype=dtype, name=name)
         self.step_counter = None
         #: The `Site` that the adapter is built for; `None` for a template.
@@ -56,7 +61,13 @@ class AdapterVariables(keras.layers.Layer):
         self._frozen_names = ()
         self._derived_names = ()
 
-    def add_trainable(self, name, shape, initializer, regularizer=None):
+    def add_trainable(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        initializer: Initializer,
+        regularizer: keras.regularizers.Regularizer | None = None,
+    ) -> keras.Variable:
         """A trainable weight whose first values are equal on every backend.
 
         Args:
@@ -88,7 +99,7 @@ class AdapterVariables(keras.layers.Layer):
             regularizer=regularizer,
         )
 
-    def add_frozen(self, name, basis):
+    def add_frozen(self, name: str, basis: Basis) -> Basis:
         """Keeps the values of a random basis in a variable that no file has.
 
         The values are a variable because every executable would have its own
@@ -117,7 +128,7 @@ class AdapterVariables(keras.layers.Layer):
         basis.bind(variable)
         return basis
 
-    def add_frozen_values(self, name, values):
+    def add_frozen_values(self, name: str, values: np.ndarray) -> None:
         """Keeps frozen random values of this site in a variable.
 
         Args:
@@ -146,7 +157,9 @@ class AdapterVariables(keras.layers.Layer):
         setattr(self, f"{name}_values", variable)
         self._frozen_names += (f"{name}_values",)
 
-    def add_shared_trainable(self, name, shape, initializer):
+    def add_shared_trainable(
+        self, name: str, shape: tuple[int, ...], initializer: Initializer
+    ) -> SharedVariable:
         """A trainable weight that all adapters of one injection share.
 
         The first of them owns it, so files hold it once.
@@ -168,7 +181,7 @@ class AdapterVariables(keras.layers.Layer):
                 shared[key] = variable
         return SharedVariable(variable)
 
-    def add_derived(self, name, shape):
+    def add_derived(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
         """A float32 variable for values that `start_from` derives.
 
         Keras's files hold it; adapter files do not.
@@ -200,7 +213,7 @@ class AdapterVariables(keras.layers.Layer):
             x, self.dropout, seed=self.dropout_seed_generator
         )
 
-    def add_step_counter(self):
+    def add_step_counter(self) -> None:
         """Adds a counter of training steps, for methods that draw in each.
 
         The adapted model increments it once in each training call, before any
@@ -225,11 +238,11 @@ class AdapterVariables(keras.layers.Layer):
                 shared[key] = counter
         self.step_counter = counter
 
-    def training_step(self):
+    def training_step(self) -> Tensor:
         """The number of training calls so far: an int32 scalar tensor."""
         return ops.convert_to_tensor(self.step_counter)
 
-    def frozen_weights(self):
+    def frozen_weights(self) -> list[keras.Variable]:
         """The variables of frozen bases, of this adapter and inner ones."""
         return [
             getattr(layer, name)
@@ -238,7 +251,7 @@ class AdapterVariables(keras.layers.Layer):
             for name in layer._frozen_names
         ]
 
-    def stored_weights(self):
+    def stored_weights(self) -> list[keras.Variable]:
         """The weights that adapter files hold.
 
         These are all weights except bases, step counters and those derived
@@ -254,11 +267,11 @@ class AdapterVariables(keras.layers.Layer):
                 )
         return [w for w in self.weights if id(w) not in left_out]
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Store) -> None:
         for i, variable in enumerate(self._own_stored_variables()):
             store[str(i)] = variable
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Store) -> None:
         # A file of the model without adapters has no variables here, and it
         # must still load.
         if not len(store.keys()):

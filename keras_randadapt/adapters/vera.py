@@ -1,13 +1,17 @@
 """VeRA: vector-based random matrix adaptation."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import bases
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -74,7 +78,7 @@ class VeRA(base.Adapter):
         basis: str = "uniform",
         d_initial: float = 0.1,
         scaling: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
@@ -82,7 +86,7 @@ class VeRA(base.Adapter):
         self.d_initial = arguments.check_scaling(d_initial, "d_initial")
         self.scaling = arguments.check_scaling(scaling)
 
-    def build(self, site):
+    def build(self, site: Site) -> None:
         self.basis_a = self._add_basis("A", self.input_dim, expand=False)
         self.basis_b = self._add_basis("B", self.output_dim, expand=True)
         self.vera_d = self.add_trainable(
@@ -104,28 +108,32 @@ class VeRA(base.Adapter):
         )
         return self.add_frozen(f"basis_{side.lower()}", basis)
 
-    def delta(self, x, training=None):
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         u = self.basis_a.matvec(x) * self._scaled_d(x.dtype)
         return self.basis_b.matvec(u) * self._scaled_b(x.dtype)
 
-    def delta_transpose(self, x, training=None):
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
         v = self.basis_b.adjoint(x * self._scaled_b(x.dtype))
         return self.basis_a.adjoint(v * self._scaled_d(x.dtype))
 
-    def delta_kernel(self):
+    def delta_kernel(self) -> Tensor:
         # B transforms the rows of diag(d), then A' the other axis.
         rows = self.basis_b.matvec(ops.diag(self._scaled_d("float32")))
         columns = ops.transpose(rows * self._scaled_b("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
 
-    def lookup(self, ids, dtype, training=None):
+    def lookup(
+        self, ids: Tensor, dtype: str, training: bool | None = None
+    ) -> Tensor:
         if self.basis == "hadamard":
             # A transform cannot compute single rows.
             return super().lookup(ids, dtype, training)
         u = self.basis_a.take(ids, dtype, axis=1) * self._scaled_d(dtype)
         return self.basis_b.matvec(u) * self._scaled_b(dtype)
 
-    def basis_digest(self):
+    def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()
 
     # The bases have unit variance up to their scale. Kaiming's gain multiplies
@@ -139,7 +147,7 @@ class VeRA(base.Adapter):
         scale = self.basis_b.scale * math.sqrt(2 / self.rank) * self.scaling
         return ops.cast(ops.cast(self.vera_b, "float32") * scale, dtype)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "basis": self.basis,

@@ -1,7 +1,11 @@
 """Where in a model the information about the training data is."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from keras_randadapt._types import Axis
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import SiteTable
 
@@ -13,14 +17,14 @@ class LayerInformation(SiteTable):
         values: float64 array, `(estimations, sites)`.
     """
 
-    def __init__(self, sites, values):
+    def __init__(self, sites: Sequence[str], values: np.ndarray):
         columns = {"site": sites}
         for i, row in enumerate(values):
             columns[f"estimation_{i + 1}"] = row
         super().__init__(columns, f"estimation_{len(values)}")
         self.values = values
 
-    def plot(self, axis=None):
+    def plot(self, axis: Axis | None = None) -> Axis:
         """Draws a heat map: sites from top to bottom, estimations along x.
 
         Args:
@@ -43,7 +47,9 @@ class LayerInformation(SiteTable):
         return axis
 
 
-def layer_information(callback, *, normalize: bool = False) -> LayerInformation:
+def layer_information(
+    callback: Any, *, normalize: bool = False
+) -> LayerInformation:
     """The PAC-Bayes information in each site's weights, as training went on.
 
     `callbacks.PACBayes` estimates, at the end of epochs, how much information

@@ -1,5 +1,7 @@
 """Kernels, biases and weights of a model, by keys."""
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 
@@ -10,7 +12,9 @@ from keras_randadapt.sites import product
 from keras_randadapt.sites import supported
 
 
-def kernels(model: keras.Model, keys=None) -> dict[str, np.ndarray]:
+def kernels(
+    model: keras.Model, keys: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
     """Copies of the kernels that a model computes with, deltas folded in.
 
     This is where models adapted by different methods, or trained in full, can

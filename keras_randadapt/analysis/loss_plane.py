@@ -3,12 +3,16 @@
 import contextlib
 import inspect
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
+from keras_randadapt._types import Axis
+from keras_randadapt._types import Data
 from keras_randadapt.analysis import keyed_weights
 from keras_randadapt.analysis import plane as plane_lib
 from keras_randadapt.analysis import plotting
@@ -34,7 +38,15 @@ class LossPlane:
         labels: The names of the points.
     """
 
-    def __init__(self, x, y, metrics, points, point_losses, labels):
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        metrics: dict[str, np.ndarray],
+        points: np.ndarray,
+        point_losses: np.ndarray,
+        labels: Sequence[str],
+    ):
         self.x = x
         self.y = y
         self.metrics = metrics
@@ -43,10 +55,10 @@ class LossPlane:
         self.labels = list(labels)
 
     @property
-    def loss(self):
+    def loss(self) -> np.ndarray:
         return self.metrics["loss"]
 
-    def table(self):
+    def table(self) -> Table:
         """A `Table` of one row a grid point: `x`, `y` and what was measured."""
         x, y = np.meshgrid(self.x, self.y)
         return Table(
@@ -57,7 +69,12 @@ class LossPlane:
             }
         )
 
-    def plot(self, axis=None, metric="loss", levels=20):
+    def plot(
+        self,
+        axis: Axis | None = None,
+        metric: str = "loss",
+        levels: int | Sequence[float] = 20,
+    ) -> Axis:
         """Draws filled contours and the three points.
 
         Args:
@@ -96,13 +113,13 @@ class LossPlane:
 
 def mode_connectivity(
     model: keras.Model,
-    points,
-    x,
-    y=None,
+    points: Sequence[Any],
+    x: Data,
+    y: Data = None,
     *,
     resolution: int | tuple[int, int] = 11,
     margin: float = 0.25,
-    labels=("1", "2", "3"),
+    labels: Sequence[str] = ("1", "2", "3"),
     batch_size: int | None = None,
 ) -> LossPlane:
     """The compiled loss on the plane through three points in weight space.

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_randadapt._types import Axis
 from keras_randadapt.analysis import deltas
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import SiteTable
@@ -13,7 +14,7 @@ _EPSILON = float(np.finfo("float32").eps)
 class SingularValues(SiteTable):
     """A row a site; the column `singular_values` holds an array in each."""
 
-    def plot(self, axis=None, relative=False):
+    def plot(self, axis: Axis | None = None, relative: bool = False) -> Axis:
         """Draws a curve a site: singular values, on a logarithmic axis.
 
         Args:

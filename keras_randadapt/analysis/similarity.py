@@ -1,16 +1,23 @@
 """Centred kernel alignment: how alike two models' activations are."""
 
 import contextlib
+from collections.abc import Callable
+from collections.abc import Iterable
 
 import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_randadapt import _compat
+from keras_randadapt._types import Axis
+from keras_randadapt._types import Data
+from keras_randadapt._types import Tensor
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import Table
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 from keras_randadapt.sites import selection
+from keras_randadapt.sites.selection import Targets
 
 ESTIMATORS = ("debiased", "biased", "minibatch")
 
@@ -24,12 +31,17 @@ class Similarity:
         layers_b: The addresses of the second model's layers: the columns.
     """
 
-    def __init__(self, values, layers_a, layers_b):
+    def __init__(
+        self,
+        values: np.ndarray,
+        layers_a: Iterable[str],
+        layers_b: Iterable[str],
+    ):
         self.values = values
         self.layers_a = list(layers_a)
         self.layers_b = list(layers_b)
 
-    def table(self):
+    def table(self) -> Table:
         """A `Table` of the same: the column `layer`, and one a layer of b."""
         return Table(
             {
@@ -38,7 +50,7 @@ class Similarity:
             }
         )
 
-    def plot(self, axis=None):
+    def plot(self, axis: Axis | None = None) -> Axis:
         """Draws a heat map, the first model's layers from top to bottom.
 
         Args:
@@ -69,7 +81,7 @@ class Similarity:
         )
 
 
-def linear_cka(x, y, *, debiased: bool = True) -> float:
+def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = True) -> float:
     """Linear CKA of two sets of features of the same examples.
 
     `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` for the Gram matrices `K = x x'`
@@ -120,13 +132,13 @@ def linear_cka(x, y, *, debiased: bool = True) -> float:
 def cka(
     model_a: keras.Model,
     model_b: keras.Model | None,
-    x,
-    layers=None,
-    layers_b=None,
+    x: Data,
+    layers: Targets = None,
+    layers_b: Targets = None,
     *,
     estimator: str = "debiased",
     batch_size: int = 32,
-    reduce=None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Similarity:
     """Linear CKA between the activations of two models' layers.
 

@@ -2,9 +2,13 @@
 
 import csv
 import os
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from keras_randadapt._types import Axis
 from keras_randadapt.analysis import plotting
 
 
@@ -19,7 +23,7 @@ class Table:
         ValueError: If the columns differ in length.
     """
 
-    def __init__(self, columns):
+    def __init__(self, columns: Mapping[str, Iterable[Any]]):
         self._columns = {
             name: _as_column(values) for name, values in columns.items()
         }
@@ -30,14 +34,14 @@ class Table:
             )
 
     @property
-    def columns(self):
+    def columns(self) -> list[str]:
         """The names of the columns."""
         return list(self._columns)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(next(iter(self._columns.values()), ()))
 
-    def __getitem__(self, column):
+    def __getitem__(self, column: str) -> np.ndarray:
         """One column, as a NumPy array."""
         if column not in self._columns:
             raise KeyError(
@@ -45,21 +49,21 @@ class Table:
             )
         return self._columns[column]
 
-    def rows(self):
+    def rows(self) -> list[dict[str, Any]]:
         """The rows, each a dict from column to value."""
         return [
             dict(zip(self._columns, values))
             for values in zip(*self._columns.values())
         ]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, list[Any]]:
         """dict from column to a list of plain Python values."""
         return {
             name: [_plain(value) for value in values]
             for name, values in self._columns.items()
         }
 
-    def to_csv(self, path: str | os.PathLike):
+    def to_csv(self, path: str | os.PathLike) -> None:
         """Writes the table as a CSV file; arrays in it, space-separated."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -96,11 +100,11 @@ class SiteTable(Table):
         measure: The column that `plot` draws.
     """
 
-    def __init__(self, columns, measure):
+    def __init__(self, columns: Mapping[str, Iterable[Any]], measure: str):
         super().__init__(columns)
         self.measure = measure
 
-    def plot(self, axis=None, column=None):
+    def plot(self, axis: Axis | None = None, column: str | None = None) -> Axis:
         """Draws a bar a site.
 
         Args:

@@ -1,17 +1,21 @@
 """The bases that adapters take by name."""
 
 import math
+from typing import TypeAlias
 
 from keras_randadapt.bases.random_matrix import Gaussian
+from keras_randadapt.bases.random_matrix import RandomMatrix
 from keras_randadapt.bases.random_matrix import SparseTernary
 from keras_randadapt.bases.random_matrix import Uniform
 from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard
 
+#: What `make_basis` makes.
+Basis: TypeAlias = RandomMatrix | RandomizedHadamard
 #: What `basis` may be.
 KINDS = ("gaussian", "uniform", "sparse", "very_sparse", "hadamard")
 
 
-def check_kind(basis, argument="basis"):
+def check_kind(basis: str, argument: str = "basis") -> str:
     """Raises `ValueError` unless `basis` names a basis."""
     if basis not in KINDS:
         raise ValueError(
@@ -32,7 +36,7 @@ def make_basis(
     smaller_dim: int | None = None,
     fill: bool = False,
     stages: int = 2,
-):
+) -> Basis:
     """A basis of shape `(rank, dim)`, or `(dim, rank)` with `expand`.
 
     Args:

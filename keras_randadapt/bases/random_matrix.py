@@ -1,6 +1,7 @@
 """Bases with independent entries: Gaussian, uniform and sparse ternary."""
 
 import math
+from collections.abc import Hashable
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
@@ -47,38 +49,38 @@ class RandomMatrix:
         self.role = role
         self._variable = None
 
-    def values(self):
+    def values(self) -> np.ndarray:
         """The matrix without its scale, as a NumPy array of `dtype`."""
         values = self._draw()
         if self.key not in _digests:
             _digests[self.key] = random.digest(values)
         return values
 
-    def dense(self):
+    def dense(self) -> np.ndarray:
         """`scale * values()` as a float64 array, for tests and analysis."""
         return self.scale * self.values().astype("float64")
 
-    def digest(self):
+    def digest(self) -> str:
         """A short hash of the values."""
         if self.key not in _digests:
             self.values()
         return _digests[self.key]
 
     @property
-    def key(self):
+    def key(self) -> Hashable:
         """What tells this basis from all others, hashable."""
         return (type(self).__name__, *self.shape, self.seed, self.role)
 
     @property
-    def cost(self):
+    def cost(self) -> int:
         """Multiply-adds of one `matvec` of one vector."""
         return math.prod(self.shape)
 
-    def bind(self, variable):
+    def bind(self, variable: keras.Variable) -> None:
         """Makes products read the values from this variable."""
         self._variable = variable
 
-    def operands(self):
+    def operands(self) -> tuple[Tensor, ...]:
         """The tensors that products take as `operands`: the values.
 
         Functions with a gradient of their own, and compiled ones, must be
@@ -88,7 +90,9 @@ class RandomMatrix:
             return (ops.convert_to_tensor(self._variable),)
         return (ops.convert_to_tensor(self.values()),)
 
-    def matvec(self, x, operands=None):
+    def matvec(
+        self, x: Tensor, operands: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """The product of the values with `x`, on its last axis.
 
         Args:
@@ -103,17 +107,19 @@ class RandomMatrix:
             _times_transpose, _times_transpose_vjp, x, values, drop=1
         )
 
-    def adjoint(self, x, operands=None):
+    def adjoint(
+        self, x: Tensor, operands: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """The product with the transpose; shapes of `matvec` swapped."""
         (values,) = self.operands() if operands is None else operands
         return with_gradient(_times, _times_vjp, x, values, drop=1)
 
-    def matrix(self, operands=None):
+    def matrix(self, operands: tuple[Tensor, ...] | None = None) -> Tensor:
         """The values as a float32 tensor."""
         (values,) = self.operands() if operands is None else operands
         return ops.cast(values, "float32")
 
-    def take(self, ids, dtype, axis):
+    def take(self, ids: Tensor, dtype: str, axis: int) -> Tensor:
         """The rows, `axis=0`, or columns, `axis=1`, of these indices.
 
         Returns:
@@ -128,7 +134,9 @@ class RandomMatrix:
         raise NotImplementedError
 
 
-def fence_operands(upstream, operands):
+def fence_operands(
+    upstream: Tensor, operands: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Keeps compilers from keeping small values that were cast to float.
 
     See `keras_randadapt.ops.fence`. Floats are used as they are.
@@ -212,7 +220,7 @@ class SparseTernary(RandomMatrix):
         self.scale = math.sqrt(self.sparsity)
 
     @property
-    def key(self):
+    def key(self) -> Hashable:
         return (*super().key, self.sparsity, self.fill)
 
     def _draw(self):

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_randadapt import hadamard as hadamard_lib
 from keras_randadapt import random
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import randomized_transform
@@ -67,24 +68,30 @@ class RandomizedHadamard:
         self._splits = [int(n) for n in np.cumsum(sizes)[:-1]]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
         return (self.dim, self.rank) if self.expand else (self.rank, self.dim)
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """What gives the entries variance 1: `sqrt(order)`."""
         return math.sqrt(self._plans[0].order)
 
     @property
-    def cost(self):
+    def cost(self) -> int:
         """Multiply-adds of one `matvec` of one vector, about."""
         return sum(_cost(plan) for plan in self._plans)
 
-    def operands(self):
+    def operands(self) -> tuple[Tensor, ...]:
         """None: nothing is kept. See `RandomMatrix.operands`."""
         return ()
 
-    def matvec(self, x, operands=(), before=None, after=None):
+    def matvec(
+        self,
+        x: Tensor,
+        operands: tuple[Tensor, ...] | None = (),
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+    ) -> Tensor:
         """The product with `x`, on its last axis.
 
         Args:
@@ -98,23 +105,29 @@ class RandomizedHadamard:
         """
         return self._apply(x, False, self.expand, before, after)
 
-    def adjoint(self, x, operands=(), before=None, after=None):
+    def adjoint(
+        self,
+        x: Tensor,
+        operands: tuple[Tensor, ...] | None = (),
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+    ) -> Tensor:
         """The product with the transpose; shapes of `matvec` swapped."""
         return self._apply(x, True, not self.expand, before, after)
 
-    def matrix(self, operands=()):
+    def matrix(self, operands: tuple[Tensor, ...] | None = ()) -> Tensor:
         """The matrix as a float32 tensor."""
         rows, columns = self.shape
         if rows <= columns:
             return self.adjoint(ops.eye(rows))
         return ops.transpose(self.matvec(ops.eye(columns)))
 
-    def dense(self):
+    def dense(self) -> np.ndarray:
         """The matrix as a float64 NumPy array, for tests and analysis."""
         axis = 1 if self.expand else 0
         return np.concatenate([p.dense() for p in self._plans], axis=axis)
 
-    def digest(self):
+    def digest(self) -> str:
         """A short hash of the random draws."""
         return _digest(self._plans)
 

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt import random
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops import counter
 from keras_randadapt.ops import with_gradient
 
@@ -47,7 +48,7 @@ class RegeneratedUniform:
         key = hashlib.sha256(text.encode()).digest()[:8]
         self._key = int.from_bytes(key, "little")
 
-    def combine(self, coefficients):
+    def combine(self, coefficients: Tensor) -> Tensor:
         """The sum of the vectors, each times its coefficient.
 
         Args:
@@ -63,7 +64,7 @@ class RegeneratedUniform:
             drop=1,
         )
 
-    def correlate(self, vector):
+    def correlate(self, vector: Tensor) -> Tensor:
         """The scalar product of a vector with each: the adjoint of `combine`.
 
         Args:
@@ -79,12 +80,12 @@ class RegeneratedUniform:
             drop=1,
         )
 
-    def dense(self):
+    def dense(self) -> np.ndarray:
         """The vectors as rows of a float32 NumPy array, for tests."""
         rows = self._rows(0, self.count)
         return np.array(ops.convert_to_numpy(rows))
 
-    def digest(self):
+    def digest(self) -> str:
         """A short hash of what the vectors are drawn from."""
         return random.digest(np.array([self._key], "uint64"))
 

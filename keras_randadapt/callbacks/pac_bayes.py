@@ -11,6 +11,9 @@ from keras_randadapt import _compat
 from keras_randadapt import analysis
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt._types import Axis
+from keras_randadapt._types import Data
+from keras_randadapt._types import Logs
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks import pac_bayes_checks as checks
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
@@ -121,11 +124,11 @@ class PACBayes(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y=None,
+        x: Data,
+        y: Data = None,
         strength: float = 1e-3,
         *,
-        sample_weight=None,
+        sample_weight: Data = None,
         samples: int = 100,
         every: str | int = "epoch",
         mode: str = "quadratic",
@@ -202,7 +205,7 @@ class PACBayes(keras.callbacks.Callback):
         table = np.array(rows, "float64")
         return np.reshape(table, (len(rows), len(columns)))
 
-    def plot(self, axis=None):
+    def plot(self, axis: Axis | None = None) -> Axis:
         """Draws the sites' information over the estimations.
 
         The paper's figure 3, as `keras_randadapt.analysis.layer_information`
@@ -225,7 +228,7 @@ class PACBayes(keras.callbacks.Callback):
 
     # Attaching and detaching.
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         checks.check_one_device(model)
         state = state_lib.state_of(model)
         state_lib.check_no_block(model)
@@ -305,20 +308,20 @@ class PACBayes(keras.callbacks.Callback):
             state.attachments.remove(self._detach)
             self._undo()
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         if not self._training and self._attached_to is not None:
             # Given to `evaluate` by itself, which has its function already.
             self._detach()
             self.model.make_test_function()
 
-    def on_predict_begin(self, logs=None):
+    def on_predict_begin(self, logs: Logs = None) -> None:
         if not self._training and self._attached_to is not None:
             self._detach()
             self.model.make_predict_function()
 
     # Training.
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self._training = True
         self._epoch_costs = []
         with self._own_random_state():
@@ -339,7 +342,7 @@ class PACBayes(keras.callbacks.Callback):
                 "be computed: give `PACBayes(x, y)`, or a data set of both."
             ) from error
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if self._penalty.is_attached and self._attached_to is None:
             raise RuntimeError(
                 "The model's adapters were switched or removed during `fit`, "
@@ -366,7 +369,7 @@ class PACBayes(keras.callbacks.Callback):
         if history.steps // self.every > (history.steps - new) // self.every:
             self._estimate(history.epoch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         # Reading the property brings JAX's state back to the variables.
         self.model
         if logs is not None:
@@ -381,7 +384,7 @@ class PACBayes(keras.callbacks.Callback):
         for i in range(len(costs) - len(self._epoch_costs), len(costs)):
             costs[i] = (costs[i][0], costs[i][0] / seconds, costs[i][2])
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         self._training = False
         state = self._attached_to
         # `fit` detaches by itself, after callbacks that go back to weights of

@@ -5,6 +5,7 @@ import numbers
 import keras
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Logs
 from keras_randadapt.optimizers import rank_allocation
 from keras_randadapt.optimizers import wrapper
 
@@ -78,7 +79,7 @@ class RankBudget(keras.callbacks.Callback):
         self.total_updates = total_updates
         self._allocation = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         optimizer = getattr(self.model, "optimizer", None)
         self._allocation = _find_allocation(optimizer)
         if not optimizer.built:
@@ -109,7 +110,7 @@ class RankBudget(keras.callbacks.Callback):
             self.interval,
         )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if logs is not None:
             logs["rank_budget"] = self._allocation.budget_now()
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Logs
 from keras_randadapt.analysis import deltas
 from keras_randadapt.analysis import rank
 
@@ -82,10 +83,10 @@ class RankMonitor(keras.callbacks.Callback):
         self.tolerance = rank.check_tolerance(tolerance)
         self.table = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         deltas.check_measurable(self.model, self.name)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if (epoch + 1) % self.frequency:
             return
         self.table = rank.delta_statistics(

@@ -2,6 +2,8 @@
 
 import math
 
+import keras
+
 from keras_randadapt import _compat
 from keras_randadapt.model import file_format
 
@@ -21,7 +23,7 @@ class Report:
             included.
     """
 
-    def __init__(self, model, name):
+    def __init__(self, model: keras.Model, name: str):
         state = model._randadapt
         record = state.records[name]
         adapters = state.adapters(name).values()

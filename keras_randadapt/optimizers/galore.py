@@ -9,6 +9,8 @@ from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.optimizers import wrapper
 
 
@@ -75,7 +77,7 @@ class GaLore(wrapper.OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
+        optimizer: keras.optimizers.Optimizer | str,
         rank: int = 128,
         update_interval: int = 200,
         scale: float = 0.25,
@@ -108,7 +110,9 @@ class GaLore(wrapper.OptimizerWrapper):
         self.paths = None if paths is None else wrapper.check_paths(paths)
         self._projections = None
 
-    def inner_variables(self, variables):
+    def inner_variables(
+        self, variables: list[keras.Variable]
+    ) -> list[keras.Variable]:
         if self._projections is None:
             self._build_projections(variables)
         found = [self._projection_of(v) for v in variables]
@@ -137,7 +141,12 @@ class GaLore(wrapper.OptimizerWrapper):
     def _projection_of(self, variable):
         return self._projections.get(id(variable))
 
-    def transform_gradients(self, gradients, variables, step):
+    def transform_gradients(
+        self,
+        gradients: list[Tensor | None],
+        variables: list[keras.Variable],
+        step: Tensor,
+    ) -> list[Tensor | None]:
         # Counted in micro-steps: all of an update share a projection.
         micro_steps = self.gradient_accumulation_steps or 1
         interval = self.update_interval * micro_steps
@@ -168,7 +177,12 @@ class GaLore(wrapper.OptimizerWrapper):
             return None
         return decay * ops.cast(leaf.learning_rate, "float32")
 
-    def after_update(self, variables, before, step):
+    def after_update(
+        self,
+        variables: list[keras.Variable],
+        before: list[Tensor | None],
+        step: Tensor,
+    ) -> None:
         is_update = self.is_update_step()
         decays = self._decays
         self._decays = None
@@ -188,14 +202,14 @@ class GaLore(wrapper.OptimizerWrapper):
             update = projection.update
             update.assign(ops.zeros(update.shape, update.dtype))
 
-    def state_bytes(self):
+    def state_bytes(self) -> int:
         """The size of the optimizer's state, in bytes, once it is built."""
         return sum(
             math.prod(v.shape) * np.dtype(_storage(v)).itemsize
             for v in self.variables
         )
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "rank": self.rank,

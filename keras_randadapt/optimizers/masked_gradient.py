@@ -8,6 +8,8 @@ from keras import ops
 from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt import random
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.ops import counter
 from keras_randadapt.optimizers import wrapper
 
@@ -77,7 +79,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
+        optimizer: keras.optimizers.Optimizer | str,
         update_rank: int,
         seed: int = 0,
         mask_updates: bool = False,
@@ -91,7 +93,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         self.changes_values = self.mask_updates
         self.paths = None if paths is None else wrapper.check_paths(paths)
 
-    def build_state(self, variables):
+    def build_state(self, variables: list[keras.Variable]) -> None:
         pairs = self._find_pairs(variables)
         # Of variables by number, so that they can come in any order: which
         # pair each is of, and which of its axes is the rank's.
@@ -136,7 +138,12 @@ class MaskedGradient(wrapper.OptimizerWrapper):
                 )
         return [(i, b[owner]) for owner, i in a.items()]
 
-    def transform_gradients(self, gradients, variables, step):
+    def transform_gradients(
+        self,
+        gradients: list[Tensor | None],
+        variables: list[keras.Variable],
+        step: Tensor,
+    ) -> list[Tensor | None]:
         masks = self._masks(step)
         masked = []
         for gradient, variable in zip(gradients, variables, strict=True):
@@ -150,13 +157,18 @@ class MaskedGradient(wrapper.OptimizerWrapper):
             masked.append(gradient)
         return masked
 
-    def keeps_value(self, variable):
+    def keeps_value(self, variable: keras.Variable) -> bool:
         return (
             self.mask_updates
             and _compat.variable_index(self, variable) in self._places
         )
 
-    def after_update(self, variables, before, step):
+    def after_update(
+        self,
+        variables: list[keras.Variable],
+        before: list[Tensor | None],
+        step: Tensor,
+    ) -> None:
         if not self.mask_updates:
             return
         masks = self._masks(step)
@@ -181,7 +193,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         pair, rank_axis = place
         return ops.expand_dims(masks[pair], -1 - rank_axis)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "update_rank": self.update_rank,

@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.optimizers import wrapper
 
 
@@ -56,7 +58,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
+        optimizer: keras.optimizers.Optimizer | str,
         strength: float,
         paths: str = "/adapter/.*/gate$",
         name: str | None = None,
@@ -65,7 +67,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
         self.strength = arguments.check_non_negative(strength, "strength")
         self.paths = wrapper.check_paths(paths)
 
-    def build_state(self, variables):
+    def build_state(self, variables: list[keras.Variable]) -> None:
         found = {
             i: v
             for i, v in enumerate(variables)
@@ -85,7 +87,12 @@ class ProximalL1(wrapper.OptimizerWrapper):
 
     # TensorFlow would take the rates for state of this optimizer.
     @_compat.no_automatic_dependency_tracking
-    def transform_gradients(self, gradients, variables, step):
+    def transform_gradients(
+        self,
+        gradients: list[Tensor | None],
+        variables: list[keras.Variable],
+        step: Tensor,
+    ) -> list[Tensor | None]:
         # The rates of this step: the update moves schedules on.
         self._rates = {
             place: ops.convert_to_tensor(leaf.learning_rate)
@@ -93,7 +100,12 @@ class ProximalL1(wrapper.OptimizerWrapper):
         }
         return gradients
 
-    def after_update(self, variables, before, step):
+    def after_update(
+        self,
+        variables: list[keras.Variable],
+        before: list[Tensor | None],
+        step: Tensor,
+    ) -> None:
         is_update = self.is_update_step()
         rates = self._rates
         self._rates = None
@@ -108,7 +120,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
                 shrunk = ops.where(is_update, shrunk, value)
             variable.assign(shrunk)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "strength": self.strength,

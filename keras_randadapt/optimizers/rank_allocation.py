@@ -1,6 +1,7 @@
 """Rank allocation: scores of ranks from gradients, and pruning to a budget."""
 
 import re
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -8,6 +9,8 @@ from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 from keras_randadapt.optimizers import wrapper
 
 _NEVER = 2**31 - 1
@@ -58,7 +61,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     def __init__(
         self,
-        optimizer,
+        optimizer: keras.optimizers.Optimizer | str,
         beta1: float = 0.85,
         beta2: float = 0.85,
         paths: str | None = None,
@@ -69,7 +72,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         self.beta2 = _check_beta(beta2, "beta2")
         self.paths = None if paths is None else wrapper.check_paths(paths)
 
-    def build_state(self, variables):
+    def build_state(self, variables: list[keras.Variable]) -> None:
         self._owners = self._find_ranks(variables)
         # Of each variable by its place: sensitivity and uncertainty.
         self._averages = {}
@@ -115,7 +118,13 @@ class RankAllocation(wrapper.OptimizerWrapper):
             )
         return owners
 
-    def set_schedule(self, budget, start, final, interval):
+    def set_schedule(
+        self,
+        budget: Callable[[int], int],
+        start: int,
+        final: int,
+        interval: int,
+    ) -> None:
         """Says how many ranks are kept, and when ranks are pruned.
 
         Updates count from 1. Call it before `fit`, or as it begins.
@@ -138,7 +147,12 @@ class RankAllocation(wrapper.OptimizerWrapper):
         self._phases.assign(np.array([start, final], "int32"))
         self._interval.assign(np.array([interval], "int32"))
 
-    def transform_gradients(self, gradients, variables, step):
+    def transform_gradients(
+        self,
+        gradients: list[Tensor | None],
+        variables: list[keras.Variable],
+        step: Tensor,
+    ) -> list[Tensor | None]:
         update = ops.cast(step, "int32") + 1
         is_scored = update < ops.convert_to_tensor(self._phases)[1]
         for gradient, variable in zip(gradients, variables, strict=True):
@@ -158,7 +172,12 @@ class RankAllocation(wrapper.OptimizerWrapper):
             averages[1].assign(ops.where(is_scored, spread, uncertainty))
         return gradients
 
-    def after_update(self, variables, before, step):
+    def after_update(
+        self,
+        variables: list[keras.Variable],
+        before: list[Tensor | None],
+        step: Tensor,
+    ) -> None:
         update = ops.cast(step, "int32") + 1
         start, final = ops.unstack(ops.convert_to_tensor(self._phases), 2)
         interval = ops.convert_to_tensor(self._interval)[0]
@@ -185,20 +204,20 @@ class RankAllocation(wrapper.OptimizerWrapper):
             first = last
 
     @property
-    def sites(self):
+    def sites(self) -> int:
         """How many adapters share the budget."""
         return len(self._owners)
 
-    def budget_now(self):
+    def budget_now(self) -> int:
         """How many ranks the last update was to keep: an int."""
         return int(ops.convert_to_numpy(self.budget(self.iterations)))
 
-    def budget(self, update):
+    def budget(self, update: Tensor) -> Tensor:
         """How many ranks the schedule keeps at an update: int32 tensor."""
         later = ops.convert_to_tensor(self._thresholds) > update
         return ops.sum(ops.cast(later, "int32"))
 
-    def scores(self):
+    def scores(self) -> Tensor:
         """The scores of all ranks, in the order of the model's adapters."""
         scores = []
         for places in self._owners:
@@ -218,7 +237,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         position = ops.argsort(order)
         return ops.cast(position, "int32") < budget
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "beta1": self.beta1,

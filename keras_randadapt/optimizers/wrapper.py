@@ -2,10 +2,17 @@
 
 import re
 import warnings
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import Self
 
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt._types import Config
+from keras_randadapt._types import Store
+from keras_randadapt._types import Tensor
 
 
 class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
@@ -51,7 +58,11 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
     #: Whether `after_update` assigns to trained variables.
     changes_values = False
 
-    def __init__(self, optimizer, name=None):
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer | str,
+        name: str | None = None,
+    ):
         inner = _check_optimizer(optimizer)
         super().__init__(learning_rate=_rate_of_the_inner_one, name=name)
         self.inner_optimizer = inner
@@ -61,14 +72,16 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
 
     # What a method says.
 
-    def build_state(self, variables):
+    def build_state(self, variables: list[keras.Variable]) -> None:
         """Finds the method's variables and creates its state.
 
         Args:
             variables: list of all trained variables.
         """
 
-    def inner_variables(self, variables):
+    def inner_variables(
+        self, variables: list[keras.Variable]
+    ) -> list[keras.Variable]:
         """The variables that the inner optimizer gets to change.
 
         Args:
@@ -80,7 +93,12 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         """
         return variables
 
-    def transform_gradients(self, gradients, variables, step):
+    def transform_gradients(
+        self,
+        gradients: list[Tensor | None],
+        variables: list[keras.Variable],
+        step: Tensor,
+    ) -> list[Tensor | None]:
         """Changes gradients.
 
         Args:
@@ -96,11 +114,16 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         """
         return gradients
 
-    def keeps_value(self, variable):
+    def keeps_value(self, variable: keras.Variable) -> bool:
         """Whether `after_update` gets this variable's value from before."""
         return False
 
-    def after_update(self, variables, before, step):
+    def after_update(
+        self,
+        variables: list[keras.Variable],
+        before: list[Tensor | None],
+        step: Tensor,
+    ) -> None:
         """Corrects an update.
 
         Args:
@@ -112,7 +135,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
 
     # What is the same for all.
 
-    def is_update_step(self):
+    def is_update_step(self) -> bool | Tensor:
         """Whether this step changes variables, rather than accumulates.
 
         Returns:
@@ -122,7 +145,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         return not steps or (_compat.iterations(self) + 1) % steps == 0
 
     @_compat.no_automatic_dependency_tracking
-    def build(self, variables):
+    def build(self, variables: list[keras.Variable]) -> None:
         variables = list(variables)
         inner_variables = self.inner_variables(variables)
         if not self.inner_optimizer.built:
@@ -148,7 +171,11 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         steps = accumulations.pop()
         self.gradient_accumulation_steps = steps if steps > 1 else None
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Iterable[Tensor | None],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+    ) -> None:
         grads = list(grads)
         if not grads:
             return
@@ -179,11 +206,11 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         _compat.iterations(self).assign_add(1)
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         return super().variables + self.inner_optimizer.variables
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
@@ -191,12 +218,12 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def optimizers(self):
+    def optimizers(self) -> list[keras.optimizers.Optimizer]:
         # Keras's callbacks look for it to set several learning rates.
         return self.inner_optimizer.optimizers
 
     @property
-    def loss_scale_factor(self):
+    def loss_scale_factor(self) -> float | None:
         inner = vars(self).get("inner_optimizer")
         return inner.loss_scale_factor if inner is not None else None
 
@@ -208,31 +235,37 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         if inner is not None:
             inner.loss_scale_factor = value
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Tensor) -> Tensor:
         return self.inner_optimizer.scale_loss(loss)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(
+        self, var_list: Iterable[keras.Variable]
+    ) -> None:
         if self.built:
             var_list = self.inner_variables(list(var_list))
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+    def exclude_from_weight_decay(
+        self,
+        var_list: list[keras.Variable] | None = None,
+        var_names: list[str] | None = None,
+    ) -> None:
         # Of a `MultiOptimizer`, only the leaves decay weights.
         for leaf in _leaves(self.inner_optimizer):
             leaf.exclude_from_weight_decay(var_list, var_names)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
         own = len(super().variables)
         super().set_weights(weights[:own])
         self.inner_optimizer.set_weights(weights[own:])
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Store) -> None:
         # Only what is the wrapper's: Keras's saving goes on to the inner
         # optimizer by itself.
         for i, variable in enumerate(super().variables):
             store[str(i)] = keras.ops.convert_to_numpy(variable)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Store) -> None:
         own = super().variables
         if len(store.keys()) != len(own):
             # A warning, as Keras's own: a file of weights alone must load.
@@ -247,7 +280,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         for i, variable in enumerate(own):
             variable.assign(store[str(i)])
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(
@@ -259,7 +292,9 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         return config
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Config, custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         config = dict(config)
         automatic = config.pop("automatic", False)
         config["optimizer"] = keras.saving.deserialize_keras_object(

@@ -4,6 +4,8 @@ import keras
 from keras import ops
 
 from keras_randadapt import arguments
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -43,7 +45,7 @@ class Orthogonality(keras.regularizers.Regularizer):
     def __init__(self, strength: float = 0.1):
         self.strength = arguments.check_non_negative(strength, "strength")
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         if len(x.shape) != 2:
             raise ValueError(
                 "`Orthogonality` is a penalty on matrices, such as the "
@@ -57,5 +59,5 @@ class Orthogonality(keras.regularizers.Regularizer):
         error = gram - ops.eye(min(rows, columns), dtype="float32")
         return self.strength * ops.sum(ops.square(error))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {"strength": self.strength}

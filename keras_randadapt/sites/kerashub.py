@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_randadapt._types import Layers
+
 #: the last four are one kernel for query, key and value together.
 QUERY_VALUE_NAMES = (
     "query",
@@ -147,7 +149,7 @@ def _is_in_block(parent, attention):
     )
 
 
-def keys_values_and_feed_forwards(layers):
+def keys_values_and_feed_forwards(layers: Layers) -> set[str]:
     """Addresses of key and value projections and feed-forward outputs.
 
     Args:

@@ -1,10 +1,13 @@
 """How the adapters of a site act on its product, one after the other."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt._types import Tensor
 
 
 class Product:
@@ -16,15 +19,20 @@ class Product:
         base: The `Product` without any adapter; perhaps this one.
     """
 
-    def __init__(self, product, site, base=None):
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        site: Any,
+        base: "Product | None" = None,
+    ):
         self._product = product
         self._site = site
         self.base = self if base is None else base
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
 
-    def kernel(self):
+    def kernel(self) -> Tensor | None:
         """The kernel view that this is the product with, if there is one.
 
         Returns:
@@ -37,7 +45,7 @@ class Product:
             return None
         return self._kernel(self._site.compute_dtype)
 
-    def times_base(self, rows):
+    def times_base(self, rows: Tensor) -> Tensor:
         """A float32 matrix times the base kernel view, of any layout.
 
         Args:
@@ -52,7 +60,7 @@ class Product:
         rows = ops.cast(rows, self._site.compute_dtype)
         return ops.cast(self._site.multiply(rows), "float32")
 
-    def base_kernel(self):
+    def base_kernel(self) -> Tensor:
         """The base kernel view, float32, dequantized if need be."""
         kernel = self._kernel("float32")
         if kernel is None:
