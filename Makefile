@@ -96,8 +96,12 @@ test-slow: $(TEST_STAMP) $(QUALITY_STAMP)
 test-oldest: $(OLDEST_STAMP)
 	$(call run_tests,$(VENV_OLDEST),-m "not slow")
 
+# mypy checks types where there are some; the script, that there are.
 lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	KERAS_BACKEND=$(firstword $(BACKENDS)) $(RUN) tools/check_types.py
 
 format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix --select I .

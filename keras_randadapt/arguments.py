@@ -1,4 +1,4 @@
-"""Arguments that several methods take: their checks, and initial values."""
+"""Checks of arguments that several methods take, and initial values."""
 
 import math
 
@@ -9,14 +9,14 @@ from keras_randadapt import random
 
 
 def initial_values(kind, seed, role, shape, **arguments):
-    """Initial values of a trainable, from the counter-based generator.
+    """The initial values of a trainable weight, from `random`.
 
     Args:
         kind: `"zeros"`, `"ones"`, `"normal"` (`stddev`, 1 by default) or
             `"kaiming_uniform"` (`U(-1/sqrt(n), 1/sqrt(n))` for `n` rows, the
             LoRA papers' `kaiming_uniform(a=sqrt(5))`).
         seed: int in `[0, 2**64)`.
-        role: string. What the values are for.
+        role: string. The purpose of the values.
         shape: tuple of ints.
         **arguments: See `kind`.
 
@@ -50,7 +50,7 @@ def check_initializer(initializer, argument):
         kind, arguments = own
         if not arguments:
             return kind
-        # Plain floats: NumPy's can't be written to a config.
+        # Values become Python floats, since a config can't hold NumPy's.
         return {
             "name": kind,
             **{
@@ -99,7 +99,10 @@ def check_regularizer(regularizer, argument="regularizer"):
 
 
 def own_initializer(initializer):
-    """`(kind, arguments)` of an initializer of ours, `None` of another's."""
+    """`(kind, arguments)` of an initializer that `initial_values` knows.
+
+    For any other initializer it is `None`.
+    """
     if isinstance(initializer, str) and initializer in _OWN_INITIALIZERS:
         return initializer, {}
     if isinstance(initializer, dict) and "name" in initializer:
@@ -173,7 +176,7 @@ def check_scaling(scaling, argument="scaling"):
 
 def check_choice(value, choices, argument):
     """Validates a choice between names."""
-    # An array is equal to no choice, but says so of each of its elements.
+    # Comparing an array with a choice gives an array, which has no truth value.
     if np.ndim(value) or value not in choices:
         raise ValueError(
             f"`{argument}` must be one of {choices}. "

@@ -3,17 +3,17 @@
 Everything an adapter does not store comes from here, so this module is part
 of the file format: the same `(seed, role, shape)` must give the same bits on
 every machine, byte order, NumPy version and Keras backend, for ever. Three
-rules keep it so.
+rules ensure this.
 
-- The key of a draw is a hash of what the draw is for, never of how many draws
-  came before it, so draws can be made in any order, or twice.
+- The key of a draw is a hash of its purpose, never of the number of earlier
+  draws, so draws can be made in any order and repeated.
 - Bits come from the raw output of NumPy's Philox bit generator. NumPy promises
   that stream, and makes no such promise for `Generator` methods (NEP 19).
 - Bits become numbers by integer operations and by the five IEEE 754
   operations that are correctly rounded everywhere (`+ - * /` and `sqrt`).
   `log` and `cos` differ between C libraries in the last bit.
 
-Should a draw ever have to change, `_VERSION` changes with it.
+If a draw ever has to change, `_VERSION` must change too.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ __all__ = [
 ]
 
 _VERSION = 1
-# Elements turned into float64 at a time: bounds the memory of a large draw
-# and keeps the temporaries in cache. The stream does not depend on it.
+# The elements that are computed in float64 at a time. This bounds the memory of
+# a large draw and keeps temporaries in cache. The draws do not depend on it.
 _CHUNK = 1 << 16
 
-# Wichura (1988), Algorithm AS 241, PPND16: coefficients of the rational
-# approximations, in ascending powers.
+# The coefficients of the rational approximations of Wichura (1988), Algorithm
+# AS 241, PPND16, in ascending powers.
 _CENTRE = (
     (
         3.3871328727963666080e0,
@@ -84,8 +84,8 @@ _MIDDLE = (
         1.05075007164441684324e-9,
     ),
 )
-# The third pair, for probabilities below exp(-25), is never reached from
-# 32-bit uniforms: the smallest is 2**-33.
+# The algorithm's third pair is for probabilities below exp(-25). It is not
+# needed, since the smallest probability here is 2**-33.
 
 _LN2 = 0.6931471805599453094
 _SQRT_HALF = 0.70710678118654752440
@@ -154,7 +154,7 @@ def uniforms(seed: int, role: str, shape: int | tuple[int, ...]) -> np.ndarray:
 def normals(seed: int, role: str, shape: int | tuple[int, ...]) -> np.ndarray:
     """Draws independent standard normals.
 
-    Each is the normal quantile (Wichura, "Algorithm AS 241", Applied
+    Each draw is the normal quantile (Wichura, "Algorithm AS 241", Applied
     Statistics 37, 1988) of a uniform `(k + 1/2) / 2**32`, computed in
     `float64` and rounded. The largest possible magnitude is 6.34.
 
@@ -179,11 +179,11 @@ def ternaries(
 ) -> np.ndarray:
     """Draws independent values in `{-1, 0, 1}`, mostly zero.
 
-    `P(+1) = P(-1) = 1 / (2 * sparsity)`: the sparse projections of Achlioptas
-    (2003) at `sparsity=3` and of Li, Hastie and Church (2006) at
-    `sparsity=sqrt(n)`. They have variance `1 / sparsity`; scaling is left to
-    the caller. For one key, the nonzero entries at a larger sparsity are
-    among those at a smaller one.
+    `P(+1) = P(-1) = 1 / (2 * sparsity)`, as in the sparse projections of
+    Achlioptas (2003) with `sparsity=3` and of Li, Hastie and Church (2006) with
+    `sparsity=sqrt(n)`. The values have variance `1 / sparsity`; the caller
+    scales them. For one seed, role and shape, the entries that are nonzero at a
+    larger sparsity are also nonzero at a smaller one.
 
     Args:
         seed: Integer, `0 <= seed < 2**64`.
@@ -208,7 +208,7 @@ def ternaries(
             f"Received: sparsity={sparsity!r}"
         )
     words, shape = _words32("ternaries", seed, role, shape)
-    # Half the count of 32-bit words that mean "not zero".
+    # This is half the number of 32-bit words that give a nonzero value.
     count = min(math.floor(2.0**31 / float(sparsity) + 0.5), 2**31)
     out = np.zeros(words.size, np.int8)
     out[words < np.uint32(count)] = 1
@@ -248,8 +248,8 @@ def _raw(kind, seed, role, shape, count):
             "`role` must be a string that says what the draw is for. "
             f"Received: role={role!r} of type {type(role).__name__}"
         )
-    # `role` comes last: what precedes it has no newline, so no two draws
-    # share an encoding.
+    # `role` comes last, because only it may contain a newline. No two draws
+    # therefore have the same text.
     dimensions = "x".join(map(str, shape))
     text = f"keras_randadapt {_VERSION}\n{kind}\n{seed}\n{dimensions}\n{role}"
     key = hashlib.sha256(text.encode("utf-8")).digest()[:16]
@@ -260,7 +260,7 @@ def _raw(kind, seed, role, shape, count):
 
 
 def _bits(seed, role, shape):
-    """One `uint8` 0 or 1 an element; bit `i` of a word is element `i`."""
+    """A `uint8` 0 or 1 for each element; bit `i` of a word is element `i`."""
     shape = _check_shape(shape)
     size = math.prod(shape)
     words = _raw("signs", seed, role, shape, -(-size // 64))
@@ -269,7 +269,7 @@ def _bits(seed, role, shape):
 
 
 def _words32(kind, seed, role, shape):
-    """One `uint32` an element, the low half of each 64-bit word first."""
+    """A `uint32` for each element; the low half of a 64-bit word is first."""
     shape = _check_shape(shape)
     size = math.prod(shape)
     words = _raw(kind, seed, role, shape, -(-size // 2))
@@ -302,7 +302,7 @@ def _horner(coefficients, x):
 
 
 def _log(x):
-    """`log(x)` of positive `float64`, by correctly rounded operations only.
+    """`log(x)` of positive `float64`, from correctly rounded operations only.
 
     With `x = m * 2**e` and `sqrt(1/2) <= m < sqrt(2)`,
     `log(x) = e * log(2) + 2 * atanh((m - 1) / (m + 1))`; the argument of
@@ -318,7 +318,7 @@ def _log(x):
 
 
 def check_seed(seed: int) -> int:
-    """Returns `seed` as a Python integer, or says why it cannot be one."""
+    """The seed as a Python integer; raises an error if it cannot be one."""
     if isinstance(seed, (bool, np.bool_)):
         raise TypeError(
             f"`seed` must be an integer. Received: seed={seed!r} of type bool"

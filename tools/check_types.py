@@ -35,7 +35,9 @@ def main() -> int:
 
 def public_functions() -> list[types.FunctionType]:
     """Every public function and method, once."""
-    queue, seen, functions = [kra], [], []
+    queue: list[typing.Any] = [kra]
+    seen: list[typing.Any] = []
+    functions: list[types.FunctionType] = []
     while queue:
         value = queue.pop()
         if any(value is other for other in seen):

@@ -1,8 +1,8 @@
 """The private Keras API that injection needs, and nothing else.
 
-Every symbol here reaches past Keras's public surface, so each has a test of
-its own (`tests/test_compat.py`): a Keras release that moves one fails there,
-by name, rather than somewhere inside a user's `fit`.
+Every symbol here uses private API, so each has its own test in
+`tests/test_compat.py`. If a Keras release moves one, that test fails and names
+the symbol, before a user's `fit` fails.
 """
 
 from keras_randadapt._compat.layers import KeepsTrainingFlag

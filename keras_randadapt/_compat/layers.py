@@ -1,4 +1,4 @@
-"""Private API of Keras about layers, models and saving."""
+"""Keras's private API for layers, models and saving."""
 
 import contextlib
 import functools
@@ -54,19 +54,19 @@ __all__ = [
 
 
 def flatten_layers(layer):
-    """All layers at and below `layer`, each once, `layer` first."""
+    """`layer` and all layers below it, each once, `layer` first."""
     return layer._flatten_layers()
 
 
 def owned_variables(layer):
-    """The variables that `layer` itself created, sublayers' excluded."""
+    """The variables that `layer` itself created, without its sublayers'."""
     return layer._trainable_variables + layer._non_trainable_variables
 
 
 def trainable_by_nature(layer):
-    """The weights at and below `layer` that training it would train.
+    """The weights at and below `layer` that are trainable unless frozen.
 
-    Unlike `trainable_weights`, whether or not it is frozen at the moment.
+    Unlike `trainable_weights`, it includes the weights of frozen layers.
     """
     return [
         variable
@@ -88,8 +88,8 @@ def open_name_scope(layer):
 def attach_sublayer(layer, name, sublayer):
     """Makes `sublayer` a tracked attribute of a layer already built.
 
-    Keras locks a built layer against new state; the lock is lifted for this
-    one assignment.
+    Keras locks a built layer against new state. The layer is unlocked for this
+    assignment.
     """
     layer._tracker.unlock()
     try:
@@ -111,15 +111,15 @@ def sublayers(layer):
 
 
 def restore_sublayer(layer, name, sublayer, order):
-    """Puts an attribute back that `attach` or `detach_sublayer` changed.
+    """Restores an attribute that `attach` or `detach_sublayer` changed.
 
-    Either may have been interrupted at any point.
+    Either function may have been interrupted at any point.
 
     Args:
         layer: A built layer.
         name: The attribute's name.
-        sublayer: What it was; `None` if there was none.
-        order: What `sublayers(layer)` gave.
+        sublayer: Its former value, or `None` if there was none.
+        order: The former result of `sublayers(layer)`.
     """
     current = getattr(layer, name, None)
     if current is not sublayer:
@@ -133,29 +133,29 @@ def restore_sublayer(layer, name, sublayer, order):
 
 
 def layer_trainable_flag(layer):
-    """One layer's own flag, whatever its variables and sublayers have."""
+    """A layer's own flag, regardless of its variables and sublayers."""
     return layer._trainable
 
 
 def calls_in_graph(layer):
-    """How often functional models call a layer directly."""
+    """The number of direct calls of a layer in functional models."""
     return len(layer._inbound_nodes)
 
 
 def training_phase(layer):
     """The `training` flag of the call in progress.
 
-    Convolutions and embeddings take no `training` argument, so Keras does not
-    hand it to them; the call context still knows it.
+    Convolutions and embeddings have no `training` argument, so Keras does not
+    pass it to them, but the call context has it.
     """
     return bool(layer._get_call_context().get_value("training"))
 
 
 class KeepsTrainingFlag:
-    """Mixed into classes of layers that look at `training`.
+    """A mixin for classes of layers that branch on `training`.
 
-    Keras's rematerialization makes a tensor of it on JAX, as of every keyword
-    argument, and no branch can be taken on a traced tensor.
+    On JAX, Keras's rematerialization turns every keyword argument into a
+    traced tensor, on which no branch is possible.
     """
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
@@ -171,7 +171,7 @@ class KeepsTrainingFlag:
 
 
 def may_rematerialize(layer):
-    """Whether `keras.RematScope` may have a layer's `call` run twice."""
+    """Whether `keras.RematScope` may run a layer's `call` twice."""
     mode = layer._remat_mode
     if mode is None:
         return False
@@ -182,8 +182,8 @@ def may_rematerialize(layer):
 
 def walk_attributes(saveable):
     """`(attribute name, value)` pairs in the order of Keras's weight files."""
-    # Keras means to find out once which attributes are its own, but stores
-    # that under another name than it reads, and makes a layer every time.
+    # Keras caches the set of its own attributes under another name than it
+    # reads, so it would make a layer to compute them in every call.
     kind = saveable._obj_type()
     key = f"saving_attr_skiplist_{kind}"
     if global_state.get_global_attribute(key) is None:
@@ -196,20 +196,20 @@ def is_saveable(value):
 
 
 def snake_case(name):
-    """`"EinsumDense"` to `"einsum_dense"`, as weight files spell it."""
+    """A class name in the spelling of weight files, such as `"einsum_dense"`."""
     return naming.to_snake_case(name)
 
 
 def unpickle_model(buffer):
-    """The model in the bytes that Keras pickles one as."""
+    """The model of the bytes to which Keras pickles a model."""
     return keras.Model._unpickle_model(buffer)
 
 
 def alias_registered_class(cls, name):
     """Serializes instances of `cls` under a registered name.
 
-    Keras looks registered names up by the exact class, and injection makes a
-    class for every class of model that it meets.
+    Keras finds registered names by the exact class, and injection makes a new
+    class for every class of model.
     """
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
 
@@ -219,14 +219,14 @@ _COMPILED_FUNCTIONS = (
     "test_function",
     "predict_function",
     "generate_function",
-    # Gemma 4's, for speculative decoding.
+    # Gemma 4 has this one for speculative decoding.
     "_cached_spec_generate_fn",
 )
 
 
 def compiled_functions(model):
     """A model's traced step functions, by attribute."""
-    # `vars`, because KerasHub tasks without generation lack the last.
+    # `vars` is used, because not every model has all of these attributes.
     return {
         attribute: vars(model)[attribute]
         for attribute in _COMPILED_FUNCTIONS
@@ -235,18 +235,18 @@ def compiled_functions(model):
 
 
 def reset_compiled_functions(model):
-    """Drops a model's traced step functions; Keras builds them anew."""
+    """Drops a model's traced step functions, which Keras then builds again."""
     for attribute in compiled_functions(model):
         setattr(model, attribute, None)
 
 
 @contextlib.contextmanager
 def fresh_step(model, name):
-    """Lets Keras compile a step anew, on JAX, in a block.
+    """Makes Keras compile a new step in this block, on JAX.
 
-    Keras hands JAX the bound method, which equals itself: as long as another
-    function compiled from it lives, JAX finds that one's program, which is of
-    the adapters that were active then.
+    Keras gives the bound method to JAX, which compares functions by equality.
+    As long as an older function compiled from the method lives, JAX would
+    reuse its program, although other adapters are active now.
     """
     if keras.config.backend() != "jax":
         yield
@@ -261,14 +261,14 @@ def fresh_step(model, name):
 
 
 def sync_jax_state(model):
-    """On JAX, inside `fit`, gives the variables their values of the moment."""
+    """Gives the variables their current values, on JAX, inside `fit`."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
 
 
 @contextlib.contextmanager
 def values_of_jax_state(model, state):
-    """For a block, gives variables the values that a JAX step is to get.
+    """Gives variables, during a block, the values of a JAX step's input.
 
     Args:
         model: A model in `fit`, whose variables have no values.
@@ -290,9 +290,9 @@ def values_of_jax_state(model, state):
 
 
 def has_values(model):
-    """Whether a model's variables have values, which JAX steps take out."""
+    """Whether a model's variables have values; JAX's `fit` removes them."""
     if keras.config.backend() != "jax" or in_stateless_scope():
-        # In a traced step they are in the scope.
+        # In a traced step the scope has the values.
         return True
     for layer in flatten_layers(model):
         for variable in owned_variables(layer):
@@ -301,32 +301,32 @@ def has_values(model):
 
 
 def forget_jax_state(model):
-    """On JAX, drops the state of a step that an error cut short.
+    """Drops, on JAX, the state of a step that an error interrupted.
 
-    Keras would write it over the model's variables at the next chance. After
-    a step that went well there is none.
+    Otherwise Keras would later write it into the model's variables. After a
+    successful step there is no such state.
     """
     if getattr(model, "_jax_state", None) is not None:
         model._jax_state = None
 
 
 def refresh_torch_parameters(model):
-    """On torch, makes every layer list the parameters that it now has.
+    """Makes every layer list its current parameters, on torch.
 
-    A layer lists its parameters once, when it is built; those that it does
-    not list are skipped by `zero_grad()` and their gradients pile up.
+    A layer lists its parameters once, when it is built. `zero_grad()` skips
+    parameters that are not listed, so their gradients would accumulate.
     """
     if keras.config.backend() != "torch":
         return
     for layer in flatten_layers(model):
-        # Not a look into `_modules`: functional models have it elsewhere,
-        # and then list no parameter at all until they track them anew.
+        # `hasattr` is used, and not `_modules`, because functional models keep
+        # the list elsewhere and list no parameter until they track them again.
         if hasattr(layer, "_torch_params"):
             layer._track_variables()
 
 
 def kernel_of(layer):
-    """The variable that a layer's public `kernel` or `embeddings` shows.
+    """The variable behind a layer's public `kernel` or `embeddings`.
 
     Returns:
         A variable, or `None` for a layer that has neither.
@@ -344,8 +344,8 @@ def kernel_shape(layer):
     """
     shape = list(layer._kernel.shape)
     if layer.quantization_mode == "int4":
-        # Keras flattens a packed kernel since 3.15; it packed along one axis
-        # before.
+        # Since 3.15 Keras flattens a packed kernel; earlier versions pack
+        # along one axis.
         if hasattr(layer, "original_kernel_shape"):
             shape = layer.original_kernel_shape
         else:
@@ -367,8 +367,8 @@ _QUANTIZED_VARIABLES = (
 def paired_quantized_variables(layer, twin):
     """The variables of a quantized kernel in two layers of one config.
 
-    A tied embedding's reverse projection shares them; an untied one has
-    others, which are not among these.
+    The reverse projection of a tied embedding uses the same variables. The
+    other variables of an untied one are not included.
 
     Returns:
         list of pairs of a variable of `layer` and that of `twin`.
@@ -393,10 +393,10 @@ def is_nnx_enabled():
 
 @contextlib.contextmanager
 def instance_attributes(layer, **values):
-    """Sets attributes for a block, past Keras's tracking of them.
+    """Sets attributes during a block, without Keras tracking them.
 
-    Quantized products in Keras add the bias and apply the activation
-    themselves; a site sets both aside to put its delta before them.
+    Keras's quantized products add the bias and apply the activation. A site
+    sets both to `None` meanwhile, because its delta comes before them.
     """
     before = {name: vars(layer)[name] for name in values if name in vars(layer)}
     try:

@@ -1,4 +1,4 @@
-"""Private API of Keras about optimizers."""
+"""Keras's private API for optimizers."""
 
 __all__ = [
     "check_variables_are_known",
@@ -16,9 +16,9 @@ __all__ = [
 
 
 def exclude_from_weight_decay(optimizer, variables):
-    """Adds to the variables that an optimizer's weight decay leaves alone.
+    """Excludes more variables from an optimizer's weight decay.
 
-    Keras's own method of this name forgets what earlier calls excluded.
+    Keras's own method of this name forgets the exclusions of earlier calls.
     """
     excluded = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
     excluded.update(optimizer._var_key(variable) for variable in variables)
@@ -27,13 +27,14 @@ def exclude_from_weight_decay(optimizer, variables):
 
 
 def copy_weight_decay_exclusions(source, target, variables):
-    """What an optimizer's config does not say of its weight decay.
+    """Copies the exclusions from weight decay, which no config contains.
 
     Args:
         source: An optimizer.
-        target: Another one.
-        variables: The model's variables. Keras knows them by their `id`,
-            which of others might soon be that of a new variable.
+        target: Another optimizer.
+        variables: The model's variables. Only their exclusions are copied:
+            Keras keys exclusions by `id`, and the `id` of another variable
+            may be reused.
     """
     excluded = getattr(source, "_exclude_from_weight_decay", set())
     target._exclude_from_weight_decay = {
@@ -46,12 +47,12 @@ def copy_weight_decay_exclusions(source, target, variables):
 
 
 def weight_decay_exclusions(optimizer):
-    """The keys of the variables that weight decay leaves alone, a copy."""
+    """A copy of the keys of variables that are excluded from weight decay."""
     return set(getattr(optimizer, "_exclude_from_weight_decay", ()))
 
 
 def set_weight_decay_exclusions(optimizer, keys):
-    """Sets what `weight_decay_exclusions` gave."""
+    """Restores the result of `weight_decay_exclusions`."""
     optimizer._exclude_from_weight_decay = set(keys)
     optimizer._exclude_from_weight_decay_cache = {}
 
@@ -64,12 +65,12 @@ def weight_decay(optimizer, variable):
 
 
 def variable_index(optimizer, variable):
-    """The place of a variable among those that an optimizer trains."""
+    """The index of a variable among those that an optimizer trains."""
     return optimizer._get_variable_index(variable)
 
 
 def check_variables_are_known(optimizer, variables):
-    """Raises `ValueError` for variables that an optimizer was not built on."""
+    """Raises `ValueError` if an optimizer was not built with a variable."""
     optimizer._check_variables_are_known(variables)
 
 
@@ -79,14 +80,15 @@ def trained_variables(optimizer):
 
 
 def iterations(optimizer):
-    """The variable that counts an optimizer's calls, accumulating or not."""
+    """The variable that counts an optimizer's calls, also accumulating ones."""
     return optimizer._iterations
 
 
 class ShowsMovingAverage:
-    """Mixed into an optimizer that has an `inner_optimizer`.
+    """A mixin for an optimizer that has an `inner_optimizer`.
 
-    Keras's `SwapEMAWeights` looks through one optimizer only.
+    It shows the inner moving averages, because Keras's `SwapEMAWeights` looks
+    into one level of nested optimizers only.
     """
 
     @property

@@ -122,7 +122,7 @@ class Bottleneck(base.Adapter):
         self.placement = arguments.check_choice(
             placement, tuple(_DEFAULTS), "placement"
         )
-        default = dict(
+        default: dict[str, Any] = dict(
             zip(("reduction", "activation", "scaling"), _DEFAULTS[placement])
         )
         if rank is not None and reduction is not None:

@@ -109,7 +109,8 @@ class LoRAFA(base.Adapter):
             smaller_dim=min(site.kernel_view),
             fill=True,
         )
-        self.basis_a = self.add_frozen("basis_a", basis)
+        # Only some bases have `take`.
+        self.basis_a: Any = self.add_frozen("basis_a", basis)
         self.lora_b = self.add_trainable(
             "lora_b", (self.rank, self.output_dim), "zeros"
         )

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import hashlib
 from typing import Any
+from typing import TypeVar
 
 import keras
 import numpy as np
@@ -14,7 +15,10 @@ from keras_randadapt import arguments
 from keras_randadapt._types import Initializer
 from keras_randadapt._types import Store
 from keras_randadapt._types import Tensor
-from keras_randadapt.bases.by_name import Basis
+from keras_randadapt.sites.site import Site
+
+# A basis of `keras_randadapt.bases`, or one like them.
+_Basis = TypeVar("_Basis", bound=Any)
 
 # The variables that the adapters built in a `shared_bases` block share, by a
 # key that describes their content.
@@ -57,9 +61,9 @@ class AdapterVariables(keras.layers.Layer):
         super().__init__(dtype=dtype, name=name)
         self.step_counter = None
         #: The `Site` that the adapter is built for; `None` for a template.
-        self.site = None
-        self._frozen_names = ()
-        self._derived_names = ()
+        self.site: Site = None
+        self._frozen_names: tuple[str, ...] = ()
+        self._derived_names: tuple[str, ...] = ()
 
     def add_trainable(
         self,
@@ -99,7 +103,7 @@ class AdapterVariables(keras.layers.Layer):
             regularizer=regularizer,
         )
 
-    def add_frozen(self, name: str, basis: Basis) -> Basis:
+    def add_frozen(self, name: str, basis: _Basis) -> _Basis:
         """Keeps the values of a random basis in a variable that no file has.
 
         The values are a variable because every executable would have its own

@@ -24,7 +24,8 @@ class LayerInformation(SiteTable):
         super().__init__(columns, f"estimation_{len(values)}")
         self.values = values
 
-    def plot(self, axis: Axis | None = None) -> Axis:
+    # There is one measure, so there is no column to choose.
+    def plot(self, axis: Axis | None = None) -> Axis:  # type: ignore[override]
         """Draws a heat map: sites from top to bottom, estimations along x.
 
         Args:

@@ -14,7 +14,10 @@ _EPSILON = float(np.finfo("float32").eps)
 class SingularValues(SiteTable):
     """A row a site; the column `singular_values` holds an array in each."""
 
-    def plot(self, axis: Axis | None = None, relative: bool = False) -> Axis:
+    # Curves need all values, so there is no column to choose.
+    def plot(  # type: ignore[override]
+        self, axis: Axis | None = None, relative: bool = False
+    ) -> Axis:
         """Draws a curve a site: singular values, on a logarithmic axis.
 
         Args:

@@ -191,6 +191,7 @@ def cka(
           and 3: the estimate from minibatches.
     """
     state_lib.check_is_model(model_a)
+    off: contextlib.AbstractContextManager[None]
     if model_b is None:
         state_lib.state_of(model_a)
         state_lib.check_no_block(model_a)

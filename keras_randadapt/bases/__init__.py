@@ -1,4 +1,4 @@
-"""Frozen random matrices that a seed gives and no file stores."""
+"""Frozen random matrices that a seed determines and no file stores."""
 
 from keras_randadapt.bases.by_name import KINDS
 from keras_randadapt.bases.by_name import check_kind

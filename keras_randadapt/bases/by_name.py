@@ -9,9 +9,9 @@ from keras_randadapt.bases.random_matrix import SparseTernary
 from keras_randadapt.bases.random_matrix import Uniform
 from keras_randadapt.bases.randomized_hadamard import RandomizedHadamard
 
-#: What `make_basis` makes.
+#: The type of the bases that `make_basis` makes.
 Basis: TypeAlias = RandomMatrix | RandomizedHadamard
-#: What `basis` may be.
+#: The names of bases.
 KINDS = ("gaussian", "uniform", "sparse", "very_sparse", "hadamard")
 
 
@@ -40,21 +40,22 @@ def make_basis(
     """A basis of shape `(rank, dim)`, or `(dim, rank)` with `expand`.
 
     Args:
-        basis: One of `KINDS`: independent normal or uniform entries, ternary
-            ones of which one in three or one in `sqrt(smaller_dim)` is not 0,
-            or a randomized Hadamard transform along `dim`.
+        basis: One of `KINDS`: independent normal or uniform entries; ternary
+            entries, of which one in three or one in `sqrt(smaller_dim)` is
+            not 0; or a randomized Hadamard transform along `dim`.
         dim: int. A dimension of the site.
         rank: int.
         seed: int in `[0, 2**64)`.
-        role: string. What the basis is for.
+        role: string. The purpose of the basis.
         expand: bool. See above.
         smaller_dim: int. The smaller dimension of the site; `dim` by default.
         fill: See `SparseTernary`.
         stages: See `RandomizedHadamard`.
 
     Returns:
-        A basis: `matvec`, `adjoint`, `scale`, `dense`, `digest` and the rest
-        of what `RandomMatrix` and `RandomizedHadamard` share.
+        A basis, with the attributes that `RandomMatrix` and
+        `RandomizedHadamard` share: `matvec`, `adjoint`, `scale`, `dense`,
+        `digest` and others.
     """
     check_kind(basis)
     if basis == "hadamard":

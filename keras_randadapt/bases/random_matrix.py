@@ -14,27 +14,28 @@ from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
 
-# Digests by what a basis is: they are taken while the values are at hand.
+# Digests by the key of a basis. They are computed whenever values are drawn,
+# so that no draw is needed for a digest alone.
 _digests = {}
 
 
 class RandomMatrix:
     """A frozen random matrix `(rows, columns)`, drawn entry by entry.
 
-    `values()` are what a seed gives and what is kept in memory, in a dtype as
-    small as they allow; `scale * values()` has entries of mean 0 and variance
-    1. Products are with the values: whoever uses a basis folds `scale` into
-    something smaller.
+    A seed determines `values()`. They are kept in memory in the smallest dtype
+    that holds them, and `scale * values()` has entries of mean 0 and variance
+    1. Products use `values()` without the scale; an adapter multiplies a
+    smaller tensor by `scale`.
 
-    `matvec` and `adjoint` read the values from a tensor if `bind` was called,
-    and otherwise draw them anew. Neither keeps anything for the backward pass
-    but the values, not cast to another dtype.
+    `matvec` and `adjoint` read the values from a variable if `bind` was
+    called, and otherwise draw them again. For the backward pass they keep only
+    the values, before any cast.
 
     Args:
         rows: int.
         columns: int.
         seed: int in `[0, 2**64)`.
-        role: string. What the basis is for; other roles, other values.
+        role: string. The purpose of the basis. Each role has other values.
     """
 
     scale = 1.0
@@ -67,13 +68,13 @@ class RandomMatrix:
         return _digests[self.key]
 
     @property
-    def key(self) -> Hashable:
-        """What tells this basis from all others, hashable."""
+    def key(self) -> tuple[Hashable, ...]:
+        """A hashable key that two bases share only if they are equal."""
         return (type(self).__name__, *self.shape, self.seed, self.role)
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of one `matvec` of one vector."""
+        """The multiply-adds of one `matvec` of one vector."""
         return math.prod(self.shape)
 
     def bind(self, variable: keras.Variable) -> None:
@@ -81,10 +82,10 @@ class RandomMatrix:
         self._variable = variable
 
     def operands(self) -> tuple[Tensor, ...]:
-        """The tensors that products take as `operands`: the values.
+        """The tensors that products take as `operands`, which are the values.
 
-        Functions with a gradient of their own, and compiled ones, must be
-        given every tensor that they use.
+        `with_gradient` and compiled functions must be given every tensor that
+        they use.
         """
         if self._variable is not None:
             return (ops.convert_to_tensor(self._variable),)
@@ -97,7 +98,7 @@ class RandomMatrix:
 
         Args:
             x: Tensor of a floating dtype and shape `(..., columns)`.
-            operands: Optional: what `operands()` gave.
+            operands: Optional result of `operands()`.
 
         Returns:
             Tensor `(..., rows)` of `x`'s dtype.
@@ -137,9 +138,10 @@ class RandomMatrix:
 def fence_operands(
     upstream: Tensor, operands: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Keeps compilers from keeping small values that were cast to float.
+    """The operands, fenced if a backward pass would cast them to floats.
 
-    See `keras_randadapt.ops.fence`. Floats are used as they are.
+    Without the fence a compiler would keep the cast values, which are larger.
+    See `keras_randadapt.ops.fence`. Floats need no cast and no fence.
     """
     if any(keras.backend.is_int_dtype(values.dtype) for values in operands):
         return fence(upstream, *operands)
@@ -170,24 +172,24 @@ class Gaussian(RandomMatrix):
 
 
 class Uniform(RandomMatrix):
-    """Independent entries from `U(-1, 1)`; its scale is `sqrt(3)`.
+    """Independent entries from `U(-1, 1)`, with the scale `sqrt(3)`.
 
-    With the scale: `U(-sqrt(3), sqrt(3))`, of variance 1. See
+    Scaled entries are from `U(-sqrt(3), sqrt(3))` and have variance 1. See
     `RandomMatrix`.
     """
 
     scale = math.sqrt(3.0)
 
     def _draw(self):
-        # Exact in float32: multiples of 2**-23.
+        # The values are multiples of 2**-23 and exact in float32.
         return 2 * random.uniforms(self.seed, self.role, self.shape) - 1
 
 
 class SparseTernary(RandomMatrix):
-    """Independent entries in -1, 0 and 1, kept as int8, mostly 0.
+    """Independent entries -1, 0 and 1, most of them 0, kept as int8.
 
     `P(+1) = P(-1) = 1 / (2 sparsity)`, and the scale is `sqrt(sparsity)`
-    (Achlioptas, 2003, at `sparsity=3`; Li, Hastie and Church, 2006). See
+    (Achlioptas, 2003, with `sparsity=3`; Li, Hastie and Church, 2006). See
     `RandomMatrix`.
 
     Args:
@@ -195,12 +197,13 @@ class SparseTernary(RandomMatrix):
         columns: int.
         seed: int in `[0, 2**64)`.
         role: string.
-        sparsity: Number, at least 1: one entry in so many is not 0.
-        fill: Whether columns are made to lean on rows evenly: each on a row
-            where it has an entry, at most `ceil(columns / rows)` columns on
-            one row. A column that finds no such row is given one more entry,
-            with a random sign. Of a thin matrix most columns may be empty
-            otherwise, `(1 - 1 / sparsity) ** rows` of them.
+        sparsity: Number, at least 1. One entry in `sparsity` is not 0.
+        fill: Whether to add entries so that columns can be assigned to rows
+            evenly: each column to a row where it has an entry, and at most
+            `ceil(columns / rows)` columns to a row. A column without such a
+            row gets one more entry, with a random sign. Without `fill`, a
+            fraction `(1 - 1 / sparsity) ** rows` of the columns is empty,
+            which in a matrix of few rows may be most of them.
     """
 
     dtype = "int8"
@@ -220,7 +223,7 @@ class SparseTernary(RandomMatrix):
         self.scale = math.sqrt(self.sparsity)
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Hashable, ...]:
         return (*super().key, self.sparsity, self.fill)
 
     def _draw(self):
@@ -237,7 +240,7 @@ class SparseTernary(RandomMatrix):
         signs = random.signs(self.seed, f"{self.role}/fill", columns)
         load = np.zeros(rows, np.int64)
         entries = np.count_nonzero(values, axis=0)
-        # The columns with the least choice first.
+        # Columns with the fewest entries have the least choice and come first.
         for column in np.argsort(entries, kind="stable"):
             found = np.flatnonzero(values[:, column])
             row = found[np.argmin(load[found])] if len(found) else None

@@ -13,34 +13,36 @@ from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import randomized_transform
 
-#: How `hadamard` may fit a dimension to the orders that a transform has.
+#: The choices of `hadamard`: a transform of the dimension itself, or padding.
 HADAMARD = ("exact", "pad")
-#: How `rows` may be selected.
+#: The choices of `rows`.
 ROWS = ("random", "leading")
 
 
 class RandomizedHadamard:
     """A frozen random matrix `(rank, dim)` made of Hadamard transforms.
 
-    `S H B_k ... H B_1 P`: `P` places `dim` coordinates, each stage flips
-    random signs `B_i` and applies the orthonormal Hadamard transform `H`, `S`
-    keeps `rank` coordinates (RLoRA, equation 4, with each stage normalized
-    and without the paper's spurious 1/sigma). With `expand`, the matrix is
-    `(dim, rank)` instead: `S` comes first and `P` last, which is what the
-    paper's output side is. A rank above the order stacks independent blocks.
+    The matrix is `S H B_k ... H B_1 P`. `P` places `dim` coordinates, each
+    stage multiplies by random signs `B_i` and applies the orthonormal Hadamard
+    transform `H`, and `S` keeps `rank` coordinates (RLoRA, equation 4, with
+    each stage normalized and without the paper's spurious 1/sigma). With
+    `expand`, the matrix is `(dim, rank)` instead: `S` comes first and `P` last,
+    as on the paper's output side. A rank above the order stacks independent
+    blocks.
 
-    With `hadamard="exact"` the order is `dim` itself and the rank `r <= dim`
-    rows (columns, with `expand`) are orthonormal.
+    With `hadamard="exact"` the order is `dim` itself. Up to a rank of `dim`,
+    the rows are then orthonormal; with `expand`, the columns are.
 
     Args:
         dim: int. The dimension that is transformed.
         rank: int. The number of rows, or of columns with `expand`.
         seed: int in `[0, 2**64)`.
-        role: string. What the basis is for; other roles, other signs.
+        role: string. The purpose of the basis. Each role has other signs.
         stages: int. The number `k` of sign and transform stages.
-        rows: `"random"` or `"leading"`: which coordinates `S` keeps.
-        hadamard: `"exact"`, or `"pad"`: the next power of two, zero-padded
-            and cropped, which is neither orthogonal nor always of full rank.
+        rows: `"random"` or `"leading"`, the coordinates that `S` keeps.
+        hadamard: `"exact"`, or `"pad"`, which pads with zeros to the next
+            power of two and crops. `"pad"` is not orthogonal and may not have
+            full rank.
         expand: bool. See above.
     """
 
@@ -73,16 +75,19 @@ class RandomizedHadamard:
 
     @property
     def scale(self) -> float:
-        """What gives the entries variance 1: `sqrt(order)`."""
+        """The factor that gives the entries variance 1: `sqrt(order)`."""
         return math.sqrt(self._plans[0].order)
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of one `matvec` of one vector, about."""
+        """The approximate multiply-adds of one `matvec` of one vector."""
         return sum(_cost(plan) for plan in self._plans)
 
     def operands(self) -> tuple[Tensor, ...]:
-        """None: nothing is kept. See `RandomMatrix.operands`."""
+        """An empty tuple, since no values are kept.
+
+        See `RandomMatrix.operands`.
+        """
         return ()
 
     def matvec(
@@ -96,9 +101,9 @@ class RandomizedHadamard:
 
         Args:
             x: Tensor `(..., dim)`, or `(..., rank)` with `expand`.
-            operands: Nothing; what other bases take.
-            before: Optional vector to multiply `x` by, of its dtype.
-            after: Optional vector to multiply the result by.
+            operands: Ignored; other bases take it.
+            before: Optional vector of `x`'s dtype, by which `x` is multiplied.
+            after: Optional vector, by which the result is multiplied.
 
         Returns:
             Tensor `(..., rank)`, or `(..., dim)` with `expand`.
@@ -160,7 +165,7 @@ def _cost(plan):
 
 @functools.lru_cache(maxsize=1024)
 def _plans(dim, rank, seed, role, stages, rows, hadamard, expand):
-    """The blocks' plans; sites that share a basis share these objects."""
+    """The plans of the blocks. Sites that share a basis share these objects."""
     order = dim
     if hadamard == "pad":
         order = 1 << (dim - 1).bit_length()
@@ -171,8 +176,8 @@ def _plans(dim, rank, seed, role, stages, rows, hadamard, expand):
         signs = random.signs(seed, f"{block_role}/signs", (stages, order))
         index = None
         if rows == "random" and size < order:
-            # A set: in which order its members come is up to us, and memory
-            # is read in rising order.
+            # The basis needs a random set, in any order. It is sorted, because
+            # memory is read fastest in rising order.
             chosen = random.permutation(seed, f"{block_role}/rows", order)
             index = np.sort(chosen[:size])
         if expand:

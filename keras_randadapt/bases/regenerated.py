@@ -1,4 +1,4 @@
-"""A long list of random vectors that is drawn anew whenever it is used."""
+"""A long list of random vectors that is drawn again whenever it is used."""
 
 import hashlib
 import math
@@ -11,28 +11,30 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.ops import counter
 from keras_randadapt.ops import with_gradient
 
-# Entries that are drawn at a time, which bounds the memory.
+# The number of entries that are drawn at a time. It bounds the memory.
 CHUNK = 1 << 20
 
 
 class RegeneratedUniform:
-    """`count` frozen random vectors of one size, of which nothing is kept.
+    """`count` frozen random vectors of one size that take no memory.
 
-    Entries are independent and uniform on the 256 values `(2 b - 255) / 256`,
-    for a byte `b`: `U(-1, 1)` for all that a sum of many of them shows. They
-    come from `keras_randadapt.ops.counter`, inside the compiled step, some
-    vectors at a time, forward and again backward: the same bits on every
-    backend, whatever the number drawn at a time.
+    Entries are independent and uniform on the 256 values `(2 b - 255) / 256`
+    of a byte `b`. A sum of many of them is like a sum of values from
+    `U(-1, 1)`. `keras_randadapt.ops.counter` draws them inside the compiled
+    step, a few vectors at a time, in the forward pass and again in the
+    backward pass. The bits are the same on every backend and for every number
+    of vectors at a time.
 
     Args:
         count: int. The number of vectors.
         size: int. The size of each.
         seed: int in `[0, 2**64)`.
-        role: string. What the vectors are for; other roles, other vectors.
-        chunk: int. Entries drawn at a time, at most, and one vector at least.
+        role: string. The purpose of the vectors. Each role has other vectors.
+        chunk: int. The largest number of entries that are drawn at a time. At
+            least one vector is drawn.
     """
 
-    #: Of the entries.
+    #: The variance of the entries.
     variance = (256**2 - 1) / 256**2 / 3
 
     def __init__(
@@ -86,7 +88,7 @@ class RegeneratedUniform:
         return np.array(ops.convert_to_numpy(rows))
 
     def digest(self) -> str:
-        """A short hash of what the vectors are drawn from."""
+        """A short hash of the key from which the vectors are drawn."""
         return random.digest(np.array([self._key], "uint64"))
 
     def _combine(self, coefficients):
@@ -113,10 +115,10 @@ class RegeneratedUniform:
         return ops.reshape(found, (-1,))[: self.count]
 
     def _rows(self, start, n):
-        """Vectors from `start` on, which may be traced: `(n, size)`."""
+        """The vectors from `start`, which may be traced, as `(n, size)`."""
         places = ops.arange(n, dtype="int32") + start
         words = counter.random_rows(self._key, places, self._words)
-        # A byte at a time, from the lowest.
+        # Each word gives four entries, the lowest byte first.
         shifts = ops.arange(0, 32, 8, dtype="int32")
         data = ops.bitwise_and(
             ops.right_shift(ops.expand_dims(words, -1), shifts), 255

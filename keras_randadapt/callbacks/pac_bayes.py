@@ -165,8 +165,8 @@ class PACBayes(keras.callbacks.Callback):
         self.chunk_size = chunk_size
         self._pipeline = x
         self._source = example_source.source_of(x, y, sample_weight)
-        self._penalty = None
-        self._gradients = None
+        self._penalty: pac_bayes.PACBayesPenalty = None
+        self._gradients: PerExampleGradients = None
         self._attached_to = None
         self._training = False
 
@@ -194,7 +194,9 @@ class PACBayes(keras.callbacks.Callback):
 
     @property
     def costs(self) -> list[dict]:
-        history = self._penalty.history.costs if self._penalty else []
+        history: list[tuple[float, ...]] = (
+            self._penalty.history.costs if self._penalty else []
+        )
         return [
             {"seconds": seconds, "share": share, "bytes": int(size)}
             for seconds, share, size in history
@@ -323,7 +325,7 @@ class PACBayes(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._training = True
-        self._epoch_costs = []
+        self._epoch_costs: list[tuple[float, ...]] = []
         with self._own_random_state():
             example = self._source.peek()
             if example is not None:

@@ -77,7 +77,7 @@ class RankBudget(keras.callbacks.Callback):
         if total_updates is not None:
             total_updates = arguments.check_rank(total_updates, "total_updates")
         self.total_updates = total_updates
-        self._allocation = None
+        self._allocation: rank_allocation.RankAllocation = None
 
     def on_train_begin(self, logs: Logs = None) -> None:
         optimizer = getattr(self.model, "optimizer", None)

@@ -7,6 +7,7 @@ from keras_randadapt import arguments
 from keras_randadapt._types import Logs
 from keras_randadapt.analysis import deltas
 from keras_randadapt.analysis import rank
+from keras_randadapt.analysis.table import SiteTable
 
 _LOGGED = {
     "rank": "rank",
@@ -81,7 +82,7 @@ class RankMonitor(keras.callbacks.Callback):
         self.per_site = bool(per_site)
         self.prefix = prefix
         self.tolerance = rank.check_tolerance(tolerance)
-        self.table = None
+        self.table: SiteTable = None
 
     def on_train_begin(self, logs: Logs = None) -> None:
         deltas.check_measurable(self.model, self.name)

@@ -1,6 +1,7 @@
 """One learning rate for adapters, another for heads."""
 
 import re
+from typing import TypeAlias
 
 import keras
 
@@ -9,7 +10,7 @@ from keras_randadapt import arguments
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
-Rate = float | keras.optimizers.schedules.LearningRateSchedule
+Rate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 _ADAPTER = r"(.*/)?adapter/.*"
 _LORA_B = r"(.*/)?adapter/.*/lora_b"

@@ -174,7 +174,7 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     names = checks.check_names(state, names)
     if len(set(names)) != len(names):
         raise ValueError(f"`names` repeats a name. Received: names={names}")
-    owner = {}
+    owner: dict[str, str] = {}
     for name in names:
         for address in state.records[name].kept:
             if address in owner:

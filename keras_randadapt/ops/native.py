@@ -106,7 +106,7 @@ def translate(program):
     return _known_programs[program]
 
 
-_known_programs = weakref.WeakKeyDictionary()
+_known_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def apply(

@@ -220,7 +220,7 @@ class Program:
     passed.
     """
 
-    _by_key = weakref.WeakValueDictionary()
+    _by_key: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
     _counter = itertools.count()
 
     def __init__(self, steps: Iterable[typing.Any], key: str | None = None):
@@ -246,7 +246,7 @@ class Program:
         return max(max(s.input_dim, s.output_dim) for s in self.steps)
 
     @classmethod
-    def from_key(cls, key: str) -> typing.Self:
+    def from_key(cls, key: str) -> "Program":
         if key.endswith("'"):
             return cls.from_key(key[:-1]).transpose
         return cls._by_key[key]

@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-_known_tensors = weakref.WeakKeyDictionary()
+_known_tensors: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def as_tensors(owner, arrays, dtype, device):

@@ -118,7 +118,7 @@ def _itemsize(dtype):
     return 4 if dtype == "float32" else 2
 
 
-_known_tiled = weakref.WeakKeyDictionary()
+_known_tiled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def tiled_program(program, dtype, room):

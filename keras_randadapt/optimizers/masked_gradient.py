@@ -99,7 +99,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         # pair each is of, and which of its axes is the rank's.
         self._places = {}
         # Pairs by rank: one draw serves all pairs of one rank.
-        self._pairs = {}
+        self._pairs: dict[int, list[int]] = {}
         for i, (a, b) in enumerate(pairs):
             rank = int(variables[b].shape[0])
             if self.update_rank > rank:

@@ -1,1 +1,1 @@
-"""What a layer is to an adapter: kernel views, products, addresses."""
+"""The sites of adapters: kernel views, products, addresses and selection."""

@@ -11,9 +11,10 @@ class Layers(dict):
     """Every layer below a model, by structural address.
 
     Attributes:
-        places: dict from address to the same path of names: in a container an
-            address counts classes, and what is `dense_1` there may well be
-            called `encoder`, and another layer `dense_1`.
+        places: dict from address to the same path with layers' names. In a
+            list, an address numbers layers of each class, so the layer with
+            the address `dense_1` may be named `encoder`, while another layer
+            is named `dense_1`.
     """
 
     def __init__(self):
@@ -21,24 +22,23 @@ class Layers(dict):
         self.places = {}
 
     def attribute(self, address):
-        """The attribute that holds a layer, or its name in a container."""
+        """The attribute that holds a layer, or its name if a list holds it."""
         return self.places[address].rpartition("/")[2].lstrip("_")
 
 
 def layers_by_address(model):
     """Every layer below `model`, by structural address.
 
-    The address is the path that the layer's weights have inside a
-    `.weights.h5` file: made of attribute names and class names, so equal on
-    every backend and in every run, where `layer.path` is neither unique nor
-    stable.
+    The address is the path of the layer's weights inside a `.weights.h5` file.
+    It is made of attribute names and class names, so it is equal on every
+    backend and in every run. `layer.path` is neither unique nor stable.
 
     Args:
         model: A built Keras model.
 
     Returns:
-        `Layers`, in the order of Keras's weight files. A layer used in several
-        places is listed once, at the first.
+        `Layers`, in the order of Keras's weight files. A layer that is used in
+        several places is listed once, at the first.
     """
     found = Layers()
     visited = {id(model)}
@@ -52,7 +52,7 @@ def _join(path, name):
 
 def _walk_layer(layer, address, place, found, visited):
     pairs = list(_compat.walk_attributes(layer))
-    # Where a model lists its layers, those have attributes too.
+    # The layers in a model's list of layers may be attributes as well.
     names = {
         id(value): _join(place, attribute)
         for attribute, value in pairs
@@ -73,13 +73,14 @@ def _visit(value, path, place, found, visited, containers, names):
             return
         found[path] = value
         found.places[path] = place
-        # Nothing below these is a layer, and looking at every attribute of
-        # every one would unpack quantized kernels.
+        # These classes have no layers below, and reading all their attributes
+        # would unpack quantized kernels.
         if not supported.looks_supported(value):
             _walk_layer(value, path, place, found, visited)
     elif isinstance(value, (list, tuple, dict)):
-        # Only the containers around this one: properties make lists anew, so
-        # the identity of one walked before may be another's by now.
+        # Only the containers around this one are compared. Properties return
+        # new lists, so a list that was walked before may be gone and its
+        # `id` may be another's.
         if not any(value is other for other in containers):
             containers = (*containers, value)
             _visit_container(
@@ -88,7 +89,8 @@ def _visit(value, path, place, found, visited, containers, names):
 
 
 def _visit_container(container, path, place, found, visited, containers, names):
-    # Names inside a container count all that Keras saves, layers or not.
+    # Names inside a container number everything that Keras saves, not only
+    # layers.
     used = {}
     values = container.values() if isinstance(container, dict) else container
     for value in list(values):

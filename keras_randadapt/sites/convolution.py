@@ -12,12 +12,12 @@ from keras_randadapt.sites.layer import kernel_space_product
 
 
 class AdaptedConv(AdaptedLayer):
-    """A convolution, grouped and dilated ones included.
+    """A convolution, which may be grouped or dilated.
 
     The kernel view of a kernel `(*window, channels / groups, filters)` is
     `(prod(window) * channels / groups, filters)`. The delta is formed and
-    convolved: a kernel is small beside the activations it slides over, and
-    this way strides, padding, dilation and groups stay Keras's.
+    convolved. It is small beside the activations, and Keras's own convolution
+    handles strides, padding, dilation and groups.
     """
 
     kind = "convolution"
@@ -41,7 +41,7 @@ class AdaptedConv(AdaptedLayer):
         inputs = as_float(inputs, self.compute_dtype)
         y = kernel_space_product(self, inputs, self._is_training(None))
         if self.bias is not None:
-            # Broadcast over batch and space, wherever the channels are.
+            # The bias is broadcast over batch and space.
             shape = [1] * (self.rank + 2)
             channels = -1 if self.data_format == "channels_last" else 1
             shape[channels] = self.filters

@@ -18,13 +18,13 @@ from keras_randadapt.sites.layer import kernel_space_product
 
 
 class _AdaptedProduct(AdaptedLayer):
-    """Dense and EinsumDense."""
+    """A `Dense` or `EinsumDense` layer."""
 
     @property
     def kernel(self):
-        # Exporters and Gemma4's feed-forward read the kernel and multiply
-        # themselves: they must see the update. A quantized kernel is integers
-        # that only the layer can scale, so it stays what it is.
+        # Exporters and Gemma4's feed-forward network read the kernel and
+        # multiply by it, so they must see the update. A quantized kernel holds
+        # integers that only the layer can scale, so it is returned unchanged.
         kernel = super().kernel
         if self.quantization_mode is not None:
             return kernel
@@ -56,13 +56,14 @@ class _AdaptedProduct(AdaptedLayer):
         active = self.adapter.active()
         if not active:
             return self._base_product(inputs)
-        # Tokens in one axis: with two, XLA's gradients of thin products take
-        # three times as long on a CPU (benchmarks/README.md).
+        # The tokens are put into one axis. With two axes, XLA's gradients of
+        # thin products take three times as long on a CPU
+        # (docs/design/other-costs.md).
         x = self.flatten_input(inputs)
 
         def linear(z):
-            # The usual adapter passes its input on: the base product then
-            # takes the layer's own input and nothing is laid out twice.
+            # Most adapters pass `x` on. The base product then takes the
+            # layer's own input, which saves a second reshape.
             z = inputs if z is x else self.unflatten_input(z, inputs)
             return self.flatten_output(self._base_product(z))
 
@@ -82,11 +83,12 @@ class _AdaptedProduct(AdaptedLayer):
 
 
 class AdaptedDense(_AdaptedProduct):
-    """A `Dense` layer; its kernel is its own kernel view."""
+    """A `Dense` layer, whose kernel is its kernel view."""
 
     @property
     def kernel_view(self):
-        # Not from the kernel: int4 kernels are packed.
+        # The shape does not come from the kernel, since int4 kernels are
+        # packed.
         return KernelView(int(self.input_spec.axes[-1]), self.units)
 
     def to_view(self, kernel):
@@ -117,7 +119,7 @@ class AdaptedDense(_AdaptedProduct):
 
 
 class AdaptedEinsumDense(_AdaptedProduct):
-    """An `EinsumDense` layer; its kernel's axes are factored by label."""
+    """An `EinsumDense` layer, whose kernel view sorts axes by their label."""
 
     @property
     def kernel_view(self):

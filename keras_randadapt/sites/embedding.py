@@ -9,7 +9,7 @@ from keras_randadapt.sites.layer import AdaptedLayer
 
 
 class AdaptedEmbedding(AdaptedLayer):
-    """An `Embedding`: the kernel view is `(vocabulary, features)`."""
+    """An `Embedding`, whose kernel view is `(vocabulary, features)`."""
 
     kind = "lookup"
     kernel_name = "embeddings"
@@ -53,17 +53,17 @@ class AdaptedEmbedding(AdaptedLayer):
 
 
 class AdaptedReversibleEmbedding(AdaptedEmbedding):
-    """A `ReversibleEmbedding`, adapted in both directions where tied.
+    """A `ReversibleEmbedding`, adapted in both directions if it is tied.
 
-    With `tie_weights=False` the reverse projection has a matrix of its own,
-    which is not adapted.
+    With `tie_weights=False` the reverse projection has its own matrix, which
+    is not adapted.
     """
 
     def call(self, inputs, reverse=False):
         if reverse:
             return self._adapted_reverse(inputs)
         y = self._adapted_lookup(inputs)
-        # Keras's layer sets its mask in `call` and computes none elsewhere.
+        # Keras's layer sets its mask in `call`, which this method replaces.
         mask = keras.layers.Embedding.compute_mask(self, inputs)
         if mask is not None:
             _compat.set_keras_mask(y, mask)

@@ -1,10 +1,11 @@
-"""Names of layers in KerasHub's families, and how they belong together."""
+"""The names of layers in KerasHub's families, and the blocks they form."""
 
 import keras
 
 from keras_randadapt._types import Layers
 
-#: the last four are one kernel for query, key and value together.
+#: The names of query and value projections. Each of the last four is one
+#: kernel for query, key and value together.
 QUERY_VALUE_NAMES = (
     "query",
     "value",
@@ -24,7 +25,7 @@ QUERY_VALUE_NAMES = (
     "in_proj_qkv",
 )
 
-#: The names of key and value projections, fused ones included.
+#: The names of key and value projections, including fused ones.
 KEY_VALUE_NAMES = (
     "key",
     "value",
@@ -44,7 +45,7 @@ KEY_VALUE_NAMES = (
     "in_proj_qkv",
 )
 
-#: What their output projections are called beside them.
+#: The names of the output projections of attention.
 _ATTENTION_OUTPUT_NAMES = (
     "attention_output",
     "attention_projection",
@@ -57,7 +58,7 @@ _ATTENTION_OUTPUT_NAMES = (
     "proj",
 )
 
-#: The first and the last layer of KerasHub's feed-forward networks. Where the
+#: From the last layer of KerasHub's feed-forward networks to the first. If the
 #: first is gated, the gate has the same input.
 _FEED_FORWARD_NAMES = {
     "feedforward_output_dense": "feedforward_intermediate_dense",
@@ -68,7 +69,8 @@ _FEED_FORWARD_NAMES = {
     "mlp_dense_2": "mlp_dense_1",
 }
 
-#: Others that are called so count beside attention only.
+#: The same for common names. They count only beside attention, since other
+#: layers have these names too.
 _COMMON_NAMES = {"down_proj": "up_proj", "fc2": "fc1", "dense_2": "dense_1"}
 
 
@@ -117,11 +119,11 @@ def _is_network(pair, layers):
         linear = (keras.layers.Dense, keras.layers.EinsumDense)
         if not isinstance(layers[address], linear):
             return False
-        # What it gives is gated, and added to that of other experts.
+        # A shared expert's output is gated and added to that of other experts.
         if "shared_expert" in address:
             return False
-        # Keras itself calls unnamed layers `dense_1` and `dense_2`: the
-        # attribute tells.
+        # Keras names unnamed layers `dense_1` and `dense_2` itself, so the
+        # attribute must have the name too.
         name = layers[address].name
         attribute = address.rpartition("/")[2].lstrip("_")
         if name in ("dense_1", "dense_2") and attribute != name:
@@ -139,7 +141,7 @@ def _groups(layers):
 
 
 def _is_in_block(parent, attention):
-    """Whether attention is beside this group of layers, or one level up."""
+    """Whether there is attention beside a group of layers or one level up."""
     block = parent.rpartition("/")[0]
     return any(
         owner.rpartition("/")[2] != "layers"
@@ -163,11 +165,11 @@ def keys_values_and_feed_forwards(layers: Layers) -> set[str]:
 
 
 def is_query_or_value(address, layers):
-    """Whether a layer is called as KerasHub's query and value projections."""
+    """Whether a layer has a name of KerasHub's query or value projections."""
     return _is_called(address, layers, QUERY_VALUE_NAMES)
 
 
 def _is_called(address, layers, choices):
-    # Some families leave projections unnamed; the attribute tells then.
+    # Some families leave projections unnamed, but their attributes have names.
     names = {layers[address].name, layers.attribute(address)}
     return not names.isdisjoint(choices)

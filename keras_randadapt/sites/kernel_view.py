@@ -1,4 +1,4 @@
-"""How the kernel of an einsum is seen as a matrix."""
+"""`KernelView`, and the kernel views of einsum equations."""
 
 import functools
 from typing import NamedTuple
@@ -17,12 +17,13 @@ class KernelView(NamedTuple):
 
 
 class EinsumPlan:
-    """How one einsum equation's kernel is seen as a matrix.
+    """The kernel view of one einsum equation.
 
-    Kernel axes are sorted by what their label does: contracted with the input
-    (rows of the view) or present in the output (columns). By label, never by
-    position, so a rank-r view update is a rank-r update of the linear map for
-    every equation, Gemma's `"btd,ndh->btnh"` included.
+    Kernel axes are sorted by their labels, never by their positions. Axes that
+    are contracted with the input make the rows of the view, and axes that are
+    present in the output make the columns. A rank-r update of the view is
+    therefore a rank-r update of the linear map for every equation, also for
+    Gemma's `"btd,ndh->btnh"`.
     """
 
     @staticmethod
@@ -43,8 +44,8 @@ class EinsumPlan:
         self.view_shape = KernelView(
             int(np.prod(self._row_sizes)), int(np.prod(self._column_sizes))
         )
-        # One plain matrix product needs every row label in the input, no
-        # column label there, and nothing else summed over.
+        # The equation is one matrix product if the input has every row label
+        # and no column label, and no other label is summed over.
         batch = [label for label in x if label not in kernel]
         self.is_matrix_product = (
             set(rows) <= set(x)
@@ -62,7 +63,7 @@ class EinsumPlan:
         self._output_rank = len(y)
 
     def to_view(self, kernel):
-        """Kernel of the layer's shape to the matrix `view_shape`."""
+        """The matrix of shape `view_shape` of a kernel."""
         return reshape(
             _transpose(kernel, self._kernel_to_view), self.view_shape
         )
@@ -73,7 +74,7 @@ class EinsumPlan:
         return _transpose(reshape(view, shape), self._view_to_kernel)
 
     def flatten_input(self, x):
-        """Layer input to `(tokens, input_dim)`."""
+        """The layer's input as `(tokens, input_dim)`."""
         x = _transpose(x, self._flatten_x)
         return reshape(x, (-1, self.view_shape.input_dim))
 
@@ -87,7 +88,7 @@ class EinsumPlan:
         return [shape[axis] for axis in self._batch_axes]
 
     def multiply(self, rows, product):
-        """A matrix times the view, by the layer's own product.
+        """A matrix times the view, computed by the layer's own product.
 
         Args:
             rows: Tensor `(n, input_dim)`.
@@ -101,12 +102,12 @@ class EinsumPlan:
         return self.flatten_output(product(_transpose(z, self._unflatten_x)))
 
     def flatten_output(self, y):
-        """Layer output to `(tokens, output_dim)`."""
+        """The layer's output as `(tokens, output_dim)`."""
         y = _transpose(y, self._flatten_y)
         return reshape(y, (-1, self.view_shape.output_dim))
 
     def flatten_bias(self, bias):
-        """A bias with a number for each column, as a vector in their order."""
+        """A bias with a number for each column, as a vector in that order."""
         ones = [1] * (self._output_rank - len(bias.shape))
         y = _transpose(reshape(bias, (*ones, *bias.shape)), self._flatten_y)
         return reshape(y, (self.view_shape.output_dim,))
@@ -124,11 +125,11 @@ class EinsumPlan:
 
 
 def _parse_equation(equation, kernel_rank, input_rank):
-    """An equation's three lists of labels, the ellipsis written out."""
+    """An equation's three lists of labels, with the ellipsis expanded."""
     left, y = equation.replace(" ", "").split("->")
     x, kernel = left.split(",")
     dots = input_rank - len(x.replace("...", ""))
-    # Labels that no einsum equation can use.
+    # These labels cannot occur in an einsum equation.
     ellipsis = [f"...{i}" for i in range(dots)]
 
     def labels(term):

@@ -1,10 +1,9 @@
-"""What every adapted layer computes, whatever its class.
+"""`AdaptedLayer`: the part of a site that is the same for every layer class.
 
-A site's layer keeps its identity and gets a subclass of its own class, made in
-`supported`, with one of the classes of `dense`, `convolution`, `embedding` and
-`normalization` before it. That class puts the adapters' delta between the base
-product and the bias, and says how the layer's kernel is seen as a matrix, the
-kernel view.
+A site's layer stays the same object and gets another class. `supported` makes
+it from the layer's own class and a mixin of `dense`, `convolution`, `embedding`
+or `normalization`. The mixin adds the adapters' delta between the base product
+and the bias, and defines the layer's kernel view.
 """
 
 import contextlib
@@ -24,14 +23,14 @@ _CLASS_LOCK = threading.RLock()
 
 
 class AdaptedLayer(_compat.KeepsTrainingFlag):
-    """Mixed into a site's own class; see `supported.site_class`."""
+    """The base of the mixins for sites; see `supported.site_class`."""
 
     _site_base = None
 
     #: See `Adapter.site_kinds`.
     kind = "product"
 
-    #: The attributes of the layer that are its kernel and its bias.
+    #: The attributes that hold the layer's kernel and its bias.
     kernel_name = "kernel"
     bias_name = "bias"
 
@@ -46,7 +45,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
             self.save_own_variables(store)
 
     def quantized_call(self, *args, **kwargs):
-        # Keras calls this instead of `call`; ours branches further down.
+        # Keras calls this instead of `call`, but here `call` handles both.
         return self.call(*args, **kwargs)
 
     def enable_lora(self, *args, **kwargs):
@@ -58,8 +57,8 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         )
 
     def _lock_if_quantized(self):
-        # Of a quantized product, bias and activation are set aside: another
-        # thread must not take the layer for one that has none.
+        # A quantized product sets bias and activation aside. Meanwhile another
+        # thread must not call the layer without them.
         if self.quantization_mode is None:
             return contextlib.nullcontext()
         return _QUANTIZED_CALL_LOCK
@@ -75,17 +74,21 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         return product.fold(self.adapter.active(), base)
 
     def bias_to_view(self, bias):
-        """A bias as a vector, of the kernel view's columns if it can be."""
+        """A bias as a vector, in the order of the columns if it has one each.
+
+        The columns are those of the kernel view.
+        """
         return ops.reshape(bias, (-1,))
 
     def bias_from_view(self, vector):
         return ops.reshape(vector, getattr(self, self.bias_name).shape)
 
     def merged_bias(self):
-        """The bias with every active adapter folded in, of its own shape.
+        """The bias with every active adapter folded in, in its own shape.
 
-        float32, which the caller rounds to what it computes in; the variable
-        itself where none adapts it, `None` where there is none.
+        It is float32, and the caller casts it to the compute dtype. If no
+        adapter adapts biases it is the variable itself, and without a bias it
+        is `None`.
         """
         bias = getattr(self, self.bias_name, None)
         adapters = [a for a in self.adapter.active() if a.adapts_bias]
@@ -98,7 +101,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         return self.bias_from_view(vector)
 
     def _merged_or_base(self, kernel):
-        """What the public `kernel` or `embeddings` property shows."""
+        """The value of the public `kernel` or `embeddings` property."""
         if not self.adapter.active():
             return kernel
         merged = self.from_view(self._merged_kernel_view(kernel))
@@ -106,15 +109,15 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
 
 
 def as_float(x, dtype):
-    # Keras casts floats only; the products promote integers, but a delta
-    # computed in integers would be nothing.
+    # Keras casts only floats. Products promote integers, but a delta that is
+    # computed in integers would be 0.
     if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
         return x
     return ops.cast(x, dtype)
 
 
 def kernel_space_product(site, inputs, training):
-    """The product with the merged kernel, or with base and delta apart."""
+    """The product with the merged kernel, or base and delta products apart."""
     active = site.adapter.active()
     if not active:
         return site._base_product(inputs)
@@ -126,7 +129,7 @@ def kernel_space_product(site, inputs, training):
         view = site._merged_kernel_view(_compat.kernel_of(site))
         kernel = ops.cast(site.from_view(view), site.compute_dtype)
         return site._float_product(inputs, kernel)
-    # In 16 bits a small delta would be rounded away in base + delta.
+    # In 16 bits `base + delta` would round a small delta away.
     y = site._base_product(inputs)
     for adapter in active:
         delta = site.from_view(_delta_view(site, adapter, training))
@@ -147,11 +150,11 @@ def _delta_view(site, adapter, training):
 
 @contextlib.contextmanager
 def as_base_class(*layers):
-    """For a block, gives layers their own classes back.
+    """Gives layers their own classes back during a block.
 
-    Keras's saving then sees the layers it would see without adapters. One
-    thread at a time: of two, the second would find the layers without their
-    site's class and leave them so.
+    Keras's saving then sees the layers as they are without adapters. Only one
+    thread may be in such a block: a second one would find the layers without
+    their site's class and later restore that.
     """
     with _CLASS_LOCK:
         sites = [layer for layer in layers if isinstance(layer, AdaptedLayer)]

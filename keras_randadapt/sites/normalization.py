@@ -1,4 +1,4 @@
-"""Adapted normalizations, of which only the offset is adapted."""
+"""Adapted normalizations; only their offset is adapted."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How the adapters of a site act on its product, one after the other."""
+"""`Product`: the product that the adapters of a site change in turn."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Product:
     Called with `(..., input_dim)`, it gives `(..., output_dim)`.
 
     Attributes:
-        base: The `Product` without any adapter; perhaps this one.
+        base: The `Product` without any adapter. It may be this one.
     """
 
     def __init__(
@@ -33,20 +33,20 @@ class Product:
         return self._product(x)
 
     def kernel(self) -> Tensor | None:
-        """The kernel view that this is the product with, if there is one.
+        """The kernel view by which this product multiplies, if there is one.
 
         Returns:
-            Tensor `(input_dim, output_dim)` of the site's compute dtype; the
-            product with another matrix like it is `ops.matmul(x, matrix)`.
-            `None` if the kernel is quantized, or if this is what another
-            adapter made of the base product.
+            Tensor `(input_dim, output_dim)` of the site's compute dtype. The
+            product with another such matrix is `ops.matmul(x, matrix)`.
+            `None` if the kernel is quantized, or if another adapter has
+            changed the base product.
         """
         if self.base is not self:
             return None
         return self._kernel(self._site.compute_dtype)
 
     def times_base(self, rows: Tensor) -> Tensor:
-        """A float32 matrix times the base kernel view, of any layout.
+        """A float32 matrix times the base kernel view, quantized or not.
 
         Args:
             rows: Tensor `(n, input_dim)`.
@@ -61,7 +61,7 @@ class Product:
         return ops.cast(self._site.multiply(rows), "float32")
 
     def base_kernel(self) -> Tensor:
-        """The base kernel view, float32, dequantized if need be."""
+        """The base kernel view, float32, dequantized if it is quantized."""
         kernel = self._kernel("float32")
         if kernel is None:
             kernel = self.times_base(ops.eye(self._site.kernel_view.input_dim))
@@ -76,7 +76,7 @@ class Product:
 
 
 def adapt_all(adapters, x, linear, training):
-    """Every adapter adapts what those before it made of the base product."""
+    """The product after every adapter has adapted it, in their order."""
     for adapter in adapters:
         linear = Product(
             functools.partial(adapter.adapt, linear=linear, training=training),

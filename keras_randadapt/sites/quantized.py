@@ -1,4 +1,4 @@
-"""Base kernels of sites as floats, and back into what a site quantizes to."""
+"""Quantized base kernels as floats, and floats quantized like a site's."""
 
 import keras
 from keras import ops
@@ -8,7 +8,7 @@ from keras_randadapt.sites import supported
 
 
 def float_kernel(site):
-    """A site's base kernel as floats, dequantized where it is quantized."""
+    """A site's base kernel as floats, dequantized if it is quantized."""
     if site.quantization_mode is None:
         return supported.kernel_variable(site)
     return dequantized_kernel(site)
@@ -17,8 +17,9 @@ def float_kernel(site):
 def dequantized_kernel(site):
     """A quantized site's base kernel as floats, in the unpacked shape.
 
-    Read off the products with the unit vectors, so it is the kernel that the
-    layer computes with, however this version of Keras packs and scales it.
+    It is computed as the layer's product with unit vectors. It is therefore
+    the kernel that the layer computes with, for every version of Keras and its
+    way of packing and scaling.
     """
     view = site.kernel_view
     if isinstance(site, keras.layers.Embedding):
@@ -28,7 +29,7 @@ def dequantized_kernel(site):
 
 
 def requantized(site, kernel):
-    """A float kernel, quantized as the site's own was.
+    """A float kernel, quantized like the site's own kernel.
 
     Args:
         site: An adapted layer that is quantized.

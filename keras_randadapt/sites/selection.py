@@ -1,4 +1,4 @@
-"""Which layers a `targets`, `exclude` or `keep_trainable` argument means."""
+"""The layers that `targets`, `exclude` and `keep_trainable` mean."""
 
 import difflib
 import re
@@ -10,7 +10,7 @@ import keras
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import supported
 
-#: What `targets`, `exclude` and `keep_trainable` may be.
+#: The type of `targets`, `exclude` and `keep_trainable`.
 Targets = (
     str
     | re.Pattern
@@ -19,7 +19,8 @@ Targets = (
     | None
 )
 
-#: Layers that choose experts: adapting them shifts every token's routing.
+#: The names of layers that choose experts. Adapting them would change the
+#: routing of every token.
 _ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
 
 
@@ -37,18 +38,19 @@ def select_sites(
         layers: dict from address to layer, see `addresses.layers_by_address`.
         targets: See `inject`.
         exclude: See `inject`.
-        kept: Addresses that stay trainable; `"all-linear"` and `None` leave
+        kept: Addresses that stay trainable. `"all-linear"` and `None` leave
             them out.
-        kinds: What may be a site; see `Adapter.site_kinds`.
-        default: Optional function of `layers`: the addresses that `None`
-            means, if not those of query and value projections.
+        kinds: The kinds of layers that may be sites; see
+            `Adapter.site_kinds`.
+        default: Optional function from `layers` to the addresses that `None`
+            means. Without it, `None` means the query and value projections.
 
     Returns:
         list of addresses, in the order of `layers`.
 
     Raises:
-        ValueError: If a target or an exclusion matches nothing, or if what is
-            left is nothing, or no supported layer.
+        ValueError: If a target or an exclusion matches nothing, or if no
+            supported layer is left.
     """
     candidates = {
         address: layer
@@ -106,7 +108,7 @@ def select_sites(
 
 
 def select_kept(layers, keep_trainable):
-    """Addresses that `keep_trainable` means, without any below another."""
+    """The addresses that `keep_trainable` means, none below another."""
     if keep_trainable is None:
         return []
     if _is_function(keep_trainable):
@@ -125,12 +127,12 @@ def select_kept(layers, keep_trainable):
 
 
 def _is_function(targets):
-    # Layers can be called too, but mean no choice of layers.
+    # A layer is callable too, but it is not a function that chooses layers.
     return callable(targets) and not isinstance(targets, keras.layers.Layer)
 
 
 def match(layers, targets, argument):
-    """Addresses that names or a pattern match.
+    """The addresses that names or a pattern match.
 
     Args:
         layers: dict from address to layer.
@@ -182,7 +184,7 @@ def _as_list(targets):
 
 def _matched(layers, target):
     if target in layers and target != layers.places[target]:
-        # An address in full, as `sites` gives it.
+        # The target is a full address, such as a key of `kra.sites(model)`.
         return {target}
     hits = {
         address
@@ -190,8 +192,9 @@ def _matched(layers, target):
         if _matches(target, layers.places[address], layer)
     }
     if not hits and isinstance(target, str) and "/" in target:
-        # Those in a container may have no names but Keras's own, which count
-        # all layers of a process: the end of an address is all there is.
+        # A layer in a list may have only an automatic name, which numbers all
+        # layers of a process. The end of its address is then the only stable
+        # name.
         hits = {a for a in layers if f"/{a}".endswith(f"/{target}")}
     return hits
 
@@ -251,7 +254,7 @@ def _is_below(address, parents):
 
 
 def _refuse_unsupported(layers, target, kinds):
-    """An error if a target matched only layers that can't be adapted."""
+    """Raises an error if a target matches only layers that can't be sites."""
     chosen = match(layers, target, "targets")
     adaptable = [
         a for a in chosen if supported.supported_class(layers[a], kinds)

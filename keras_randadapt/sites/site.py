@@ -1,4 +1,4 @@
-"""The place of an adapter, as a method sees it."""
+"""`Site`: the place of an adapter, as its method sees it."""
 
 import dataclasses
 from typing import NoReturn
@@ -8,10 +8,10 @@ from keras_randadapt.sites.kernel_view import KernelView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """All that a method is told of the place that its adapter is built for.
+    """The description of a site from which a method builds its adapter.
 
-    A layer with several kernels has one site a kernel. The address of such a
-    site is the layer's address, a slash, and the kernel's name.
+    A layer with several kernels has one site for each kernel. The address of
+    such a site is the layer's address, a slash, and the kernel's name.
 
     Attributes:
         input_dim: int. The number of rows of the kernel view.
@@ -22,15 +22,16 @@ class Site:
             kernel, without underscore, such as `"kernel"` or `"embeddings"`;
             `None` for normalizations, which have no kernel.
         bias_shape: Optional tuple of ints. The shape of the layer's bias.
-        source_dim: Optional int. The number of features of what
-            `Adapter.adapt_output` gets as `x`.
+        source_dim: Optional int. The number of features of the argument `x`
+            of `Adapter.adapt_output`.
         number: int. The place of the site among those of the injection, in
             the order of the model's layers.
         stack: Optional int. The number of kernels that are stacked in one
             variable, as the experts of a mixture are.
         input_channels: Optional int. The number of features of one position
-            of the input: rows of a convolution's kernel view are positions
-            of the window times these. `input_dim` for all other layers.
+            of the input. A convolution's kernel view has `input_channels` rows
+            for each position of the window. For all other layers it is
+            `input_dim`.
     """
 
     input_dim: int
@@ -50,7 +51,7 @@ class Site:
             object.__setattr__(self, "input_channels", self.input_dim)
 
     def __iter__(self) -> NoReturn:
-        # `build` got the pair `(input_dim, output_dim)` in earlier versions.
+        # In earlier versions `build` got the pair `(input_dim, output_dim)`.
         raise TypeError(
             "A `Site` can't be unpacked. Read its fields: `site.input_dim` and "
             "`site.output_dim` are the dimensions of the kernel view."
@@ -65,7 +66,7 @@ class Site:
     def role(self) -> str:
         """The last part of the address.
 
-        It tells a site's bases from those of its neighbours: the layers of a
-        deep model share bases, the projections inside one layer do not.
+        It is part of the role of a basis: the layers of a deep model share
+        bases, but the projections inside one layer do not.
         """
         return self.address.rpartition("/")[2]

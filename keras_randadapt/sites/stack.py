@@ -9,28 +9,30 @@ class Relay:
     """Hands a layer's input to an adapter of a layer that is called later."""
 
     def __init__(self):
-        # By thread: two may call one model at a time.
+        # The keys are threads, since two threads may call one model at a time.
         self._tensors = {}
 
     def put(self, x):
         self._tensors[threading.get_ident()] = x
 
     def take(self):
-        # Taken once: a tensor of one trace must not turn up in another.
+        # The tensor is removed, since a tensor of one trace must not be used
+        # in another.
         return self._tensors.pop(threading.get_ident(), None)
 
 
 class AdapterStack(keras.layers.Layer):
     """The adapters of one site, by name, and which of them are active.
 
-    A sublayer of the site named `adapter`, so that variables are called
-    `<site>/adapter/<adapter name>/<variable>`. It knows nothing of the site.
+    It is a sublayer of the site with the name `adapter`, so that variables
+    have paths `<site>/adapter/<adapter name>/<variable>`. It does not refer to
+    the site.
 
     Attributes:
         active_names: tuple of the names of the model's active adapters.
-        relays_in: `(name, Relay)` pairs: where adapters of this site take
-            what another layer was called with.
-        relays_out: `(name, Relay)` pairs: where this site's input goes.
+        relays_in: `(name, Relay)` pairs, from which adapters of this site take
+            another layer's input.
+        relays_out: `(name, Relay)` pairs, to which this site's input is given.
     """
 
     def __init__(self, name="adapter"):
@@ -47,12 +49,12 @@ class AdapterStack(keras.layers.Layer):
                 relay.put(x)
 
     def forget(self):
-        """Drops what was relayed to this site and not taken."""
+        """Drops tensors that were relayed to this site and not taken."""
         for _, relay in self.relays_in:
             relay.take()
 
     def adapt_output(self, y, x, training):
-        """The site's output as those adapters leave it that adapt outputs.
+        """The site's output, changed by the adapters that adapt outputs.
 
         Args:
             y: Tensor `(..., output_dim)`.
@@ -82,18 +84,20 @@ class AdapterStack(keras.layers.Layer):
     def active(self):
         """The active adapters of this site, in order of activation.
 
-        A method, because Keras's saving walks into lists that properties
-        give.
+        It is a method, because Keras's saving walks into lists that properties
+        return.
         """
         found = (self.get(name) for name in self.active_names)
         return [adapter for adapter in found if adapter is not None]
 
     def load_own_variables(self, store):
-        # Empty in files of adapted models, absent in files of plain ones.
+        # The stack has no variables. Files of models without adapters have no
+        # entry for it, and Keras's method would raise an error.
         return
 
 
 def attribute(name):
     """The attribute of an `AdapterStack` that holds the adapter of a name."""
-    # The prefix keeps a user's name ("path", "name") off Keras's attributes.
+    # The prefix keeps a user's name, such as "path", from replacing an
+    # attribute of Keras.
     return f"named_{name}"

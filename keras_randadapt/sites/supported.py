@@ -1,7 +1,8 @@
-"""Which layers can be sites, and what is asked of a layer, a site or not.
+"""The layer classes that can be sites, and functions of such layers.
 
-`selection` says which of them become sites, and `layer` and its neighbours say
-what these compute.
+The functions take layers with and without adapters. `selection` chooses the
+sites of a model, and `layer`, `dense`, `convolution`, `embedding` and
+`normalization` have their computation.
 """
 
 import functools
@@ -32,11 +33,11 @@ _SITE_CLASSES = {
     keras.layers.GroupNormalization: normalization.AdaptedNorm,
 }
 
-#: What most methods take; see `Adapter.site_kinds`.
+#: The kinds with a kernel, which most methods take; see `Adapter.site_kinds`.
 KERNEL_KINDS = ("product", "convolution", "lookup")
 
 
-#: What a site computes by itself instead of asking the layer.
+#: The attributes that a site computes by itself instead of calling the layer.
 _COMPUTATION = (
     "call",
     "quantized_call",
@@ -47,10 +48,11 @@ _COMPUTATION = (
 
 
 def supported_class(layer, kinds=KERNEL_KINDS):
-    """The supported class of these kinds that `layer` behaves as, or `None`.
+    """The supported class of these kinds whose computation a layer has.
 
-    A user's subclass counts if it leaves the computation alone; one that
-    overrides it computes something that this library does not know.
+    A user's subclass of a supported class counts if it does not override the
+    computation. If it does, this library does not know its computation, and
+    the result is `None`, as for all other layers.
     """
     own = type(layer)
     if issubclass(own, layer_lib.AdaptedLayer):
@@ -69,14 +71,14 @@ def class_names(kinds):
 
 
 def kind_of(layer):
-    """The kind of a layer of a supported class, site or not."""
+    """The kind of a layer of a supported class."""
     return _mixin(type(layer)).kind
 
 
 def is_matrix_product(layer):
-    """Whether a layer is one matrix product, so that tokens have features.
+    """Whether a layer is one matrix product that maps tokens to tokens.
 
-    Every Dense layer is, and so are nearly all EinsumDense layers.
+    This is true of every Dense layer and of nearly all EinsumDense layers.
     """
     if isinstance(layer, keras.layers.EinsumDense):
         return dense.einsum_plan_of(layer).is_matrix_product
@@ -84,7 +86,7 @@ def is_matrix_product(layer):
 
 
 def overridden(own, cls=None):
-    """What of a supported class's computation the class `own` overrides."""
+    """The names in `_COMPUTATION` that `own` overrides in a supported class."""
     if cls is None:
         cls = next(c for c in own.__mro__ if c in _SITE_CLASSES)
     return [
@@ -95,11 +97,11 @@ def overridden(own, cls=None):
 
 
 def looks_supported(layer, any_kind=False):
-    """Whether `layer` is a class with a kernel, `call` overridden or not.
+    """Whether a layer is of a supported class, even if it overrides `call`.
 
     Args:
         layer: A layer.
-        any_kind: Whether a class without a kernel will do.
+        any_kind: Whether classes without a kernel count too.
     """
     return isinstance(layer, tuple(_SITE_CLASSES)) and (
         any_kind or kind_of(layer) in KERNEL_KINDS
@@ -107,17 +109,17 @@ def looks_supported(layer, any_kind=False):
 
 
 def kernel_variable(layer):
-    """The kernel that a merge writes; `None` for normalizations."""
+    """The kernel that a merge changes, or `None` for normalizations."""
     return _compat.kernel_of(layer)
 
 
 def bias_variable(layer):
-    """The bias that a merge writes, or `None`."""
+    """The bias that a merge changes, or `None`."""
     return getattr(layer, _mixin(type(layer)).bias_name, None)
 
 
 def view_of(layer):
-    """The `KernelView` of a layer of a supported class, site or not."""
+    """The `KernelView` of a layer of a supported class."""
     return _mixin(type(layer)).kernel_view.fget(layer)
 
 
@@ -149,12 +151,12 @@ def site_of(address, layer, source=None, number=0):
 
 
 def as_view(layer, kernel):
-    """A kernel as its kernel view; `layer` may be a site or not."""
+    """The kernel view of a kernel of `layer`."""
     return _mixin(type(layer)).to_view(layer, kernel)
 
 
 def from_view(layer, view):
-    """The kernel of `layer`, a site or not, that has this kernel view."""
+    """The kernel of `layer` with this kernel view."""
     return _mixin(type(layer)).from_view(layer, view)
 
 
@@ -200,8 +202,8 @@ def check_site(address, layer):
 def site_class(base):
     """The class of a site whose layer has the class `base`.
 
-    It keeps the base's name, because weight files spell out class names, and
-    its module, because configs do.
+    It keeps the base's name, because weight files contain class names, and its
+    module, because configs contain it.
     """
     return _site_class(base)
 
