@@ -111,7 +111,7 @@ class RandomMatrix:
     def adjoint(
         self, x: Tensor, operands: tuple[Tensor, ...] | None = None
     ) -> Tensor:
-        """The product with the transpose; shapes of `matvec` swapped."""
+        """The product with the transpose; it swaps the shapes of `matvec`."""
         (values,) = self.operands() if operands is None else operands
         return with_gradient(_times, _times_vjp, x, values, drop=1)
 

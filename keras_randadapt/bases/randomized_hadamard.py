@@ -117,7 +117,7 @@ class RandomizedHadamard:
         before: Tensor | None = None,
         after: Tensor | None = None,
     ) -> Tensor:
-        """The product with the transpose; shapes of `matvec` swapped."""
+        """The product with the transpose; it swaps the shapes of `matvec`."""
         return self._apply(x, True, not self.expand, before, after)
 
     def matrix(self, operands: tuple[Tensor, ...] | None = ()) -> Tensor:

@@ -15,8 +15,8 @@ from keras import ops
 from keras_randadapt import _compat
 from keras_randadapt.sites import product
 
-# Setting bias and activation aside changes the layer for the length of a
-# call; two threads must not see each other's changes.
+# A quantized product sets the layer's bias and activation aside during a call,
+# and two threads must not see each other's changes.
 _QUANTIZED_CALL_LOCK = threading.RLock()
 
 _CLASS_LOCK = threading.RLock()
