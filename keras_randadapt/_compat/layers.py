@@ -196,7 +196,7 @@ def is_saveable(value):
 
 
 def snake_case(name):
-    """A class name as in weight files, such as `"einsum_dense"`."""
+    """A class name in the spelling of weight files, as `"einsum_dense"`."""
     return naming.to_snake_case(name)
 
 
