@@ -55,9 +55,7 @@ def test_it_is_built_where_there_is_a_compiler():
     "names",
     [
         "not (low_precision or large_orders)",
-        pytest.param(
-            "low_precision or large_orders", marks=pytest.mark.slow
-        ),
+        pytest.param("low_precision or large_orders", marks=pytest.mark.slow),
     ],
 )
 def test_all_works_without_it(names):
