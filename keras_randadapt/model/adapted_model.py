@@ -1,7 +1,7 @@
-"""The class of an adapted model, mixed into the model's own class.
+"""`AdaptedModel`: the class of an adapted model.
 
-The model keeps its identity and gets a subclass of its own class, as sites
-do, so that configs and whole-model files carry the adapters.
+Like a site, the model stays the same object and gets a subclass of its own
+class. Configs and whole-model files therefore contain the adapters.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ _ASSET = "randadapt_kept.npz"
 
 
 class AdaptedModel(_compat.KeepsTrainingFlag):
-    """Mixed into the outermost model's own class; see `adapted_class`."""
+    """A mixin for an adapted model's own class; see `adapted_class`."""
 
     _own_class = None
 
     def __new__(cls, *args, **kwargs):
-        # `keras.models.clone_model` calls the class of the model it clones:
-        # what it gets is a model without adapters.
+        # `keras.models.clone_model` calls the class of the model that it
+        # clones. The clone has no adapters.
         return cls._own_class(*args, **kwargs)
 
     @property
@@ -87,14 +87,15 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
 
     def compile(self, *args, **kwargs):
         transaction.recover(self)
-        # Even if it fails half-way.
+        # The functions are cleared first, since `compile` may fail half-way.
         self._randadapt.functions.clear()
         super().compile(*args, **kwargs)
         training_lib.wrap_optimizer(self)
 
     def compile_from_config(self, config):
-        # Keras compiles no class from a config that has a `compile` of its
-        # own, as ours: for the call, the model is of its own class.
+        # Keras does not compile models from a config if their class overrides
+        # `compile`, as this one does. The model therefore has its own class
+        # during the call.
         self._randadapt.functions.clear()
         adapted = type(self)
         self.__class__ = adapted._own_class
@@ -106,7 +107,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         training_lib.wrap_optimizer(self)
         wrapped = getattr(self, "optimizer", None)
         if wrapped is not optimizer and optimizer.built:
-            # What a file holds of the optimizer needs variables to go to.
+            # The file's optimizer state is loaded into these variables.
             wrapped.build(self.trainable_variables)
 
     def save(self, filepath, *args, **kwargs):
@@ -137,8 +138,8 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         }
         super().load_weights(filepath, *args, **kwargs)
         if plain:
-            # It is of the base model, and so are the heads in it, which
-            # adapters that keep them get as well.
+            # The file is of the base model and has its heads. Active adapters
+            # that keep these heads get the values as well.
             for address in state.base_values:
                 layer = state.layers[address]
                 state.base_values[address] = kept_layer_values(layer)
@@ -155,7 +156,8 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         transaction.recover(self)
         state = self._randadapt
         if state.block == "merged":
-            # The kernels hold the deltas, and the config would add them.
+            # The kernels hold the deltas already, and a model rebuilt from the
+            # config would add them again.
             check_no_block(self)
         with plain_classes(self):
             base = keras.saving.serialize_keras_object(self)
@@ -178,18 +180,19 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        # `whole_model` attaches adapters, so it is above this module.
+        # `whole_model` imports this module, so its class is found by name.
         saved = keras.saving.get_registered_object(REGISTERED_NAME)
         return saved.from_config(config, custom_objects)
 
     def __reduce__(self):
-        # Keras names the class's own method, and pickle can't find a class
-        # that was made on the fly.
+        # Keras refers to a method of the class, but pickle can't find a class
+        # that was made at run time.
         _, arguments = super().__reduce__()
         return _compat.unpickle_model, arguments
 
     def get_build_config(self):
-        # The base's config rebuilds it before the adapters are attached.
+        # The base model is rebuilt from its own config before the adapters are
+        # attached.
         return None
 
     def build_from_config(self, config):
@@ -210,7 +213,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                     key = json.dumps([owner, address, i])
                     arrays[key] = tensor.astype(_portable_dtype(tensor))
         if arrays:
-            # Keys are no file names, so one archive of numbered arrays.
+            # Keys may not be file names, so the archive numbers the arrays.
             buffer = io.BytesIO()
             np.savez(
                 buffer,
@@ -239,9 +242,10 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 values[address][index] = archive[f"a{i}"]
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
-        """Saves the preset without adapters, and a file of each beside it.
+        """Saves the preset without adapters, and a file for each adapter.
 
-        Layers that the active adapters keep trainable are saved as they are.
+        Layers that the active adapters keep trainable are saved with their
+        current values.
         """
         with plain_classes(self):
             self.save_to_preset(preset_dir, *args, **kwargs)
@@ -254,7 +258,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
 
 
 def _portable_dtype(array):
-    # bfloat16 is no NumPy dtype: `np.load` gives raw bytes back.
+    # NumPy has no bfloat16, so `np.load` would return raw bytes.
     return "float32" if array.dtype.name == "bfloat16" else array.dtype
 
 
@@ -269,8 +273,8 @@ def _adapted_class(base):
         base.__name__,
         (AdaptedModel, base),
         {
-            # Keras names this module when it can't find the class, in a
-            # process that has not imported the library.
+            # In a process that has not imported the library, Keras's error
+            # names this module.
             "__module__": "keras_randadapt",
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
@@ -284,20 +288,20 @@ def _adapted_class(base):
 
 
 def _counting_call(base):
-    """A class's `call`, which tells the adapters of training steps."""
+    """A class's `call`, which also counts training steps for adapters."""
 
     @functools.wraps(base.call)
     def call(self, *args, **kwargs):
         transaction.recover(self)
-        # On JAX, `fit` calls `call` itself, in no call context.
+        # On JAX, `fit` calls `call` directly, outside of a call context.
         training = kwargs.get("training")
         if training is None:
             training = _compat.training_phase(self)
         if training:
             for counter in self._randadapt.step_counters():
                 counter.assign_add(1)
-        # A call that broke off, or one of a part of the model, may have left
-        # something behind.
+        # An interrupted call, or a call of a part of the model, may have left
+        # relayed inputs.
         self._randadapt.forget_relayed()
         return base.call(self, *args, **kwargs)
 
@@ -305,10 +309,10 @@ def _counting_call(base):
 
 
 def _releasing_fit(base):
-    """A class's `fit`, after which nothing is attached to the model.
+    """A class's `fit`, which removes what callbacks attached to the model.
 
-    Callbacks can't see to that: they hear nothing of a `fit` that breaks off,
-    and none knows whether it is the last to be told of the end.
+    Callbacks can't do that: they are not called when `fit` is interrupted, and
+    a callback does not know whether it is the last.
     """
 
     @functools.wraps(base.fit)
@@ -330,10 +334,10 @@ def _releasing_fit(base):
 
 @contextlib.contextmanager
 def plain_classes(model):
-    """For a block, the model is the un-adapted one for Keras's saving.
+    """Makes Keras's saving see the model without adapters, during a block.
 
-    It and its sites have their own classes back, and all layers the
-    `trainable` flags that they had, which configs state.
+    The model and its sites have their own classes, and all layers have their
+    former `trainable` flags, which configs contain.
     """
     adapted = type(model)
     state = model._randadapt

@@ -1,4 +1,4 @@
-"""Adapters for the sites of a model, checked and built, attached to nothing."""
+"""Checks the sites of a model and builds adapters without attaching them."""
 
 import keras
 
@@ -9,7 +9,7 @@ from keras_randadapt.sites import supported
 
 
 def build_adapters(template, name, layers, addresses, sources):
-    """Built adapters by address, attached to nothing yet.
+    """Adapters by address, built but not attached.
 
     Args:
         template: An unbuilt adapter.
@@ -43,8 +43,8 @@ def build_adapters(template, name, layers, addresses, sources):
     built = {}
     with adapter_variables.shared_bases():
         for address, site in sites.items():
-            # Two layers of one path would give two variables of one path,
-            # which torch's parameter lists confuse.
+            # Two layers of one path would have variables of one path, which
+            # torch's parameter lists confuse.
             path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address

@@ -1,4 +1,4 @@
-"""What must hold of arguments, models and sites before anything changes."""
+"""Checks of arguments, models and sites before a model is changed."""
 
 import inspect
 import re
@@ -18,7 +18,8 @@ from keras_randadapt.sites import supported
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
 #: Layers of KerasHub that multiply by a sublayer's `kernel` instead of calling
-#: it, which is wrong for integers that only the sublayer can scale.
+#: the sublayer. For a quantized kernel this is wrong, since only the sublayer
+#: knows the scale.
 _READS_KERNELS = {
     "Gemma4TextDecoderBlock",
     "Gemma4VisionDecoderBlock",
@@ -63,11 +64,11 @@ def check_model(model):
             )
     if _compat.calls_in_graph(model):
         warnings.warn(
-            f"Model '{model.name}' is used inside another model. What that "
-            "one has compiled or will compile, by `fit`, `predict` or "
-            "`generate`, is not told when adapters are attached, switched, "
-            "disabled, merged or removed, and may go on as before. Inject "
-            "into the outermost model instead.",
+            f"Model '{model.name}' is used inside another model. Functions "
+            "that `fit`, `predict` or `generate` of that model compile may "
+            "still compute with the old adapters after adapters are attached, "
+            "switched, disabled, merged or removed. Inject into the outermost "
+            "model instead.",
             stacklevel=3,
         )
 
@@ -159,7 +160,7 @@ def check_names(state, names):
 
 
 def one_name(state, name):
-    """The name of one attached adapter: this one, or the only one."""
+    """The given name of an attached adapter, or by default the only name."""
     if name is None:
         if len(state.records) > 1:
             raise ValueError(
@@ -203,10 +204,10 @@ def check_attachable(model, layers, addresses, kept):
 
 
 def _check_overlap(model, addresses, kept):
-    """No kept layer may contain a site, nor another adapter's kept layer.
+    """Raises `ValueError` if a kept layer contains a site or a kept layer.
 
-    Values of kept layers are switched with their adapter, so each weight must
-    have one owner.
+    The values of kept layers are switched with their adapter, so each weight
+    must belong to one kept layer.
     """
     all_sites, all_kept = list(addresses), list(kept)
     if state_lib.is_adapted(model):
@@ -247,7 +248,11 @@ def _check_parent(address, layers):
 
 
 def check_called(template, address, layers):
-    """Raises `ValueError` if a layer must be called and its kernel is read."""
+    """Raises `ValueError` if a method's changes are not all in the kernel.
+
+    The check is for layers whose parent reads the kernel and does not call
+    them.
+    """
     parent = layers.get(address.rpartition("/")[0])
     if type(parent).__name__ not in _READS_KERNELS:
         return
@@ -275,7 +280,7 @@ def _has_training_delta(template):
 
 
 def warn_of_inference_in_fit(model, template):
-    """A warning if `fit` will not tell the adapter that it is training."""
+    """Warns if `fit` will not tell the adapter that it is training."""
     if "training" in inspect.signature(model.call).parameters:
         return
     if template.dropout or _has_training_delta(template):
@@ -289,12 +294,12 @@ def warn_of_inference_in_fit(model, template):
 
 
 def warn_of_frozen_in_kept(layers, kept):
-    """A warning for layers to keep trainable that have integer kernels."""
+    """Warns of layers in `keep_trainable` that have integer kernels."""
     frozen = [
         layer.path or layer.name
         for address in kept
         for layer in _compat.flatten_layers(layers[address])
-        # Kernels of float8 are floats, which are trained.
+        # Kernels in float8 are floats and can be trained.
         if "float" not in (getattr(layer, "quantization_mode", None) or "float")
     ]
     if frozen:
@@ -307,9 +312,10 @@ def warn_of_frozen_in_kept(layers, kept):
 
 
 def warn_of_missed_biases(layers, chosen, kept, kinds):
-    """A warning for layers of a model that the training of all biases misses.
+    """Warns of layers whose biases are not trained, if all biases should be.
 
-    Those that have none, and those of classes that can't be adapted.
+    These are layers without a bias, and layers with a bias whose class can't
+    be adapted.
     """
     inside = {
         id(layer)

@@ -1,4 +1,4 @@
-"""Smaller adapters from trained ones: ranks that do not count, left out."""
+"""Makes a trained adapter smaller by leaving out ranks."""
 
 import keras
 
@@ -16,13 +16,13 @@ from keras_randadapt.model import transaction
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
     """Leaves out the ranks that training switched off.
 
-    An `AdaLoRA` or `SoRA` becomes the `LoRA` that computes the same, with a
-    rank of its own at each site; sites where nothing is left are let go. The
-    model computes what it did before, and its adapter's file gets smaller.
+    An `AdaLoRA` or `SoRA` becomes a `LoRA` that computes the same, with its own
+    rank at each site. Sites without a remaining rank are no longer sites. The
+    model's outputs do not change, and the adapter's file gets smaller.
 
     Args:
         model: An adapted model.
-        name: Optional string: which adapter; the only one by default.
+        name: Optional string. The adapter's name; by default the only one.
 
     Returns:
         A `Report` of the adapter.
@@ -45,15 +45,15 @@ def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
 def truncate(
     model: keras.Model, rank: int, name: str | None = None
 ) -> report_lib.Report:
-    """Cuts a `DyLoRA` down to its first ranks, without any search.
+    """Cuts a `DyLoRA` down to its first ranks, without a search.
 
-    It becomes the `LoRA` of that rank, which computes what the `DyLoRA` did
-    when it was trained at that rank.
+    It becomes a `LoRA` of that rank. The `LoRA` computes what the `DyLoRA`
+    computes in training steps that draw this rank.
 
     Args:
         model: An adapted model.
         rank: int. The rank to keep.
-        name: Optional string: which adapter; the only one by default.
+        name: Optional string. The adapter's name; by default the only one.
 
     Returns:
         A `Report` of the adapter.
@@ -115,14 +115,14 @@ def _replace(model, name, low_rank):
 
 
 def _put(change, before, name, template, built):
-    """Puts other built adapters in the place of an attached one.
+    """Replaces an attached adapter by other built adapters.
 
     Args:
         change: A `transaction.Change`.
-        before: What `attach.before_change` gave.
+        before: The result of `attach.before_change`.
         name: The adapter's name.
-        template: The template that the new adapters are clones of.
-        built: dict from address to adapter. Sites that it lacks are let go.
+        template: The template of which the new adapters are clones.
+        built: dict from address to adapter. Sites that it lacks are removed.
     """
     model = change.model
     state = model._randadapt

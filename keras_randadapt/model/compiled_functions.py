@@ -1,25 +1,26 @@
-"""Compiled step functions, kept for when a model computes the same again."""
+"""Keeps compiled step functions until a model computes the same again."""
 
 from keras_randadapt import _compat
 
-# Programs take memory; these are the combinations of adapters used last.
+# The number of combinations of adapters whose functions are kept. Compiled
+# programs take memory, so only the latest are.
 _LIMIT = 16
 
 
 class CompiledFunctions:
-    """What Keras compiled for each combination of active adapters.
+    """The functions that Keras compiled for combinations of active adapters.
 
     Keras compiles `predict`, `evaluate` and `generate` for the adapters that
-    are active at the time. Whoever switches to others and back finds them
-    here, instead of waiting for the compiler again. The train function is not
-    among them: it belongs to an optimizer, of which a switch makes a new one.
+    are active at the time. After a switch to other adapters and back, the
+    functions are taken from here and not compiled again. The train function is
+    not kept, because it belongs to an optimizer and a switch makes a new one.
     """
 
     def __init__(self):
         self._kept = {}
 
     def put_away(self, model, names):
-        """Remembers a model's functions, before it computes otherwise.
+        """Stores a model's functions, before the active adapters change.
 
         Args:
             model: An adapted model.
@@ -43,7 +44,7 @@ class CompiledFunctions:
 
         Args:
             model: An adapted model.
-            names: As for `put_away`.
+            names: See `put_away`.
         """
         key = names, _identity(_variables(model))
         _, functions = self._kept.get(key, ((), {}))
@@ -54,18 +55,19 @@ class CompiledFunctions:
         self._kept.clear()
 
     def copy(self):
-        """One that holds the same functions and changes by itself."""
+        """A copy with the same functions that changes independently."""
         other = CompiledFunctions()
         other._kept = dict(self._kept)
         return other
 
 
 def _variables(model):
-    # On JAX, functions take the values of variables by their position, in two
-    # arguments: they are good only for the same ones in the same order.
+    # On JAX, functions take the values of trainable and non-trainable variables
+    # by position. They can be used only with the same variables in the same
+    # order.
     return [*model.trainable_variables, None, *model.non_trainable_variables]
 
 
 def _identity(variables):
-    # The variables are kept as well, so that no new one gets the same.
+    # The variables are kept as well, so that no new one gets the same `id`.
     return tuple(map(id, variables))

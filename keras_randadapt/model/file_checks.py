@@ -1,4 +1,4 @@
-"""What must hold of an adapter file before anything of it is used."""
+"""Reads an adapter file and checks it before any of it is used."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def read(filepath):
     unknown = sorted(set(metadata.get("sources", {})) - set(site_keys(tensors)))
     if unknown:
         raise ValueError(
-            f"'{filepath}' is damaged: it tells the inputs of sites that it "
+            f"'{filepath}' is damaged: it names input layers of sites that it "
             f"does not hold: {unknown[:5]}"
             + (" and more." if len(unknown) > 5 else ".")
         )
@@ -81,7 +81,7 @@ def _are_distinct_strings(value):
 
 
 def _are_runs(value):
-    # By type, for `True` is an integer too.
+    # Types are compared, because `True` is an instance of `int`.
     return isinstance(value, list) and all(
         isinstance(run, list)
         and [type(part) for part in run] == [str, int]
@@ -90,8 +90,8 @@ def _are_runs(value):
     )
 
 
-# What the metadata must be: by key, whether it can't be absent, what it is in
-# words, and the function that tells.
+# The form of the metadata. For each key: whether it is required, the value in
+# words, and the function that checks it.
 _FORM = {
     "name": (True, "a string", _is_string),
     "adapter": (True, "an object", _is_object),
@@ -135,8 +135,8 @@ def site_keys(tensors):
 def relocation(filepath, metadata, tensors, model, layers):
     """The function from a file's addresses to the model's, and two prefixes.
 
-    A task holds its backbone under a prefix; a file trained on either loads
-    into the other, by adding the first prefix everywhere or removing the
+    A task holds its backbone under a prefix. A file of either loads into the
+    other: the function adds the first prefix to addresses, or removes the
     second.
     """
     keys = [
@@ -180,7 +180,7 @@ def check_base(filepath, metadata, model, preset):
     theirs = metadata["model"]
     ours = file_format.describe_model(model)
     equal = theirs["class"] == ours["class"]
-    # A backbone and a task around the same class of backbone.
+    # The classes fit if one is a task whose backbone is of the other's class.
     related = {theirs.get("backbone", theirs["class"])} & {
         ours.get("backbone", ours["class"])
     }
@@ -199,10 +199,11 @@ def check_base(filepath, metadata, model, preset):
 
 def check_views(filepath, metadata, addresses, layers, kinds):
     runs = metadata["kernel_views"]
-    # Counted first: a damaged count would fill the memory.
+    # The counts are summed before the list is made, since a damaged count
+    # would fill the memory.
     if sum(n for _, n in runs) != len(addresses):
         raise ValueError(f"'{filepath}' is damaged: it misses sites.")
-    # `addresses` are in the file's order, as the views are.
+    # Both `addresses` and the views are in the file's order.
     views = [shape for shape, n in runs for _ in range(n)]
     wrong = []
     for address, theirs in zip(addresses, views):
@@ -232,9 +233,10 @@ def check_layers(filepath, metadata, model, addresses, kept, added, removed):
         part = removed.removesuffix("/")
         if part not in theirs.get("parts", {}):
             raise ValueError(
-                f"'{filepath}' was trained on a larger model, and does not "
-                f"tell what '{part}' in it is, which this model may be. Save "
-                "it anew, or load it into the larger model."
+                f"'{filepath}' was trained on a larger model and has no "
+                f"fingerprint of its part '{part}', so it cannot be checked "
+                "against this model. Save it again with this version, or load "
+                "it into the larger model."
             )
         expected = theirs["parts"][part]
     if file_format.layers_digest(model, addresses, kept, added) == expected:
@@ -270,7 +272,7 @@ def check_same(filepath, model, name, template, addresses, kept, sources):
 def check_bases(filepath, metadata, built):
     ours = file_format.basis_hashes(built)
     theirs = metadata["bases"]
-    # Roles are last parts of addresses, which no relocation changes.
+    # Roles are the last parts of addresses, which relocation does not change.
     wrong = sorted(
         role
         for role in set(ours) | set(theirs)

@@ -1,11 +1,11 @@
 """Adapter files: a safetensors file of one adapter's trained weights.
 
-One float32 tensor a site, keyed by the site's structural address, holds the
-site's weights one after the other, and one tensor a weight of each kept layer.
-Everything else is rebuilt from the metadata: one JSON text under the key
-`keras_randadapt`, with the adapter's class and config, what it was trained on,
-and a hash of each basis. Keys are sorted and the JSON is canonical, so every
-backend writes the same bytes.
+Each site has one float32 tensor with its weights one after the other, whose key
+is the site's structural address. Each weight of a kept layer has a tensor of
+its own. Everything else is rebuilt from the metadata, a JSON text under the key
+`keras_randadapt`: it has the adapter's class and config, a description of the
+base model, and a hash of each basis. Keys are sorted and the JSON is canonical,
+so every backend writes the same bytes.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ from keras_randadapt.sites import supported
 VERSION = 1
 METADATA_KEY = "keras_randadapt"
 
-# Every digest of layers is as long; the size of a file needs no more of it.
+# A stand-in for digests of layers, which all have this length. The size of a
+# file depends only on the length.
 _SOME_DIGEST = "0" * 16
 
 _ALL_KINDS = (*supported.KERNEL_KINDS, "norm")
@@ -47,7 +48,7 @@ def size(model, name):
     metadata = describe(model, name, None, lambda prefix="": _SOME_DIGEST)
     header = {"__metadata__": {METADATA_KEY: configs.canonical(metadata)}}
     offset = 0
-    # safetensors lays tensors out by falling alignment, then by name.
+    # safetensors orders tensors by decreasing alignment and then by name.
     order = sorted(shapes, key=lambda k: (-int(shapes[k][0][1:]), k))
     for key in order:
         dtype, shape = shapes[key]
@@ -94,8 +95,8 @@ def kept_tensors(state, name):
 
 def stored_dtype(weight):
     """The dtype that a weight of a kept layer has in a file."""
-    # bfloat16 and float16 widen to float32 and back without loss; bfloat16
-    # is no NumPy dtype.
+    # NumPy has no bfloat16. bfloat16 and float16 convert to float32 and back
+    # without loss.
     dtype = keras.backend.standardize_dtype(weight.dtype)
     if dtype in ("float16", "bfloat16"):
         return "float32"
@@ -109,8 +110,8 @@ def describe(model, name, preset, digest_of):
         model: An adapted model.
         name: The adapter's name.
         preset: A string or `None`; see `save_adapter`.
-        digest_of: Function of a prefix of addresses, none by default: the
-            `layers_digest` of what is below.
+        digest_of: Function from an optional prefix of addresses to the
+            `layers_digest` of the layers below it.
 
     Returns:
         dict.
@@ -131,7 +132,7 @@ def describe(model, name, preset, digest_of):
         "name": name,
         "adapter": configs.serialize(record.template),
         "model": described,
-        # Run-length encoded, in the order of the sorted addresses.
+        # The shapes are run-length encoded in the order of sorted addresses.
         "kernel_views": [
             [shape, len(list(group))]
             for shape, group in itertools.groupby(shapes)
@@ -158,9 +159,10 @@ def describe_model(model):
 
 
 def _parts(model, record):
-    """Addresses of models inside a model that hold all that a file tells of.
+    """Addresses of inner models that contain all layers of an adapter's file.
 
-    Each could be given the file. Of a backbone `layers_digest` tells.
+    The file can be loaded into each of these. The list is empty for models
+    with a backbone, whose file has the digest of the backbone.
     """
     if _backbone(model) is not None:
         return []
@@ -181,23 +183,23 @@ def _backbone(model):
 def layers_digest(model, sites, kept, prefix=""):
     """A short hash of the base model's layers: addresses and kernel views.
 
-    Of every layer that some method can adapt, adapted or not. Of a task whose
-    sites are all in its backbone it is the backbone's, so that either's files
-    fit the other. It is the same for a float model and one of int8 or int4.
+    The hash covers every layer that some method can adapt, with or without
+    adapters. If a task has all sites in its backbone, only the backbone is
+    hashed, so that files of the task and of the backbone fit both. The hash is
+    the same for float, int8 and int4 kernels.
 
     Args:
-        model: A built model, adapted or not.
+        model: A built model, with or without adapters.
         sites: Addresses of the adapter's sites.
-        kept: Addresses of layers to leave out with all below them, because
-            the adapter trains them.
-        prefix: A string that the addresses of the part that counts begin
-            with, where that is not all of the model or the backbone.
+        kept: Addresses of layers that are left out with all below them,
+            because the adapter trains them.
+        prefix: A string. Only layers whose addresses begin with it count.
 
     Returns:
         A string of 16 characters.
     """
     layers = state_lib.layers_of(model)
-    # By identity, since a backbone's own addresses are others.
+    # Layers are compared by `id`, since their addresses in a backbone differ.
     left_out = {
         id(layer)
         for address in kept
@@ -221,7 +223,7 @@ def layers_digest(model, sites, kept, prefix=""):
 
 
 def _view_of(layer):
-    """The kernel view of a layer that can be a site, `None` for others."""
+    """The kernel view of a layer that can be a site; otherwise `None`."""
     if not layer.built:
         return None
     if supported.supported_class(layer, _ALL_KINDS) is None:
@@ -229,13 +231,13 @@ def _view_of(layer):
     try:
         return supported.view_of(layer)
     except (AttributeError, ValueError):
-        # A normalization without an offset, an einsum that repeats a label,
-        # or a kernel that was quantized away.
+        # There is no kernel view of a normalization without an offset, an
+        # einsum that repeats a label, or a kernel that quantization removed.
         return None
 
 
 def basis_hashes(adapters):
-    """A hash of every distinct basis, by the role and shape it is made for."""
+    """A hash of every distinct basis, by its role and shape."""
     hashes = {}
     for adapter in adapters.values():
         digest = adapter.basis_digest()

@@ -1,4 +1,4 @@
-"""Attaching an adapter to a model: what is asked for, checked and built."""
+"""`inject`: checks its arguments, builds adapters and attaches them."""
 
 import warnings
 
@@ -29,42 +29,45 @@ def inject(
 ) -> report_lib.Report:
     """Attaches an adapter to a model, in place, and freezes the rest.
 
-    From then on `fit`, `predict`, `save` and the rest are plain Keras. The
-    adapted model computes what the base model did until it is trained. It
-    does not matter whether the model is compiled or trained already; if it
-    is, no recompilation is needed, and `model.optimizer` is a fresh one of the
-    same config. So it is whenever other weights are trained from then on.
+    From then on `fit`, `predict`, `save` and other methods are Keras's own.
+    The adapted model computes the outputs of the base model until it is
+    trained. The model may be compiled or trained already. It need not be
+    compiled again, and `model.optimizer` is a new optimizer of the same
+    config. The same happens whenever the set of trained weights changes.
 
-    The first adapter of a model is active. Further ones, of other names, are
-    attached inactive and take over by `set_active`.
+    The first adapter of a model is active. Further adapters, of other names,
+    are attached inactive; `set_active` switches to them.
 
     Args:
-        model: A built Keras model: the outermost one that you will train and
+        model: A built Keras model, the outermost one that you will train and
             save.
-        adapter: An adapter such as `RLoRA(512)`. It is a template: it stays
-            unbuilt and can be injected elsewhere.
-        targets: Which layers to adapt. A name or a list of names, each the
-            layer's own name or the end of its path; a `re.Pattern` searched
-            for in the path; `"all-linear"`, every Dense and EinsumDense layer
-            but expert routers, heads of KerasHub tasks and those in
-            `keep_trainable`; a function of a layer that returns a bool; or
-            `None`, the query and value projections (for `BitFit`, whatever has
-            a bias; for `Bottleneck`, attention and feed-forward outputs).
-        exclude: Which of these to leave out: names, pattern, `"all-linear"` or
-            function. A name may also be of a layer that contains targets.
-        keep_trainable: Layers that are trained along with the adapter and
-            saved with it, such as a classification head: names, pattern or
-            function.
+        adapter: An adapter such as `RLoRA(512)`. It is a template, which stays
+            unbuilt and can be injected again.
+        targets: The layers to adapt. It may be a name or a list of names, each
+            a layer's own name or the end of its path; a `re.Pattern`, which is
+            searched for in the path; `"all-linear"`, which means every Dense
+            and EinsumDense layer except expert routers, heads of KerasHub
+            tasks and layers in `keep_trainable`; a function of a layer that
+            returns a bool; or `None`. `None` means the query and value
+            projections for most methods, all layers with a bias for `BitFit`,
+            outputs of attention and feed-forward networks for `Bottleneck`,
+            and keys, values and feed-forward outputs for `IA3`.
+        exclude: The targets to leave out: names, a pattern, `"all-linear"` or
+            a function. A name may also be that of a layer that contains
+            targets.
+        keep_trainable: The layers that are trained along with the adapter and
+            saved with it, such as a classification head: names, a pattern or
+            a function.
         name: The adapter's name: letters, digits, `_` and `-`.
 
     Returns:
-        A `Report`; print it.
+        A `Report`, which is meant to be printed.
 
     Raises:
         TypeError: If `model` is no Keras model or `adapter` no adapter.
         ValueError: If the model is not built, a target matches nothing or
-            only what can't be adapted, the method can't take a site's shape,
-            or the name is taken. The model is then as it was.
+            only layers that can't be adapted, the method can't take a site's
+            shape, or the name is taken. The model is then unchanged.
 
     Example:
 
@@ -122,7 +125,7 @@ def inject(
 
 
 def _with_bias(layers, chosen):
-    """Those of the chosen layers that have a bias; a warning for others."""
+    """The chosen layers that have a bias; it warns of the others."""
     without = [a for a in chosen if supported.bias_variable(layers[a]) is None]
     if len(without) == len(chosen):
         raise ValueError(
@@ -139,7 +142,7 @@ def _with_bias(layers, chosen):
 
 
 def _without_task_head(model, layers, chosen):
-    """For `"all-linear"`, leaves out the heads of KerasHub tasks."""
+    """The chosen layers without the heads of KerasHub tasks."""
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, keras.Model):
         return chosen

@@ -1,4 +1,4 @@
-"""One learning rate for adapters, another for heads."""
+"""`learning_rate_groups`: different learning rates for adapters and heads."""
 
 import re
 from typing import TypeAlias
@@ -27,24 +27,24 @@ def learning_rate_groups(
     """Builds an optimizer with one rate for adapters and one for the rest.
 
     Randomized adapters learn at rates ten to a hundred times those of a
-    classification head. This gives both groups an optimizer of the same kind
-    and settings, within Keras's own `MultiOptimizer`. Pass the result to
-    `model.compile`.
+    classification head. This function gives each group an optimizer of the
+    same class and settings, inside Keras's `MultiOptimizer`. Pass the result
+    to `model.compile`.
 
-    `MultiOptimizer` has no `learning_rate` of its own: schedules are given
-    here instead, and `optimizer.optimizers` lists the inner optimizers.
+    `MultiOptimizer` has no `learning_rate` attribute. Schedules are therefore
+    given here, and `optimizer.optimizers` lists the inner optimizers.
 
     Args:
         model: An adapted model. Its other trainable weights, those of
             `keep_trainable`, get the head rate.
         optimizer: A Keras optimizer, or the name of one. Its own learning
             rate is not used.
-        adapter: float or `LearningRateSchedule`: the adapters' rate. By
-            default the active adapters' `recommended_learning_rate`, which
+        adapter: float or `LearningRateSchedule`. The adapters' rate. The
+            default is the active adapters' `recommended_learning_rate`, which
             is meant for AdamW.
-        head: float or `LearningRateSchedule`: the rate of all else.
-        lora_b: Optional float or `LearningRateSchedule`: the rate of the
-            matrices `B` of LoRA and its relatives, by default that of
+        head: float or `LearningRateSchedule`. The rate of all other weights.
+        lora_b: Optional float or `LearningRateSchedule`. The rate of the
+            matrices `B` of LoRA and its relatives. The default is that of
             `adapter`. LoRA+ (Hayou et al., ICML 2024, section 4) makes it 16
             times as large, because `B` starts at zero and `A` does not.
 
@@ -54,11 +54,11 @@ def learning_rate_groups(
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
         ValueError: If a rate is negative or no number, if the model has no
-            adapter, if `optimizer` is built or
-            wraps or holds other optimizers, if a layer of the model's own is
-            called "adapter" and trained, or if `adapter` is left out and
-            the active adapters recommend different rates, or none, or if
-            `lora_b` is given and no active adapter has such matrices.
+            adapter, if `optimizer` is built or contains other optimizers, if
+            the model has a trained layer that is called "adapter", if
+            `adapter` is left out and the active adapters do not recommend one
+            rate, or if `lora_b` is given and no active adapter has such
+            matrices.
         NotImplementedError: If this Keras has no `MultiOptimizer`.
 
     Example:
@@ -109,8 +109,8 @@ def learning_rate_groups(
     if adapter is None:
         adapter = _recommended_rate(state)
     adapter = _checked(adapter, "adapter")
-    # By path rather than by variable: paths survive saving and loading. No
-    # path matches two of them.
+    # Groups are chosen by path and not by variable, because paths survive
+    # saving and loading. No path matches two groups.
     _check_paths(model, state)
     if lora_b is None:
         rates = {_ADAPTER: adapter}

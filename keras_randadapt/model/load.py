@@ -1,4 +1,4 @@
-"""Loading adapter files."""
+"""`load_adapter`: reads an adapter file into a model."""
 
 import os
 
@@ -22,39 +22,38 @@ def load_adapter(
     *,
     preset: str | None = None,
 ) -> report.Report:
-    """Loads a saved adapter into a model, attaching it if need be.
+    """Loads a saved adapter into a model and attaches it if necessary.
 
-    Files load on every backend, whichever wrote them, and into the backbone
-    of the task that they were trained on. Loading is strict: every check is
-    made before anything changes. The base model must have the layers that the
-    adapter was trained on, adapted or not, of the same shapes; layers that
-    were kept trainable are compared weight by weight, and of a KerasHub task
-    only the backbone counts. A float and an int8 or int4 model are alike.
+    A file loads on every backend, and a file that was trained on a task also
+    loads into its backbone. Loading is strict, and every check is made before
+    anything changes. The base model must have the same layers with the same
+    shapes as the model of the file, not only the same sites. Of a KerasHub
+    task only the backbone is compared. Layers that were kept trainable are
+    compared weight by weight. Kernels may be float, int8 or int4.
 
-    A model without adapters computes with the loaded one at once. Beside
-    other adapters it is attached inactive; see `set_active`. If the model has
-    an adapter of this name, of the same config and on the same sites, its
-    weights are replaced.
+    In a model without adapters, the loaded adapter is active. Beside other
+    adapters it is attached inactive; see `set_active`. If the model has an
+    adapter of this name, config and sites, the file replaces its weights.
 
     Args:
         model: A built Keras model of the architecture that the adapter was
             trained on.
         filepath: Path of the file.
-        name: The adapter's name in the model; the name that it was saved
-            under by default.
-        preset: Optional string: the preset that this model came from. If the
-            file states one too, the two must be equal.
+        name: The adapter's name in the model. The default is its name in the
+            file.
+        preset: Optional string. The preset of this model. If the file has one
+            too, the two must be equal.
 
     Returns:
         A `Report` of the adapter.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, foreign, or of a newer format, or
-            holds anything that it does not account for, if the model is of
-            another class, has other layers or lacks a site, a shape or dtype
-            differs, a basis would not be rebuilt as it was, or the name is
-            taken by a different adapter. The model is then as it was.
+        ValueError: If the file is damaged, foreign, of a newer format, or
+            holds tensors that its metadata does not describe; if the model is
+            of another class, has other layers or lacks a site; if a shape or
+            dtype differs; if a basis can't be rebuilt with the same values;
+            or if another adapter has the name. The model is then unchanged.
 
     Example:
 
@@ -112,7 +111,7 @@ def load_adapter(
         filepath, metadata, tensors, rename, layers
     )
 
-    # Nothing below can fail for anything in the file.
+    # From here on, nothing in the file can cause an error.
     if present:
         with transaction.change(model) as change:
             _assign(change, built, values)
@@ -130,8 +129,8 @@ def load_adapter(
     training.release(model)
     with transaction.change(model) as change:
         attach.attach(change, before, attachment)
-        # Afterwards: some adapters get their first values from the kernel
-        # when they are attached.
+        # The values are assigned after attaching, because some adapters then
+        # get their first values from the kernel.
         _assign(change, built, values)
         _assign_kept(change, name, kept_values)
     return report.Report(model, name)

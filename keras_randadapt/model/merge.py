@@ -1,4 +1,4 @@
-"""Folding adapters into the kernels and biases that they adapt."""
+"""`merge` and `merged`: fold adapters into the kernels and biases."""
 
 import contextlib
 import functools
@@ -21,21 +21,20 @@ def merge(model: keras.Model) -> keras.Model:
     """Folds the active adapters into the kernels, then ejects all adapters.
 
     Deltas are added in float32 and rounded once to the kernel's dtype.
-    Kernels quantized to int8 or int4 are dequantized, merged and quantized
-    anew with fresh scales, which rounds the delta to the new grid. Kept
-    layers keep what they learned. The model's `trainable` flags are those
-    from before the attach.
+    Kernels in int8 or int4 are dequantized, merged and quantized again with
+    new scales, which rounds the delta to the new grid. Kept layers keep their
+    trained values. The `trainable` flags become those from before `inject`.
 
     Args:
         model: An adapted model.
 
     Returns:
-        The model, plain Keras again.
+        The model, without adapters.
 
     Raises:
-        ValueError: If the model has no adapter, or if an active one can't be
-            merged, or if a merged kernel would hold NaN or infinity; nothing
-            is changed then.
+        ValueError: If the model has no adapter, if an active one can't be
+            merged, or if a merged kernel would hold NaN or infinity. The model
+            is then unchanged.
     """
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
@@ -48,7 +47,7 @@ def merge(model: keras.Model) -> keras.Model:
         for layer in state.site_layers:
             if layer.adapter.active():
                 _write_merged(change, layer)
-        # What the active adapters' heads learned is what stays.
+        # The trained heads of the active adapters stay in the model.
         learned = {
             address: state_lib.kept_layer_values(state.layers[address])
             for name in state.active
@@ -61,7 +60,7 @@ def merge(model: keras.Model) -> keras.Model:
 
 @contextlib.contextmanager
 def merged(model: keras.Model) -> Iterator[keras.Model]:
-    """For a block, the active adapters are folded into the kernels.
+    """Folds the active adapters into the kernels during a block.
 
     Callbacks may use it in the middle of `fit`.
 
@@ -76,7 +75,7 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
         model: An adapted model.
 
     Raises:
-        ValueError: As `merge` does.
+        ValueError: See `merge`.
     """
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
@@ -132,7 +131,7 @@ def _adapts_bias(layer):
 
 
 def _write_merged(change, layer):
-    # Both from the base values, before either is written.
+    # Both are computed from the base values, before either is written.
     kernel = _merged_kernel(layer) if _adapts_kernel(layer) else None
     bias = layer.merged_bias() if _adapts_bias(layer) else None
     if kernel is not None:
@@ -142,7 +141,7 @@ def _write_merged(change, layer):
 
 
 def _merged_values(layer):
-    """What a merge would write, as it would be stored."""
+    """The kernel and the bias that a merge would write, in their dtypes."""
     if _adapts_kernel(layer):
         kernel = _merged_kernel(layer)
         if layer.quantization_mode is None:

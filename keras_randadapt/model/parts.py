@@ -1,23 +1,23 @@
-"""What models inside of an adapted one are told of it.
+"""Marks the models inside an adapted model as its parts.
 
-A part of an adapted model is neither adapted nor quantized apart: the whole
-would not know.
+A part of an adapted model can be neither adapted nor quantized by itself,
+because the adapted model would not know of it.
 """
 
 import types
 import weakref
 
-# The attribute that is a model's `_Claim`.
+# The attribute of a part that holds its `_Claim`.
 _CLAIM = "_randadapt_claim"
 
 
 class _Claim:
-    """What a model is told of the adapted models that it is a part of.
+    """The adapted models that a model is a part of.
 
     Attributes:
-        owners: `WeakSet` of models.
-        quantize: The method that the model itself had, or `None` for that of
-            its class.
+        owners: `WeakSet` of adapted models.
+        quantize: The `quantize` method that the instance had, or `None` if it
+            had only its class's.
     """
 
     def __init__(self, quantize):
@@ -26,19 +26,19 @@ class _Claim:
 
 
 def claim(part, model):
-    """Makes a model, or `model` itself, a part of an adapted one."""
+    """Marks a model as a part of an adapted one, which may be itself."""
     attributes = vars(part)
     if _CLAIM not in attributes:
-        # Keras has a method of its own on every instance.
+        # Keras sets a `quantize` method on every instance.
         attributes[_CLAIM] = _Claim(attributes.get("quantize"))
     attributes["quantize"] = types.MethodType(_quantize, part)
     attributes[_CLAIM].owners.add(model)
 
 
 def release(part, model):
-    """The reverse of `claim`; the last one gives `quantize` back.
+    """Undoes `claim`; the last call for a part restores its `quantize`.
 
-    Either may be repeated after it was interrupted.
+    Both functions may be repeated after an interruption.
     """
     attributes = vars(part)
     if _CLAIM not in attributes:
@@ -51,7 +51,8 @@ def release(part, model):
         attributes.pop("quantize", None)
     else:
         attributes["quantize"] = quantize
-    # Last: `claim` would take our method for the model's own without it.
+    # The claim is deleted last. Without it, `claim` would take the method of
+    # this module for the model's own.
     del attributes[_CLAIM]
 
 
@@ -64,7 +65,7 @@ def owner_of(part):
 
 def _quantize(part, *args, **kwargs):
     if owner_of(part) is None:
-        # Those that it was a part of are gone, adapters and all.
+        # The adapted models that it was a part of no longer exist.
         release(part, part)
         return part.quantize(*args, **kwargs)
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What an injection did, for people."""
+"""`Report`: a printed summary of an attached adapter."""
 
 import math
 
@@ -9,7 +9,7 @@ from keras_randadapt.model import file_format
 
 
 class Report:
-    """What one adapter adds to a model. `print` it.
+    """The sites and the numbers of weights of one adapter. `print` it.
 
     Attributes:
         name: The adapter's name.
@@ -19,8 +19,8 @@ class Report:
         head_parameters: The number of trainable weights of the layers that
             `keep_trainable` named.
         base_parameters: The number of the model's other weights, all frozen.
-        file_bytes: The size of the file that `save_adapter` writes, heads
-            included.
+        file_bytes: The size of the file that `save_adapter` writes, with
+            heads.
     """
 
     def __init__(self, model: keras.Model, name: str):
@@ -35,7 +35,7 @@ class Report:
             for adapter in adapters
             for weight in _compat.trainable_by_nature(adapter)
         )
-        # An inactive adapter's head is frozen until its turn comes.
+        # An inactive adapter's head is frozen, but its weights count.
         heads = [
             weight
             for address in record.kept

@@ -1,4 +1,4 @@
-"""Saving adapter files."""
+"""`save_adapter`: writes an adapter file."""
 
 import functools
 import os
@@ -23,19 +23,19 @@ def save_adapter(
 ) -> None:
     """Saves one adapter: its trained weights, config and seed.
 
-    Nothing that a seed rebuilds is stored, nor any of the base model but the
-    layers that were kept trainable. The file says what base model it is for,
-    by class and by a hash of its layers' addresses and shapes. The file is
-    complete or absent: it is written beside its destination and moved there.
-    It may be called by another thread during `fit`: on JAX it then waits for
-    the end of the batch.
+    The file holds nothing that a seed rebuilds, and of the base model only the
+    layers that are kept trainable. It identifies the base model by its class
+    and a hash of its layers' addresses and shapes. It is written beside its
+    destination and then moved there, so it is never incomplete. Another thread
+    may call this function during `fit`; on JAX it then waits for the end of
+    the batch.
 
     Args:
         model: An adapted model.
         filepath: Path of the file, by convention `*.safetensors`.
-        name: Which adapter; the only one by default.
-        preset: Optional string: the name of the KerasHub preset that the
-            base model came from. Loading can then check it.
+        name: Optional string. The adapter's name; by default the only one.
+        preset: Optional string. The name of the KerasHub preset of the base
+            model. Loading can then check it.
 
     Raises:
         ValueError: If the model has no adapter, or several and no `name`.
@@ -49,7 +49,7 @@ def save_adapter(
     """
     state_lib.check_is_model(model)
     if not state_lib.is_adapted(model):
-        # The error that says so.
+        # It raises the error for models without adapters.
         state_lib.state_of(model)
     data = model._randadapt.between_steps.run(
         functools.partial(_file_of, model, name, preset)
@@ -76,11 +76,11 @@ def _file_of(model, name, preset):
 
 
 def _warn_of_others(model, state):
-    """A warning for what is trained, but is not of any adapter."""
+    """Warns of trained weights that belong to no adapter."""
     ours = set()
     for name, record in state.records.items():
         layers = [*state.adapters(name).values()]
-        # In a block those are trained that were active before it.
+        # In a block, the trained adapters are those that were active before.
         if name in state.active or state.block:
             layers += [state.layers[address] for address in record.kept]
         ours.update(id(weight) for layer in layers for weight in layer.weights)

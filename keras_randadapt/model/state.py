@@ -1,4 +1,4 @@
-"""The state of an adapted model, and what must hold before it changes."""
+"""The state of an adapted model, and checks that precede a change."""
 
 import threading
 
@@ -16,14 +16,15 @@ class AdapterRecord:
     """One named adapter of a model.
 
     Attributes:
-        template: The unbuilt `Adapter` it was made from.
+        template: The unbuilt `Adapter` of which its adapters are clones.
         addresses: Structural addresses of its sites, in model order.
-        kept: Structural addresses of its trainable layers, heads mostly.
+        kept: Structural addresses of the layers that it keeps trainable,
+            mostly heads.
         sources: dict from a site's address to that of the layer whose input
             its adapter gets; see `Adapter.sources`.
-        kept_values: While the adapter is inactive, the values that its kept
-            layers will have once it is active again: address to list of
-            arrays. `None` while they are live in the model.
+        kept_values: dict from address to list of arrays, the values of its
+            kept layers while the adapter is inactive. `None` while it is
+            active and the layers have them.
     """
 
     def __init__(self, template, addresses, kept, sources):
@@ -35,40 +36,38 @@ class AdapterRecord:
 
     @property
     def changed(self):
-        """Addresses of the layers that it changes, each once.
-
-        Its sites, and the layers that hand their input to one.
-        """
+        """Addresses of its sites and their source layers, each once."""
         return list(dict.fromkeys([*self.addresses, *self.sources.values()]))
 
 
 class AdaptedState:
-    """What an adapted model remembers.
+    """The state that an adapted model keeps.
 
-    A plain object on purpose: Keras's saving walks into every list, dict and
-    layer that it finds on a model.
+    It is a plain object, because Keras's saving walks into every list, dict
+    and layer that is an attribute of a model.
 
     Attributes:
         layers: dict from structural address to layer, of the whole model.
         records: dict from adapter name to `AdapterRecord`.
         active: tuple of the active adapters' names.
-        shown: tuple of the names of the adapters that the sites compute with:
-            none inside a block.
+        shown: tuple of the names of the adapters with which the sites compute.
+            It is `active`, or empty inside a block.
         functions: `CompiledFunctions`, by `shown`.
-        block: `"merged"` or `"disabled"` inside a block of that name, whose
-            end restores what was at its beginning.
-        layer_flags: `(layer, flag)` pairs: `trainable` as it was before
+        block: `"merged"` or `"disabled"` inside a block of that name, at whose
+            end the former state is restored. `None` outside.
+        layer_flags: `(layer, flag)` pairs, the `trainable` flags before
             injection.
         variable_flags: `(variable, flag)` pairs, likewise.
-        base_values: address to list of arrays: kept layers' values in the
-            base model, which `disabled` and `eject` restore. Of the moment
-            only while an active adapter keeps the layer; it has them itself
-            otherwise.
-        attachments: list of functions that take off what callbacks attached
-            to the model for the length of a `fit`.
+        base_values: dict from address to list of arrays, the kept layers'
+            values in the base model, which `disabled` and `eject` restore. An
+            entry is used only while an active adapter keeps the layer;
+            otherwise the layer itself has the values.
+        attachments: list of functions that remove what callbacks attached to
+            the model during `fit`.
         fitting: Whether `fit` is running.
-        between_steps: `BetweenSteps`: what other threads wait for meanwhile.
-        parts: list of the models that it claimed: this one and those inside.
+        between_steps: `BetweenSteps`, which runs functions of other threads
+            during `fit`.
+        parts: list of the models that it claimed: itself and those inside.
     """
 
     def __init__(self, layers, layer_flags, variable_flags, parts):
@@ -100,14 +99,14 @@ class AdaptedState:
 
     @property
     def changed_layers(self):
-        """The sites, and layers that hand their input to one."""
+        """The sites and their source layers."""
         changed = {
             a for record in self.records.values() for a in record.changed
         }
         return [self.layers[a] for a in self.layers if a in changed]
 
     def forget_relayed(self):
-        """Drops inputs that layers handed to others that never took them."""
+        """Drops inputs that source layers relayed and no site has taken."""
         for record in self.records.values():
             for address in record.sources:
                 self.layers[address].adapter.forget()
@@ -134,8 +133,8 @@ class AdaptedState:
 def check_is_model(model):
     """Raises `TypeError` unless `model` is a Keras model.
 
-    Every public function asks first, so a change of the model that was cut
-    short is taken back here.
+    Every public function calls this first, so it also takes back a change that
+    was interrupted.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -151,7 +150,7 @@ def is_adapted(model) -> bool:
 
 
 def state_of(model):
-    """The `AdaptedState` of an adapted model; an error for any other."""
+    """The `AdaptedState` of an adapted model; other models raise an error."""
     check_is_model(model)
     if not is_adapted(model):
         raise ValueError(
@@ -164,14 +163,14 @@ def state_of(model):
 
 
 def check_has_values(model):
-    """Raises `RuntimeError` if a step that broke off left no values.
+    """Raises `RuntimeError` if an interrupted step left no values.
 
-    Keras's trainer for JAX takes the values out of a model's variables before
+    Keras's trainer for JAX removes the values from a model's variables before
     a step and puts them back after it.
     """
     if not _compat.has_values(model):
         _check_thread(model)
-        # Inside `fit` they are put back on demand.
+        # Inside `fit`, Keras puts them back on demand.
         _compat.sync_jax_state(model)
     if not _compat.has_values(model):
         raise RuntimeError(
@@ -207,7 +206,7 @@ def check_no_block(model):
 
 
 def check_not_fitting(model):
-    """Raises `ValueError` while `fit` is running, in a callback that is."""
+    """Raises `ValueError` while `fit` is running, which is in callbacks."""
     if is_adapted(model) and model._randadapt.fitting:
         raise ValueError(
             f"Model '{model.name}' is being trained, and `fit` can't go on "

@@ -1,4 +1,4 @@
-"""Which weights of an adapted model are trained, and by which optimizer."""
+"""The trainable flags and the optimizer of an adapted model."""
 
 import functools
 
@@ -8,15 +8,15 @@ from keras_randadapt.optimizers import wrapper
 
 
 def apply_trainable(model):
-    """Freezes all of a model but its active adapters and their kept layers."""
+    """Freezes a model except its active adapters and their kept layers."""
     state = model._randadapt
     for layer in _compat.flatten_layers(model):
         if layer is model:
             for variable in _compat.owned_variables(layer):
                 variable.trainable = False
         elif _compat.owned_variables(layer):
-            # The layer and not only its variables: a frozen
-            # BatchNormalization must also stop moving its statistics.
+            # The layer is frozen, and not only its variables, because a frozen
+            # BatchNormalization must not update its statistics.
             layer.trainable = False
     for name in state.active:
         record = state.records[name]
@@ -27,14 +27,14 @@ def apply_trainable(model):
 
 
 def release(model):
-    """Takes off what callbacks attached to the model."""
+    """Removes what callbacks attached to the model."""
     if is_adapted(model):
         for detach in list(model._randadapt.attachments):
             detach()
 
 
 def wrapped_optimizer(model, optimizer, names):
-    """An optimizer, wrapped as active adapters ask for it.
+    """An optimizer inside the wrappers of the active adapters.
 
     Args:
         model: A model that is or was adapted.
@@ -42,8 +42,8 @@ def wrapped_optimizer(model, optimizer, names):
         names: Names of the active adapters.
 
     Returns:
-        An optimizer: the same one if it is wrapped as asked already. `None`
-        for `None`.
+        An optimizer. It is the same one if it has these wrappers already.
+        `None` for `None`.
     """
     if optimizer is None:
         return None
@@ -57,10 +57,10 @@ def wrapped_optimizer(model, optimizer, names):
 
 
 def wrap_optimizer(model):
-    """Wraps a compiled model's optimizer as its active adapters ask for it."""
+    """Puts a model's optimizer inside the wrappers of the active adapters."""
     state = model._randadapt
     if state.block == "disabled":
-        # The end of the block needs the optimizer as it was.
+        # The end of the block restores the former optimizer.
         return
     optimizer = getattr(model, "optimizer", None)
     wrapped = wrapped_optimizer(model, optimizer, state.active)

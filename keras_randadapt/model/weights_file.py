@@ -1,4 +1,4 @@
-"""Keras's own files of weights, seen from outside."""
+"""Looks for adapters in Keras's own weights files."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ import h5py
 
 
 def has_adapters(filepath):
-    """Whether a file of Keras's weights is of an adapted model.
+    """Whether a weights file of Keras is that of an adapted model.
 
-    `None` if it can't be looked into from here.
+    It is `None` if there is no local file at this path.
     """
     filepath = str(filepath)
     if not os.path.exists(filepath):
