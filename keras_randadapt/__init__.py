@@ -13,6 +13,7 @@ from keras_randadapt import ops
 from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt import regularizers
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import NOLA
 from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA

@@ -13,6 +13,7 @@ from keras_randadapt import file_format
 from keras_randadapt import root
 from keras_randadapt import site_classes
 from keras_randadapt import site_layers
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import base as adapter_base
 from keras_randadapt.adapters.base import Adapter
 
@@ -69,6 +70,7 @@ def check_model(model):
             "`generate`, is not told when adapters are attached, switched, "
             "disabled, merged or removed, and may go on as before. Inject "
             "into the outermost model instead.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -271,6 +273,7 @@ def warn_of_inference_in_fit(model, template):
             "Keras's `fit` runs the model as in inference: without dropout, "
             "and without what a method does in training only. Add the "
             "argument to `call`.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -289,6 +292,7 @@ def warn_of_frozen_in_kept(layers, kept):
             f"{len(frozen)} layers of `keep_trainable` are quantized, so only "
             f"their biases can be trained: {frozen[:5]}. Leave them out of "
             "`quantize` with its `filters`.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -320,6 +324,7 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
             warnings.warn(
                 f"{words}{missed[:5]}"
                 + (f" and {more} more." if more > 0 else "."),
+                AdapterWarning,
                 stacklevel=3,
             )
 

@@ -27,6 +27,7 @@ from keras_randadapt import root
 from keras_randadapt import site_classes
 from keras_randadapt import site_layers
 from keras_randadapt import targets as targets_lib
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import base as adapter_base
 from keras_randadapt.adapters.base import Adapter
 
@@ -539,6 +540,7 @@ def _with_bias(layers, chosen):
         warnings.warn(
             f"{len(without)} of the {len(chosen)} layers that `targets` "
             f"matched have no bias and are left out: {without[:5]}",
+            AdapterWarning,
             stacklevel=3,
         )
     return [a for a in chosen if a not in without]

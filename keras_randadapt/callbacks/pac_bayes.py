@@ -12,6 +12,7 @@ from keras_randadapt import analysis
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt import root
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
 from keras_randadapt.regularizers import pac_bayes
@@ -447,6 +448,7 @@ class PACBayes(keras.callbacks.Callback):
                 "The gradients of some training examples are not finite: the "
                 "estimate of information is left as it was. Has training "
                 "diverged, or does the loss overflow in half precision?",
+                AdapterWarning,
                 stacklevel=2,
             )
         cost = (

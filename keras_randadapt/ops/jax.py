@@ -12,6 +12,7 @@ from jax.interpreters import ad
 from jax.interpreters import batching
 from jax.interpreters import mlir
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.ops import native
 from keras_randadapt.ops import steps
 from keras_randadapt.ops import tiles
@@ -97,7 +98,8 @@ def _register_native():
         warnings.warn(
             "This version of JAX does not take the compiled transforms of "
             "`keras_randadapt`, which will be slower on a CPU. "
-            f"Received: {error}"
+            f"Received: {error}",
+            AdapterWarning,
         )
         return False
     return True
@@ -148,7 +150,8 @@ def _launcher():
         warnings.warn(
             "The installed `jax_triton` does not work with this JAX, and the "
             "transforms of `keras_randadapt` will be slower on a GPU. "
-            f"Received: {type(error).__name__}: {error}"
+            f"Received: {type(error).__name__}: {error}",
+            AdapterWarning,
         )
         return None
     return triton_jax

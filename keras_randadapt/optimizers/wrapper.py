@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer):
@@ -246,6 +247,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
                 f"{len(own)} variables and the file {len(store.keys())} of "
                 "it. The file was saved with another optimizer, or before "
                 "the optimizer was built.",
+                AdapterWarning,
                 stacklevel=2,
             )
             return

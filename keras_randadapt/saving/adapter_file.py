@@ -20,6 +20,7 @@ from keras_randadapt import injection
 from keras_randadapt import report
 from keras_randadapt import root
 from keras_randadapt import site_layers
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import base as adapter_base
 
 
@@ -195,6 +196,7 @@ def _warn_of_others(model, state):
             f"{len(others)} weights are trainable that are no adapter's, so no "
             f"adapter file holds them: {others[:5]}. Name their layers in "
             "`keep_trainable` at injection instead of unfreezing them.",
+            AdapterWarning,
             stacklevel=3,
         )
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 
 _backend = importlib.import_module(
     f"keras_randadapt.callbacks.per_example_gradients.{keras.config.backend()}"
@@ -134,6 +135,7 @@ class PerExampleGradients:
                     f"{type(error).__name__}: {_summary(error)} They are "
                     f"computed {self._strategies[0][0]} instead, which is as "
                     "exact and slower.",
+                    AdapterWarning,
                     stacklevel=2,
                 )
 
