@@ -55,6 +55,7 @@ def pytest_configure(config):
         "slow(reason): takes longer than some seconds; run by `make test-full`",
         "one_backend(choice=None): needs no more than one backend of a run, "
         "the named one or one picked by a number or by the test's name",
+        "every_backend: runs on all, in a module or class marked `one_backend`",
         "needs_optimizer: looks at what a compiler has made, so JAX optimizes "
         "its programs",
     ):
@@ -64,9 +65,9 @@ def pytest_configure(config):
         # said to come from is the caller's. A test that expects one uses
         # `pytest.warns`.
         "error::keras_randadapt.AdapterWarning",
-        # Keras's conversion of PyTorch's tensors, thousands of times a run.
+        # Keras's conversions of tensors, thousands of times a run.
         "ignore:__array__ implementation doesn't accept a copy keyword"
-        ":DeprecationWarning:keras.src.backend.torch.core",
+        ":DeprecationWarning:keras.src.backend",
     ):
         config.addinivalue_line("filterwarnings", line)
 
@@ -80,6 +81,8 @@ def pytest_collection_modifyitems(config, items):
     kept, others = [], []
     for item in items:
         mark = item.get_closest_marker("one_backend")
+        if item.get_closest_marker("every_backend"):
+            mark = None
         here = mark is None or BACKEND == rotation.backend_of(
             mark.args[0] if mark.args else None,
             item.nodeid.partition("[")[0],

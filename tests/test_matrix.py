@@ -372,6 +372,12 @@ class TestMatrix:
         kra.eject(case.model, "b")
         kra.set_active(case.model, "default")
 
+    # A case's adapters have been attached anew since `fit`, and its optimizer
+    # has not been used since then.
+    @pytest.mark.filterwarnings(
+        "ignore:Skipping variable loading for optimizer:UserWarning",
+        "ignore:.* starts afresh:keras_randadapt.AdapterWarning",
+    )
     def test_whole_model_file(self, case, tmp_path):
         case.model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -19,6 +19,7 @@ from keras_randadapt.ops import fwht
 from keras_randadapt.ops import native
 from keras_randadapt.ops import numpy as reference
 from keras_randadapt.ops.transforms import _cached_program
+from tests.ops import test_transforms
 
 BACKEND = keras.config.backend()
 HERE = pathlib.Path(__file__).parent
@@ -50,19 +51,27 @@ def test_it_is_built_where_there_is_a_compiler():
     assert native.library() is not None, "install the package anew"
 
 
+@pytest.mark.parametrize("case", test_transforms.CASES[6::4], ids=str)
+def test_transforms_work_without_it(case, monkeypatch, loaded_anew):
+    """By matrix products; all of `test_transforms.py` is a slow test."""
+    monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
+    monkeypatch.setattr(native, "apply", None)
+    test_transforms.test_randomized_transform(case)
+    test_transforms.test_gradient_is_the_adjoint(case)
+
+
+def test_fwht_works_without_it(monkeypatch, loaded_anew):
+    monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
+    monkeypatch.setattr(native, "apply", None)
+    test_transforms.test_fwht_axis(2)
+    test_transforms.test_fwht_gradient(0, False)
+
+
 @on_a_backend_with_it
-@pytest.mark.parametrize(
-    "names",
-    [
-        "not (low_precision or large_orders)",
-        pytest.param(
-            "low_precision or large_orders", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_all_works_without_it(names):
+@pytest.mark.slow(reason="runs all of another file")
+def test_all_works_without_it():
     """`test_transforms.py`, by matrix products."""
-    chosen = ["-m", "not slow", "-k", names, HERE / "test_transforms.py"]
+    chosen = ["-m", "not slow", HERE / "test_transforms.py"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *chosen],
         env={**os.environ, "KERAS_RANDADAPT_NATIVE": "0"},

@@ -154,7 +154,11 @@ def test_fwht(order):
     )
 
 
-@pytest.mark.parametrize("order", [4096, 11008])
+#: A dense matrix of this order takes 4 CPU seconds.
+LARGEST = pytest.param(11008, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("order", [4096, LARGEST])
 def test_fwht_of_large_orders(order):
     x = normal(2, order)
     y = to_numpy(fwht(x))
@@ -204,6 +208,7 @@ def test_randomized_transform(case):
     )
 
 
+@pytest.mark.one_backend("torch")
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("order", [3, 20, 96, 257])
 def test_plan_is_dense_transform(order, stages):
@@ -263,7 +268,7 @@ def test_identity_plan_has_orthonormal_rows():
 @pytest.mark.parametrize(
     "dtype,tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)]
 )
-@pytest.mark.parametrize("order", [768, 2048, 4096, 11008])
+@pytest.mark.parametrize("order", [768, 2048, 4096, LARGEST])
 def test_low_precision_fwht(order, dtype, tolerance):
     x = keras.ops.cast(16 * normal(4, order), dtype)
     exact = to_numpy(x) @ hadamard(order).T
