@@ -23,9 +23,10 @@ BACKENDS = "jax,tensorflow,torch"
 ROOT = pathlib.Path(__file__).parents[1]
 #: The pytest arguments of each part, the longest part first.
 PARTS = {
-    "matrix": ["tests/test_matrix.py"],
     "others": ["--ignore=tests/test_matrix.py"],
+    "matrix": ["tests/test_matrix.py"],
 }
+COMMAND = ["-m", "pytest"]
 #: pytest's exit code where it has found no test to run.
 NO_TESTS = 5
 
@@ -61,7 +62,7 @@ def jobs_of(backends, options):
 def run(job):
     """Runs the tests of one job; returns its `Outcome`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *job.options],
+        [sys.executable, *COMMAND, *job.options],
         env={**os.environ, "KERAS_BACKEND": job.backend},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -100,6 +101,10 @@ def failures(outcomes, selected):
     return found
 
 
+def today():
+    return datetime.date.today().toordinal()
+
+
 def cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -125,10 +130,10 @@ def main():
     arguments, options = parser.parse_known_args()
     backends = arguments.backends.replace(",", " ").split()
     # Looked up once, so that a run over midnight leaves out no test.
-    today = datetime.date.today().toordinal()
-    day = today if arguments.rotation_day == "today" else arguments.rotation_day
+    now = today()
+    day = now if arguments.rotation_day == "today" else arguments.rotation_day
     if arguments.backend_of_the_day:
-        backends = [sorted(backends)[today % len(backends)]]
+        backends = [sorted(backends)[now % len(backends)]]
     options.append(f"--rotation-day={day}")
     jobs = jobs_of(backends, options)
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:

@@ -1051,6 +1051,7 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="switched or removed"):
             callback.on_epoch_begin(1)
 
+    @pytest.mark.every_backend
     def test_several_devices(self):
         x, y = data_of()
         if BACKEND == "torch":

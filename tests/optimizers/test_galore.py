@@ -11,6 +11,7 @@ from tests import methods
 from tests import zoo
 from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
+from tests.optimizers.test_masked_gradient import sweep
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
 
@@ -117,7 +118,7 @@ class TestGaLore:
             np.testing.assert_array_equal(one, two)
 
     @pytest.mark.parametrize(
-        "name", sorted(set(OPTIMIZERS) - {"ftrl", "schedule_free_adamw"})
+        "name", sweep(sorted(set(OPTIMIZERS) - {"ftrl", "schedule_free_adamw"}))
     )
     def test_every_optimizer(self, name):
         """Kernels change by the inner one's steps with projected gradients."""

@@ -38,10 +38,20 @@ if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
     OPTIMIZERS["schedule_free_adamw"] = lambda **k: (
         keras.optimizers.ScheduleFreeAdamW(0.1, **k)
     )
+#: The most used, one that takes signs, and one with factors for a state.
+QUICK = {"adamw", "lion", "adafactor"}
 needs_multi = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
     reason="this Keras has no MultiOptimizer",
 )
+
+
+def sweep(names):
+    """Cases of tests: `make test-full` runs those that are not `QUICK`."""
+    return [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in names
+    ]
 
 
 def reference_set(seed, pair, step, update_rank, rank=RANK):
@@ -261,7 +271,7 @@ class TestMasks:
 
 
 class TestOptimizers:
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_mask_updates_of_every_optimizer(self, name):
         variables, gradients = _pairs()
         optimizer = MaskedGradient(
@@ -274,7 +284,7 @@ class TestOptimizers:
             ]
             assert all(np.all(np.isfinite(value)) for value in after)
 
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_gradients_are_masked_for_every_optimizer(self, name):
         """As if the inner optimizer had been given the masked gradients."""
         values = []

@@ -10,6 +10,7 @@ from keras_randadapt.optimizers import ProximalL1
 from tests import methods
 from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
+from tests.optimizers.test_masked_gradient import sweep
 
 
 def soft_threshold(v, threshold):
@@ -44,7 +45,7 @@ class TestProximalL1:
         assert after[2] == after[3] == 0
         np.testing.assert_array_equal(untouched, before)
 
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_every_optimizer(self, name):
         """The inner optimizer's step, then the threshold."""
         plain, gradients = _variables()
