@@ -95,10 +95,11 @@ test-full: $(TEST_STAMP) $(OLDEST_STAMP) $(QUALITY_STAMP)
 	$(MAKE) --no-print-directory test-oldest || status=1; exit $$status
 
 .PHONY: test-slow test-oldest
-# Every test, on the backend whose turn it is where one is enough; JAX optimizes
-# its programs as it does for users.
+# Every test, on the backend whose turn it is where one is enough. JAX optimizes
+# its programs and PyTorch has threads, as they do for users.
 test-slow: $(TEST_STAMP) $(QUALITY_STAMP)
-	$(call run_tests,$(VENV),--rotation-day today --optimized)
+	OMP_NUM_THREADS=2 $(call run_tests,$(VENV),\
+		--rotation-day today --optimized)
 
 # Another backend every day.
 test-oldest: $(OLDEST_STAMP)

@@ -117,7 +117,7 @@ class Guard:
         )
 
     def _keep(self, name, seconds):
-        if seconds > 0.5:
+        if seconds > 0.2:
             self.slowest.append((seconds, name))
         if self.record:
             with open(self.record, "a") as file:

@@ -61,9 +61,16 @@ def jobs_of(backends, options):
 
 def run(job):
     """Runs the tests of one job; returns its `Outcome`."""
+    # Threads of a process that wait for each other on cores that another
+    # process uses spend most of PyTorch's CPU time.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
         [sys.executable, *COMMAND, *job.options],
-        env={**os.environ, "KERAS_BACKEND": job.backend},
+        env={
+            **os.environ,
+            "KERAS_BACKEND": job.backend,
+            "OMP_NUM_THREADS": threads,
+        },
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,6 +16,8 @@ from keras_randadapt import file_format
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 #: The digest of the layers of `zoo.bert`, on every backend.
 LAYERS_OF_BERT = "f5bcd86cca69dad8"
 
