@@ -82,11 +82,13 @@ def pytest_collection_modifyitems(config, items):
     kept, others = [], []
     for item in items:
         mark = item.get_closest_marker("one_backend")
+        name = item.nodeid.partition("[")[0]
+        alone = mark is not None or rotation.NEEDS_ONE.search(name)
         if item.get_closest_marker("every_backend"):
-            mark = None
-        here = mark is None or BACKEND == rotation.backend_of(
-            mark.args[0] if mark.args else None,
-            item.nodeid.partition("[")[0],
+            alone = False
+        here = not alone or BACKEND == rotation.backend_of(
+            mark.args[0] if mark and mark.args else None,
+            name,
             backends,
             option.rotation_day,
         )

@@ -8,7 +8,15 @@ test's name. `day` moves every choice one backend further a day, so runs on
 three days meet every backend.
 """
 
+import re
 import zlib
+
+#: Refusals, round trips of configs and counts of weights are Python code before
+#: any tensor, so what has such a name needs one backend without a mark.
+NEEDS_ONE = re.compile(
+    r"::(TestBad|TestArguments|TestErrors|TestPaperCount|TestReport|"
+    r"test_bad_|test_config|test_counts$)"
+)
 
 
 def checksum(text):

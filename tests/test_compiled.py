@@ -130,6 +130,7 @@ class TestSwitch:
                 after, _reference(model, X), rtol=1e-5, atol=1e-6
             )
 
+    @pytest.mark.cpu_seconds(20, reason="PyTorch's compiler starts in 8 s")
     @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
     def test_torch_compile(self):
         import torch

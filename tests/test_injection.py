@@ -713,7 +713,18 @@ class TestBadInput:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("jit_compile", [True, False])
+    @pytest.mark.parametrize(
+        "jit_compile",
+        [
+            pytest.param(
+                True,
+                marks=[pytest.mark.slow(reason="PyTorch traces for 9 s")]
+                if BACKEND == "torch"
+                else [],
+            ),
+            False,
+        ],
+    )
     def test_compilation(self, jit_compile):
         model, x, targets = zoo.einsum_query()
         kra.inject(model, kra.RLoRA(5), targets)

@@ -18,7 +18,7 @@ from tests.callbacks.linear_network import fit
 from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 
 class Batches(keras.utils.PyDataset):

@@ -439,7 +439,18 @@ class TestOptimizers:
 
 
 class TestFit:
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize(
+        "jit_compile",
+        [
+            False,
+            pytest.param(
+                True,
+                marks=[pytest.mark.slow(reason="PyTorch's compiler takes 8 s")]
+                if BACKEND == "torch"
+                else [],
+            ),
+        ],
+    )
     def test_steps(self, jit_compile):
         """Each step moves what it should by what plain SGD would, and after
         the first epoch nothing is traced again."""

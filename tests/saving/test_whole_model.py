@@ -14,6 +14,8 @@ from keras import layers
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 BACKEND = keras.config.backend()
 
 
@@ -81,6 +83,7 @@ class TestCopies:
 
 
 class TestWholeModelFiles:
+    @pytest.mark.every_backend
     def test_training_goes_on(self, tmp_path):
         """Optimizer state, adapters and flags come back: the next step is
         the one that the model itself would have taken."""
@@ -162,6 +165,7 @@ class TestWholeModelFiles:
         assert kra.sites(loaded.backbone)
         np.testing.assert_allclose(zoo.outputs(loaded, x), out, atol=1e-6)
 
+    @pytest.mark.cpu_seconds(15, reason="a process with KerasHub")
     def test_process_that_imports_only_the_library(self, tmp_path):
         model, x = _adapted(zoo.bert_classifier)
         model.save(tmp_path / "x.keras")
@@ -180,6 +184,7 @@ class TestWholeModelFiles:
             atol=1e-6,
         )
 
+    @pytest.mark.cpu_seconds(10, reason="a process with Keras")
     def test_process_that_does_not_import_the_library(self, tmp_path):
         model, _ = _adapted(zoo.sequential)
         model.save(tmp_path / "x.keras")
@@ -319,11 +324,13 @@ class TestLegacyFiles:
         model.save(tmp_path / "model.keras")
 
 
+@pytest.mark.every_backend
 class TestExport:
     @pytest.mark.skipif(
         BACKEND == "torch",
         reason="Keras exports no SavedModel from torch, adapters or not",
     )
+    @pytest.mark.cpu_seconds(15, reason="a process with TensorFlow")
     @pytest.mark.parametrize("merged", [True, False])
     def test_saved_model(self, merged, tmp_path):
         """Adapted or merged, a SavedModel answers the same in a process that
@@ -376,6 +383,8 @@ class TestExport:
 NEXT_BACKEND = {"tensorflow": "jax", "jax": "torch", "torch": "tensorflow"}
 
 
+@pytest.mark.every_backend
+@pytest.mark.cpu_seconds(20, reason="a process with another backend")
 class TestAcrossBackends:
     """Each backend's file is opened on the next one, round the circle."""
 
@@ -425,6 +434,7 @@ class TestAcrossBackends:
         ).read_bytes()
 
 
+@pytest.mark.every_backend
 def test_first_values_are_equal_on_every_backend():
     # All methods draw them from `random`, whose golden values are tested
     # there: here is one that has come all the way into a model.
