@@ -18,11 +18,17 @@ def _model():
     return zoo.set_weights(keras.Model(inputs, outputs)), zoo.normal(8, 7)
 
 
+def _inject(model, **kwargs):
+    """Into all of `_model`, one layer of which has no bias."""
+    with pytest.warns(kra.AdapterWarning, match="without a bias.*dense_1"):
+        return kra.inject(model, kra.BitFit(), **kwargs)
+
+
 class TestBitFit:
     def test_is_the_model_with_other_biases(self):
         model, x = _model()
         expected, _ = _model()
-        kra.inject(model, kra.BitFit(), keep_trainable="head")
+        _inject(model, keep_trainable="head")
         assert [s.name for s in kra.sites(model).values()] == ["one", "norm"]
         for name in ("one", "norm"):
             site = model.get_layer(name)
@@ -44,7 +50,7 @@ class TestBitFit:
         for adapted in (True, False):
             model, x = _model()
             if adapted:
-                kra.inject(model, kra.BitFit())
+                _inject(model)
             else:
                 for layer in model.layers:
                     for weight in layer.weights:
@@ -130,7 +136,7 @@ class TestBitFit:
 
     def test_file(self, tmp_path):
         model, x = _model()
-        kra.inject(model, kra.BitFit())
+        _inject(model)
         zoo.randomize(model)
         out = zoo.outputs(model, x)
         kra.save_adapter(model, tmp_path / "file")

@@ -382,6 +382,10 @@ class TestBaseModel:
             kra.load_adapter(other, tmp_path / "x")
         assert kra.sites(other) == {}
 
+    # Nothing is compiled here.
+    @pytest.mark.filterwarnings(
+        "ignore:.* is used inside another:keras_randadapt.AdapterWarning"
+    )
     def test_part_of_a_functional_model(self, tmp_path):
         """A file of the part loads into the whole, and the other way round."""
 
