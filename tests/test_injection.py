@@ -41,7 +41,7 @@ class _RowSums(kra.Adapter):
 
 class TestMethodOfOnesOwn:
     def test_has_all_that_injection_gives(self, tmp_path):
-        model, x, targets = zoo.bert()
+        model, x, targets = zoo.classifier()
         kra.inject(model, _RowSums(), targets)
         zoo.fit(model, x)
         zoo.randomize(model)
@@ -131,7 +131,7 @@ class TestSeveralAdapters:
         assert len(model.trainable_variables) == 4
 
     def test_each_has_a_head_of_its_own(self):
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.classifier()
         base = zoo.outputs(model, x)
         kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="a")
         zoo.fit(model, x)
@@ -284,7 +284,7 @@ class TestBlocks:
 class TestInsideFit:
     def _run(self, at_epoch_end=None, at_batch_end=None):
         keras.utils.set_random_seed(0)
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.classifier()
         kra.inject(model, kra.RLoRA(5), keep_trainable="logits")
         events = {}
         if at_epoch_end:

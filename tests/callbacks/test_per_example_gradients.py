@@ -201,7 +201,13 @@ class TestGradients:
         fit(model, callback, x, y, epochs=1)
         assert callback.information[0, 0] > 1e-6
 
-    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+    @pytest.mark.parametrize(
+        "policy",
+        [
+            "mixed_float16",
+            pytest.param("mixed_bfloat16", marks=pytest.mark.one_backend),
+        ],
+    )
     def test_mixed_precision(self, policy):
         """Small losses too, whose gradients float16 can't hold as they are."""
         x, y = data_of()

@@ -331,7 +331,10 @@ class TestExport:
         reason="Keras exports no SavedModel from torch, adapters or not",
     )
     @pytest.mark.cpu_seconds(15, reason="a process with TensorFlow")
-    @pytest.mark.parametrize("merged", [True, False])
+    @pytest.mark.parametrize(
+        "merged",
+        [pytest.param(True, marks=pytest.mark.slow), False],
+    )
     def test_saved_model(self, merged, tmp_path):
         """Adapted or merged, a SavedModel answers the same in a process that
         has neither Keras nor this library."""
@@ -388,13 +391,24 @@ NEXT_BACKEND = {"tensorflow": "jax", "jax": "torch", "torch": "tensorflow"}
 class TestAcrossBackends:
     """Each backend's file is opened on the next one, round the circle."""
 
-    def test_adapter_and_whole_model(self, tmp_path):
-        model, x, _ = zoo.bert_classifier()
+    @pytest.mark.parametrize(
+        "builder",
+        [
+            "classifier",
+            pytest.param(
+                "bert_classifier",
+                marks=pytest.mark.slow(reason="compiles for 10 s"),
+            ),
+        ],
+    )
+    def test_adapter_and_whole_model(self, builder, tmp_path):
+        model, x, _ = getattr(zoo, builder)()
         kra.inject(model, kra.RLoRA(9, seed=5), keep_trainable="logits")
         kra.inject(
             model,
             kra.LoRA(3, a_initializer="normal"),
             "all-linear",
+            exclude="logits",
             name="b",
         )
         zoo.fit(model, x)
@@ -410,7 +424,7 @@ class TestAcrossBackends:
             "import keras_randadapt as kra\n"
             "from tests import zoo\n"
             "folder = sys.argv[1]\n"
-            "model, x, _ = zoo.bert_classifier()\n"
+            f"model, x, _ = zoo.{builder}()\n"
             "kra.load_adapter(model, folder + '/a')\n"
             "np.save(folder + '/a.npy', zoo.outputs(model, x))\n"
             "kra.load_adapter(model, folder + '/b')\n"
