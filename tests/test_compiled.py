@@ -10,6 +10,8 @@ from keras import layers
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 X, Y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
 

@@ -174,6 +174,9 @@ def _cases():
     numbers = rotation.spread(sorted(alone, key=lambda cell: not cells[cell]))
     for cell, quick in cells.items():
         marks = [] if quick else [pytest.mark.slow]
+        if cell[1] == "dense" and cell not in numbers:
+            # As users run the library's heart.
+            marks.append(pytest.mark.needs_optimizer)
         if cell in numbers:
             marks.append(pytest.mark.one_backend(numbers[cell]))
         yield pytest.param(cell, id="-".join(cell), marks=marks)

@@ -212,6 +212,7 @@ class TestRLoRA:
         assert (64, 8) in [shape for shape, _ in kept]
         assert max(np.prod(shape) for shape, _ in kept) == 64 * 8
 
+    @pytest.mark.needs_optimizer
     @pytest.mark.skipif(
         keras.config.backend() != "jax",
         reason="XLA tells JAX how much memory a program takes",

@@ -7,6 +7,8 @@ from keras import ops
 
 from keras_randadapt.ops import counter
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 
 #: `(key, counter, result)` from the known-answer tests of the authors'

@@ -21,6 +21,8 @@ from keras_randadapt.ops import numpy as reference
 from keras_randadapt.ops.transforms import _cached_program
 from tests.ops import test_transforms
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 HERE = pathlib.Path(__file__).parent
 compiled = pytest.mark.skipif(

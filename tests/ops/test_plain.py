@@ -11,6 +11,8 @@ from keras_randadapt.ops import plain
 from tests import gradients
 from tests import zoo
 
+pytestmark = pytest.mark.needs_optimizer
+
 
 @pytest.mark.parametrize(
     "dtypes",

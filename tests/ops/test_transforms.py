@@ -16,6 +16,8 @@ from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import fwht
 from keras_randadapt.ops import randomized_transform
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="tests JAX")
 only_tensorflow = pytest.mark.skipif(

@@ -626,7 +626,9 @@ class TestFit:
         last = zip(trained[-1], validated[-1], strict=True)
         assert all(np.any(a != b) for a, b in last)
 
-    @pytest.mark.parametrize("name", ["sgd", "adamw"])
+    @pytest.mark.parametrize(
+        "name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"]
+    )
     def test_training_resumes_bit_for_bit(self, name, tmp_path):
         straight, x, y = _model()
         straight.compile(MaskedGradient(OPTIMIZERS[name](), 1, seed=8), "mse")
