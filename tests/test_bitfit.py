@@ -8,6 +8,8 @@ import keras_randadapt as kra
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 
 def _model():
     inputs = keras.Input((7,))
@@ -63,6 +65,7 @@ class TestBitFit:
         for one, two in zip(*values):
             methods.close(one, two, 1e-5)
 
+    @pytest.mark.every_backend
     def test_a_merge_in_mixed_precision_rounds_nothing(self):
         """Biases are float32 variables, whatever is computed in."""
         keras.config.set_dtype_policy("mixed_bfloat16")
@@ -111,6 +114,7 @@ class TestBitFit:
             report = kra.inject(model, kra.BitFit())
         assert len(report.sites) == 1
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "layer, shape",
         [

@@ -11,6 +11,8 @@ from tests import gradients
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(6, 9), dim=5, **arguments):
     adapter = kra.SAID(dim, seed=3, **arguments)
@@ -34,6 +36,7 @@ def dense_map(adapter):
 
 
 class TestSAID:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("view, dim", [((6, 9), 5), ((2, 3), 11)], ids=str)
     def test_against_dense_reference(self, view, dim):
         adapter = _built(view, dim)
@@ -51,6 +54,7 @@ class TestSAID:
         methods.close(of_both, 2 * of_u + of_v)
         assert 0.9 < np.linalg.norm(of_u) / np.linalg.norm(u) < 1.1
 
+    @pytest.mark.every_backend
     def test_gradient_is_the_transposed_map(self):
         adapter = _built()
         weights = zoo.normal(5)
@@ -108,6 +112,7 @@ class TestSAID:
                 methods.numpy(two.adapter.get("default").delta_kernel()),
             )
 
+    @pytest.mark.every_backend
     def test_golden_digest(self):
         assert _built().basis_digest() == GOLDEN_DIGEST
 

@@ -9,6 +9,8 @@ from tests import gradients
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(7, 9), rank=4, **arguments):
     adapter = kra.SoRA(rank, seed=3, **arguments)
@@ -40,6 +42,7 @@ def _gates(model):
 
 
 class TestSoRA:
+    @pytest.mark.every_backend
     def test_against_dense_reference(self):
         adapter = _built(alpha=6)
         values = methods.randomize(adapter)
@@ -51,6 +54,7 @@ class TestSoRA:
         methods.check_products(adapter, dense)
         assert np.linalg.matrix_rank(dense) == 2
 
+    @pytest.mark.every_backend
     def test_gradients(self):
         adapter = _built(scaling=0.5)
         values = methods.randomize(adapter)

@@ -225,7 +225,9 @@ def test_plan_is_dense_transform(order, stages):
                     )
 
 
-@pytest.mark.parametrize("order", [30522, 50257])
+@pytest.mark.parametrize(
+    "order", [pytest.param(30522, marks=pytest.mark.slow), 50257]
+)
 def test_vocabulary_sizes_are_orthogonal(order):
     plan, _ = _plan_only(order, 2, order, 40)
     x = np.eye(40, dtype="float32")

@@ -8,6 +8,8 @@ import keras_randadapt as kra
 from keras_randadapt.optimizers import learning_rate_groups
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 HAS_MULTI = hasattr(keras.optimizers, "MultiOptimizer")
 needs_multi = pytest.mark.skipif(
     not HAS_MULTI, reason="this Keras has no MultiOptimizer"
@@ -175,6 +177,7 @@ class TestLearningRateGroups:
             moved = np.any(value != before[path])
             assert moved == ("/adapter/" not in path), path
 
+    @pytest.mark.every_backend
     def test_mixed_precision(self):
         """Inside the loss scaling that `compile` adds. No attention: JAX's
         takes no float16 on a CPU."""

@@ -13,6 +13,8 @@ from tests import zoo
 from tests.ops.test_counter import compiled
 from tests.ops.test_counter import reference_words
 
+pytestmark = pytest.mark.one_backend
+
 BACKEND = keras.config.backend()
 RANK = 4
 
@@ -141,6 +143,7 @@ def _compiled_steps_on_torch():
 
 
 class TestMasks:
+    @pytest.mark.every_backend
     def test_golden(self):
         """Of a rank of 8, the 3 directions of 2 pairs in 3 steps; the same on
         every backend, for ever."""
@@ -247,6 +250,7 @@ class TestMasks:
         )
         assert _moved(before[::-1], after[::-1]) == [reference_set(1, 1, 0, 1)]
 
+    @pytest.mark.every_backend
     def test_missing_and_infinite_gradients(self):
         variables, gradients = _pairs()
         gradients[0] = None
@@ -439,6 +443,7 @@ class TestOptimizers:
 
 
 class TestFit:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "jit_compile",
         [
@@ -493,6 +498,7 @@ class TestFit:
         eager = BACKEND == "torch" or BACKEND == "jax" and not jit_compile
         assert len(calls) == (4 if eager else traced)
 
+    @pytest.mark.every_backend
     def test_looked_up_rows(self):
         """Their gradients are sparse on TensorFlow."""
         model, x, targets = zoo.embedding()
@@ -504,6 +510,7 @@ class TestFit:
         )
         assert _moved(before, _by_pair(model)) == [reference_set(0, 0, 0, 2)]
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("outside", [False, True])
     def test_loss_scaling(self, outside):
         keras.config.set_dtype_policy("mixed_float16")

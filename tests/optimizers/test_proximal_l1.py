@@ -12,6 +12,8 @@ from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
 from tests.optimizers.test_masked_gradient import sweep
 
+pytestmark = pytest.mark.one_backend
+
 
 def soft_threshold(v, threshold):
     return np.sign(v) * np.maximum(np.abs(v) - threshold, 0)
@@ -32,6 +34,7 @@ def _apply(optimizer, gradients, variables):
 
 
 class TestProximalL1:
+    @pytest.mark.every_backend
     def test_values_of_the_soft_threshold(self):
         """Values up to twice the threshold survive, as the paper has it."""
         (gate, other), gradients = _variables()

@@ -165,6 +165,8 @@ class TestWholeModelFiles:
         assert kra.sites(loaded.backbone)
         np.testing.assert_allclose(zoo.outputs(loaded, x), out, atol=1e-6)
 
+    # On JAX such a process takes twice as long.
+    @pytest.mark.one_backend("torch")
     @pytest.mark.cpu_seconds(15, reason="a process with KerasHub")
     def test_process_that_imports_only_the_library(self, tmp_path):
         model, x = _adapted(zoo.bert_classifier)
