@@ -98,8 +98,7 @@ test-full: $(TEST_STAMP) $(OLDEST_STAMP) $(QUALITY_STAMP)
 # Every test, on the backend whose turn it is where one is enough. JAX optimizes
 # its programs and PyTorch has threads, as they do for users.
 test-slow: $(TEST_STAMP) $(QUALITY_STAMP)
-	OMP_NUM_THREADS=2 $(call run_tests,$(VENV),\
-		--rotation-day today --optimized)
+	$(call run_tests,$(VENV),--rotation-day today --optimized)
 
 # Another backend every day.
 test-oldest: $(OLDEST_STAMP)

@@ -1206,6 +1206,7 @@ for v in model.variables:
 """
 
 
+@pytest.mark.cpu_seconds(25, reason="a process with four devices")
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
 def test_distribution():
     environment = {

@@ -67,10 +67,23 @@ def test_cpu_time_of_a_job(monkeypatch, capfd):
         "sys.exit(3)\n"
     )
     monkeypatch.setattr(run_backends, "COMMAND", ["-c", code])
-    outcome = run_backends.run(Job("numpy", "part", []))
+    outcome = run_backends.run(Job("numpy", "part", []), "cache")
     assert outcome.code == 3
     assert 0.3 <= outcome.seconds < 5
     assert "[numpy part] numpy\n" in capfd.readouterr().out
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    found = run_backends.environment_of(Job("jax", "part", []), "cache")
+    assert found["KERAS_BACKEND"] == "jax"
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["JAX_COMPILATION_CACHE_DIR"] == "cache"
+    full = run_backends.environment_of(
+        Job("jax", "x", ["--optimized"]), "cache"
+    )
+    assert "JAX_COMPILATION_CACHE_DIR" not in full
 
 
 @pytest.mark.parametrize(
@@ -84,7 +97,7 @@ def test_cpu_time_of_a_job(monkeypatch, capfd):
 def test_arguments(arguments, backends, day, monkeypatch, capsys):
     jobs = []
 
-    def run(job):
+    def run(job, cache):
         jobs.append(job)
         return Outcome(job, 0, 30.0)
 
@@ -104,7 +117,9 @@ def test_arguments(arguments, backends, day, monkeypatch, capsys):
 def test_another_backend_every_day(monkeypatch, capsys):
     met = []
     monkeypatch.setattr(
-        run_backends, "run", lambda job: met.append(job) or Outcome(job, 0, 0)
+        run_backends,
+        "run",
+        lambda job, _: met.append(job) or Outcome(job, 0, 0),
     )
     monkeypatch.setattr(
         sys, "argv", ["run_backends.py", "--backend-of-the-day"]
