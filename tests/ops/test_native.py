@@ -158,6 +158,7 @@ ORDERS = (
 )
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -169,6 +170,7 @@ def test_fwht(order, normalize, transpose):
         close(run(program, x), reference.apply(x.astype("float64"), program))
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("order", [1, 2, 4, 7, 12, 20, 48, 64, 768, 1024])
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -188,6 +190,7 @@ def test_selections(order, stages):
             close(run(program, x), expected)
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("order", [7, 64, 768])
 def test_scales(order):
@@ -203,6 +206,7 @@ def test_scales(order):
         close(run(program, x, after=after), expected)
 
 
+@pytest.mark.one_backend
 @compiled
 def test_threads_share_the_rows():
     """However many there are, the numbers are the same."""
@@ -243,6 +247,7 @@ def test_threads_of_openmp():
     assert calls == [2]
 
 
+@pytest.mark.one_backend
 @compiled
 def test_no_rows():
     assert run(_cached_program(64, True, False), normal(0, 64)).shape == (0, 64)
