@@ -28,6 +28,8 @@ PARTS = {
     "matrix": ["tests/test_matrix.py"],
 }
 COMMAND = ["-m", "pytest"]
+#: Options of pytest whose value, in the next argument, names no test to run.
+WITH_VALUE = {"-c", "-k", "-m", "-o", "-p", "-W", "--deselect", "--ignore"}
 #: pytest's exit code where it has found no test to run.
 NO_TESTS = 5
 
@@ -50,8 +52,13 @@ class Outcome(typing.NamedTuple):
 
 def jobs_of(backends, options):
     """The queue, or one job a backend where `options` name tests."""
-    paths = [o for o in options if (ROOT / o.partition("::")[0]).exists()]
-    parts = {"tests": []} if paths else PARTS
+    named = [
+        option
+        for before, option in zip(["", *options], options)
+        if before not in WITH_VALUE
+        and (ROOT / option.partition("::")[0]).exists()
+    ]
+    parts = {"tests": []} if named else PARTS
     rotate = f"--rotate={','.join(backends)}"
     return [
         Job(backend, part, [*arguments, rotate, *options])

@@ -35,6 +35,12 @@ def test_named_tests_are_one_job_a_backend(path):
     ] * 2
 
 
+def test_values_of_options_name_no_tests():
+    options = ["-k", "tests", "--deselect", "tests/test_lora.py"]
+    jobs = run_backends.jobs_of(["jax"], options)
+    assert [job.part for job in jobs] == ["others", "matrix"]
+
+
 def _outcomes(*codes):
     names = [(b, p) for b in ("jax", "torch") for p in ("matrix", "others")]
     return [Outcome(Job(*n, []), c, 1.0) for n, c in zip(names, codes)]
