@@ -297,6 +297,7 @@ class TestInsideFit:
         zoo.fit(model, x, steps=3, callbacks=[callback])
         return zoo.outputs(model, x)
 
+    @pytest.mark.cpu_seconds(10, reason="three trainings, each with predictions")
     def test_blocks_leave_training_alone(self):
         seen = []
 
@@ -1145,6 +1146,7 @@ class TestSites:
 
 
 class TestGeneration:
+    @pytest.mark.cpu_seconds(10, reason="compiles a generation")
     def test_generate_follows_the_adapter(self):
         """A KerasHub task compiles `generate` once; switching must reach it."""
         import keras_hub

@@ -1052,6 +1052,7 @@ class TestBadInput:
             callback.on_epoch_begin(1)
 
     @pytest.mark.every_backend
+    @pytest.mark.cpu_seconds(10, reason="a process of its own")
     def test_several_devices(self):
         x, y = data_of()
         if BACKEND == "torch":

@@ -569,6 +569,7 @@ class TestTensorFlow:
         assert backend._load_operation() is None
 
     @pytest.mark.parametrize("other_copy", [False, True])
+    @pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
     def test_imported_anew(self, tmp_path, other_copy):
         """As in a notebook, to take up changes, or another copy of the code."""
         program = tmp_path / "program.py"
@@ -686,6 +687,7 @@ class Transformed(keras.layers.Layer):
 @pytest.mark.skipif(
     BACKEND != "jax", reason="PyTorch and TensorFlow do not share a process"
 )
+@pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
 def test_two_copies_beside_tensorflow(tmp_path):
     """TensorFlow, which data may come from, ends a process for less."""
     package = HERE.parents[1] / "keras_randadapt"

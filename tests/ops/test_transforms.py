@@ -706,6 +706,7 @@ def test_tensorflow_graphs_have_every_constant_once(monkeypatch):
 
 
 @only_tensorflow
+@pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
 def test_autograph_has_nothing_to_warn_of(tmp_path):
     """It warns once a process, of syntax that it does not know."""
     program = tmp_path / "program.py"
