@@ -297,7 +297,7 @@ class TestInsideFit:
         zoo.fit(model, x, steps=3, callbacks=[callback])
         return zoo.outputs(model, x)
 
-    @pytest.mark.cpu_seconds(10, reason="three trainings, each with predictions")
+    @pytest.mark.cpu_seconds(10, reason="three trainings with predictions")
     def test_blocks_leave_training_alone(self):
         seen = []
 

@@ -152,7 +152,7 @@ class TestWholeModelFiles:
         kra.eject(loaded)
         np.testing.assert_allclose(zoo.outputs(loaded, x), base, atol=1e-6)
 
-    @pytest.mark.cpu_seconds(10, reason="compiles BERT twice")
+    @pytest.mark.cpu_seconds(10, reason="loads BERT with its head")
     def test_adapted_backbone_inside_a_new_task(self, tmp_path):
         import keras_hub
 
