@@ -258,7 +258,15 @@ class TestNumbers:
 
 class TestSteps:
     @pytest.mark.every_backend
-    @pytest.mark.parametrize("every, steps_per_execution", [(2, 1), (3, 2)])
+    @pytest.mark.parametrize(
+        "every, steps_per_execution",
+        [
+            (2, 1),
+            (3, 2),
+            pytest.param(3, 1, marks=pytest.mark.slow),
+            pytest.param(2, 2, marks=pytest.mark.slow),
+        ],
+    )
     def test_every_steps(self, every, steps_per_execution):
         """Six steps an epoch; each step is the simulation's full batch."""
         if BACKEND == "torch" and steps_per_execution > 1:

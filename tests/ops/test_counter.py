@@ -143,7 +143,10 @@ def test_draws_differ():
         (5, 2, False),
         (8, 8, False),
         (64, 33, False),
+        pytest.param(1, 0, True, marks=pytest.mark.slow),
+        pytest.param(1, 1, True, marks=pytest.mark.slow),
         (5, 2, True),
+        pytest.param(8, 8, True, marks=pytest.mark.slow),
         (64, 33, True),
     ],
 )
