@@ -8,7 +8,6 @@ that another one runs (`tests/rotation.py`).
 import gc
 import importlib.util
 import os
-import sys
 
 # Before TensorFlow is imported by anything.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -114,11 +113,10 @@ def pytest_report_collectionfinish(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    # What the first test would pay for otherwise. KerasHub takes seconds to
-    # import, and the models of the zoo import it when they are built.
-    if not session.config.option.collectonly and "tests.zoo" in sys.modules:
-        if importlib.util.find_spec("keras_hub"):
-            importlib.import_module("keras_hub")
+    # KerasHub takes seconds to import, which the first test that builds one of
+    # its models would pay for. A run of a few tests may need none of it.
+    if session.config.option.rotate and importlib.util.find_spec("keras_hub"):
+        importlib.import_module("keras_hub")
     # Keras collects garbage whenever an attribute of a layer is deleted, as
     # quantization does for every layer. It need not look at what the imports
     # have made, which takes a third of a second each time.
@@ -134,9 +132,11 @@ def pytest_runtest_setup(item):
     import jax
 
     # A quarter of the suite's time on JAX is optimization of programs that
-    # run once. JAX reads this whenever it compiles.
-    jax.config.update(
-        "jax_disable_most_optimizations",
+    # run once. JAX reads this whenever it compiles, and a test's processes do
+    # when they start.
+    quick = (
         not item.config.option.optimized
-        and item.get_closest_marker("needs_optimizer") is None,
+        and item.get_closest_marker("needs_optimizer") is None
     )
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)

@@ -934,7 +934,13 @@ class TestTraining:
                 zoo.outputs(model, x), out, rtol=2e-2, atol=2e-2
             )
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize(
+        "dtype",
+        [
+            pytest.param("bfloat16", marks=pytest.mark.one_backend),
+            "float16",
+        ],
+    )
     @pytest.mark.parametrize(
         "builder",
         [zoo.einsum_query, zoo.conv2d_grouped, zoo.reversible_embedding],

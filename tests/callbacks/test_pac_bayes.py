@@ -25,7 +25,7 @@ from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
 from tests.callbacks.test_example_source import Batches
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 
 def _check(model, callback, history, simulation, rtol=2e-4):

@@ -13,7 +13,7 @@ from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
 from tests.optimizers.test_masked_gradient import sweep
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
 

@@ -8,7 +8,7 @@ import keras_randadapt as kra
 from keras_randadapt.optimizers import learning_rate_groups
 from tests import zoo
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 HAS_MULTI = hasattr(keras.optimizers, "MultiOptimizer")
 needs_multi = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from tests import zoo
 from tests.ops.test_counter import compiled
 from tests.ops.test_counter import reference_words
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 BACKEND = keras.config.backend()
 RANK = 4

@@ -11,7 +11,7 @@ from keras_randadapt.optimizers import RankAllocation
 from tests import methods
 from tests import zoo
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 
 def _adapters(count=2, rank=3):

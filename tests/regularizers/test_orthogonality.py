@@ -7,7 +7,7 @@ import pytest
 import keras_randadapt as kra
 from tests import zoo
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("torch")
 
 
 def _orthonormal(rows, columns, seed=0):
