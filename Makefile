@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make quickstart  set up, fine-tune, save, merge, export (5 minutes)"
 	@echo "make test        the tests on every backend, slow ones left out"
-	@echo "make test-full   every test, and the suite on the oldest Keras"
+	@echo "make test-full   every test, and those of make test on the oldest Keras"
 	@echo "make lint        check the style, the format and the types"
 	@echo "make format      sort imports and format"
 	@echo "make bench       time the Walsh-Hadamard transform"
@@ -72,7 +72,7 @@ $(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
 .PHONY: quality-models
 quality-models: $(QUALITY_STAMP)
 
-# $(call run_tests,environment,pytest options): one process a backend.
+# $(call run_tests,environment,options): a queue of jobs, two a backend.
 define run_tests
 	$(1)/bin/python tests/run_backends.py --backends "$(BACKENDS)" $(2) \
 		$(PYTEST_ARGS)
@@ -90,11 +90,14 @@ test-full: $(TEST_STAMP) $(OLDEST_STAMP) $(QUALITY_STAMP)
 	$(MAKE) --no-print-directory test-oldest || status=1; exit $$status
 
 .PHONY: test-slow test-oldest
+# Every test, on the backend whose turn it is where one is enough. JAX optimizes
+# its programs and PyTorch has threads, as they do for users.
 test-slow: $(TEST_STAMP) $(QUALITY_STAMP)
-	$(call run_tests,$(VENV),)
+	$(call run_tests,$(VENV),--rotation-day today --optimized)
 
+# Another backend every day.
 test-oldest: $(OLDEST_STAMP)
-	$(call run_tests,$(VENV_OLDEST),-m "not slow")
+	$(call run_tests,$(VENV_OLDEST),--backend-of-the-day -m "not slow")
 
 # mypy checks types where there are some; the script, that there are.
 lint: $(TEST_STAMP)

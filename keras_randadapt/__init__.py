@@ -13,6 +13,7 @@ from keras_randadapt import ops
 from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt import regularizers
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import NOLA
 from keras_randadapt.adapters import SAID
@@ -47,6 +48,7 @@ from keras_randadapt.version import __version__
 __all__ = [
     "__version__",
     "AdaLoRA",
+    "AdapterWarning",
     "Adapter",
     "adapters",
     "analysis",

@@ -18,23 +18,23 @@ Tensor: TypeAlias = Any
 #: Arrays or tensors in any nest, or whatever else `keras.Model.fit` takes.
 Data: TypeAlias = Any
 
-#: A Matplotlib axis, which is not named since Matplotlib is optional.
+#: A Matplotlib axis. Its class is not named, since Matplotlib is optional.
 Axis: TypeAlias = Any
 
 #: What `get_config` returns and `from_config` takes.
 Config: TypeAlias = dict[str, Any]
 
-#: First values of a weight, by a name, a name with arguments, or by Keras.
+#: The initializer of a weight: a name, a name with arguments, or Keras's own.
 Initializer: TypeAlias = str | dict[str, Any] | keras.initializers.Initializer
 
-#: What Keras tells callbacks.
+#: The logs that Keras gives to callbacks.
 Logs: TypeAlias = dict[str, float] | None
 
 #: A model's layers by their structural addresses.
 Layers: TypeAlias = Mapping[str, keras.layers.Layer]
 
-#: Gives the address in another model of the layer that has an address here.
+#: A function from a layer's address to its address in another model.
 Rename: TypeAlias = Callable[[str], str]
 
-#: What Keras saves into and loads from.
+#: The store into which Keras saves variables and from which it loads them.
 Store: TypeAlias = Any

@@ -9,6 +9,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(7, 9), rank=4, **arguments):
     adapter = kra.AdaLoRA(rank, seed=3, **arguments)
@@ -38,6 +40,7 @@ def _gates(model):
 
 
 class TestAdaLoRA:
+    @pytest.mark.every_backend
     def test_against_dense_reference(self):
         adapter = _built(alpha=6)
         values = methods.randomize(adapter)
@@ -129,6 +132,7 @@ class TestAdaLoRA:
         np.testing.assert_allclose(_gates(model), _gates(again), atol=1e-6)
         assert np.count_nonzero(_gates(again)) == 2
 
+    @pytest.mark.every_backend
     def test_float16_training(self):
         keras.config.set_dtype_policy("mixed_float16")
         try:

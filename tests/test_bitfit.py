@@ -9,6 +9,8 @@ from keras_randadapt.sites import supported
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 
 def _model():
     inputs = keras.Input((7,))
@@ -19,11 +21,17 @@ def _model():
     return zoo.set_weights(keras.Model(inputs, outputs)), zoo.normal(8, 7)
 
 
+def _inject(model, **kwargs):
+    """Into all of `_model`, one layer of which has no bias."""
+    with pytest.warns(kra.AdapterWarning, match="without a bias.*dense_1"):
+        return kra.inject(model, kra.BitFit(), **kwargs)
+
+
 class TestBitFit:
     def test_is_the_model_with_other_biases(self):
         model, x = _model()
         expected, _ = _model()
-        kra.inject(model, kra.BitFit(), keep_trainable="head")
+        _inject(model, keep_trainable="head")
         assert [s.name for s in kra.sites(model).values()] == ["one", "norm"]
         for name in ("one", "norm"):
             site = model.get_layer(name)
@@ -45,7 +53,7 @@ class TestBitFit:
         for adapted in (True, False):
             model, x = _model()
             if adapted:
-                kra.inject(model, kra.BitFit())
+                _inject(model)
             else:
                 for layer in model.layers:
                     for weight in layer.weights:
@@ -58,6 +66,7 @@ class TestBitFit:
         for one, two in zip(*values):
             methods.close(one, two, 1e-5)
 
+    @pytest.mark.every_backend
     def test_a_merge_in_mixed_precision_rounds_nothing(self):
         """Biases are float32 variables, whatever is computed in."""
         keras.config.set_dtype_policy("mixed_bfloat16")
@@ -106,6 +115,7 @@ class TestBitFit:
             report = kra.inject(model, kra.BitFit())
         assert len(report.sites) == 1
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "layer, shape",
         [
@@ -131,7 +141,7 @@ class TestBitFit:
 
     def test_file(self, tmp_path):
         model, x = _model()
-        kra.inject(model, kra.BitFit())
+        _inject(model)
         zoo.randomize(model)
         out = zoo.outputs(model, x)
         kra.save_adapter(model, tmp_path / "file")

@@ -14,6 +14,8 @@ from keras_randadapt.sites import supported
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 #: A feed-forward network, by KerasHub's names.
 FIRST = "feedforward_intermediate_dense"
 LAST = "feedforward_output_dense"
@@ -80,6 +82,7 @@ def _adapter(model, name):
 class TestFormula:
     """Against the formula in NumPy, in float64."""
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "placement, activation, scaling",
         [("houlsby", _swish, 1.0), ("pfeiffer", _relu, 1.0)],
@@ -146,6 +149,7 @@ class TestFormula:
         expected = h + _update(values, h, _relu)
         methods.close(zoo.outputs(model, x), expected.ravel())
 
+    @pytest.mark.every_backend
     def test_mixed_precision(self):
         keras.config.set_dtype_policy("mixed_bfloat16")
         try:
@@ -228,6 +232,7 @@ class TestRelay:
         part(2 * x)
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
 
+    @pytest.mark.every_backend
     def test_threads(self):
         model, x = _two_layers()
         kra.inject(model, kra.Bottleneck(2, placement="parallel"))
@@ -253,6 +258,7 @@ class TestRelay:
             kra.inject(model, kra.Bottleneck(2, placement="parallel"))
         assert kra.sites(model) == {}
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "options, refused",
         [
@@ -305,6 +311,7 @@ class TestRelay:
         with pytest.raises(ValueError, match="inputs of different layers"):
             kra.load_adapter(model, tmp_path / "file")
 
+    @pytest.mark.every_backend
     @pytest.mark.skipif(
         keras.config.backend() == "torch",
         reason="Keras exports no SavedModel from the torch backend",

@@ -9,6 +9,8 @@ from tests import methods
 from tests import zoo
 from tests.test_sora import _adapted
 
+pytestmark = pytest.mark.one_backend
+
 
 def _close_gates(model, closed):
     adapters = model._randadapt.adapters("default").values()
@@ -19,6 +21,7 @@ def _close_gates(model, closed):
 
 
 class TestCompact:
+    @pytest.mark.every_backend
     def test_computes_the_same(self, tmp_path):
         model, x, _ = _adapted(alpha=6)
         _close_gates(model, [[0, 2], [1]])

@@ -10,6 +10,8 @@ from keras import layers
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 X, Y = zoo.normal(8, 4), zoo.normal(8, 6, seed=1)
 
@@ -130,6 +132,7 @@ class TestSwitch:
                 after, _reference(model, X), rtol=1e-5, atol=1e-6
             )
 
+    @pytest.mark.cpu_seconds(20, reason="PyTorch's compiler starts in 8 s")
     @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
     def test_torch_compile(self):
         import torch

@@ -11,6 +11,8 @@ import pytest
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 

@@ -12,6 +12,8 @@ from tests.methods import site_of
 from tests.test_rlora import dense_delta as rlora_delta
 from tests.test_vera import dense_delta as vera_delta
 
+pytestmark = pytest.mark.one_backend
+
 # Long enough columns for norms in closed form.
 VIEW = (70, 9)
 
@@ -82,6 +84,7 @@ class _Linear:
 
 
 class TestDoRA:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("detach_norm", [True, False])
     @pytest.mark.parametrize("inner", INNER)
     def test_against_dense_reference(self, inner, detach_norm):
@@ -160,6 +163,7 @@ class TestDoRA:
                 expected = methods.numpy(merged)
         methods.close(merged, expected)
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("detach_norm", [True, False])
     @pytest.mark.parametrize("inner", INNER)
     def test_gradients(self, inner, detach_norm):
@@ -229,6 +233,7 @@ class TestDoRA:
         # The projection of the one is the other.
         methods.close(full, detached - direction * with_part, 1e-4)
 
+    @pytest.mark.every_backend
     def test_no_delta_is_formed_for_thin_factors(self, monkeypatch):
         model, adapter, _ = _model(kra.DoRA(kra.LoRA(3)))
 

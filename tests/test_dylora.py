@@ -11,6 +11,8 @@ from tests import zoo
 from tests.methods import site_of
 from tests.ops.test_counter import reference_words
 
+pytestmark = pytest.mark.one_backend
+
 
 def reference_rank(seed, step, smallest, largest):
     (word,) = reference_words(seed, 0, step, 1)
@@ -68,6 +70,7 @@ class TestDyLoRA:
         values = methods.randomize(adapter)
         methods.check_products(adapter, _dense(adapter, values, 4))
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("frozen", [False, True])
     @pytest.mark.parametrize("rank", [1, 2, 3, 4])
     def test_a_training_step_is_lora_of_the_drawn_rank(self, rank, frozen):
@@ -87,6 +90,7 @@ class TestDyLoRA:
         )
         methods.close(adapter.training_delta_kernel(), dense)
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("frozen", [False, True])
     def test_gradients(self, frozen):
         rank = 3
@@ -169,6 +173,7 @@ class TestDyLoRA:
         model.fit(x, y, epochs=3, batch_size=4, verbose=0)
         assert methods.numpy(counter) == 6
 
+    @pytest.mark.every_backend
     def test_nothing_is_traced_anew_for_a_rank(self):
         traces = []
 

@@ -14,6 +14,8 @@ from keras_randadapt.hadamard import largest_order
 from keras_randadapt.hadamard import window_order
 from keras_randadapt.random import digest
 
+pytestmark = pytest.mark.one_backend
+
 PALEY = [12, 20, 28, 36, 44, 60, 76, 84, 108, 140, 148]
 # Paley I: the skew construction, whose transpose is another matrix.
 NOT_SYMMETRIC = [20, 44, 140]

@@ -9,6 +9,8 @@ from tests import gradients
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 VIEW = (7, 9)
 NAMES = ["lora_a", "lora_b", "hydra_c", "hydra_d"]
 
@@ -32,6 +34,7 @@ def _model(**arguments):
 
 
 class TestHydra:
+    @pytest.mark.every_backend
     def test_against_dense_reference(self):
         model, adapter, kernel, bias = _model()
         values = methods.randomize(adapter)
@@ -49,6 +52,7 @@ class TestHydra:
         kra.merge(model)
         methods.close(model(x), expected)
 
+    @pytest.mark.every_backend
     def test_gradients(self):
         model, adapter, kernel, bias = _model()
         values = methods.randomize(adapter)

@@ -44,7 +44,7 @@ class _RowSums(kra.Adapter):
 
 class TestMethodOfOnesOwn:
     def test_has_all_that_injection_gives(self, tmp_path):
-        model, x, targets = zoo.bert()
+        model, x, targets = zoo.classifier()
         kra.inject(model, _RowSums(), targets)
         zoo.fit(model, x)
         zoo.randomize(model)
@@ -134,7 +134,7 @@ class TestSeveralAdapters:
         assert len(model.trainable_variables) == 4
 
     def test_each_has_a_head_of_its_own(self):
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.classifier()
         base = zoo.outputs(model, x)
         kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="a")
         zoo.fit(model, x)
@@ -287,7 +287,7 @@ class TestBlocks:
 class TestInsideFit:
     def _run(self, at_epoch_end=None, at_batch_end=None):
         keras.utils.set_random_seed(0)
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.classifier()
         kra.inject(model, kra.RLoRA(5), keep_trainable="logits")
         events = {}
         if at_epoch_end:
@@ -300,6 +300,7 @@ class TestInsideFit:
         zoo.fit(model, x, steps=3, callbacks=[callback])
         return zoo.outputs(model, x)
 
+    @pytest.mark.cpu_seconds(10, reason="three trainings with predictions")
     def test_blocks_leave_training_alone(self):
         seen = []
 
@@ -716,7 +717,18 @@ class TestBadInput:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("jit_compile", [True, False])
+    @pytest.mark.parametrize(
+        "jit_compile",
+        [
+            pytest.param(
+                True,
+                marks=[pytest.mark.slow(reason="PyTorch traces for 9 s")]
+                if BACKEND == "torch"
+                else [],
+            ),
+            False,
+        ],
+    )
     def test_compilation(self, jit_compile):
         model, x, targets = zoo.einsum_query()
         kra.inject(model, kra.RLoRA(5), targets)
@@ -925,7 +937,13 @@ class TestTraining:
                 zoo.outputs(model, x), out, rtol=2e-2, atol=2e-2
             )
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize(
+        "dtype",
+        [
+            pytest.param("bfloat16", marks=pytest.mark.one_backend),
+            "float16",
+        ],
+    )
     @pytest.mark.parametrize(
         "builder",
         [zoo.einsum_query, zoo.conv2d_grouped, zoo.reversible_embedding],
@@ -1137,6 +1155,7 @@ class TestSites:
 
 
 class TestGeneration:
+    @pytest.mark.cpu_seconds(10, reason="compiles a generation")
     def test_generate_follows_the_adapter(self):
         """A KerasHub task compiles `generate` once; switching must reach it."""
         import keras_hub
@@ -1199,6 +1218,7 @@ for v in model.variables:
 """
 
 
+@pytest.mark.cpu_seconds(25, reason="a process with four devices")
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
 def test_distribution():
     environment = {

@@ -10,6 +10,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(12, 20), rank=4, **arguments):
     adapter = kra.LoRAFA(rank, seed=3, **arguments)
@@ -34,6 +36,7 @@ def _dense_a(adapter):
 
 
 class TestLoRAFA:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
     @pytest.mark.parametrize("basis", kra.bases.KINDS)
     def test_against_dense_reference(self, basis, view):
@@ -65,6 +68,7 @@ class TestLoRAFA:
         methods.close(a @ np.linalg.pinv(a) @ delta, delta)
         assert np.linalg.matrix_rank(delta, tol=1e-5) == 4
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("basis", ["uniform", "sparse", "hadamard"])
     @pytest.mark.parametrize("precondition", [False, True])
     def test_gradients(self, basis, precondition):
@@ -89,6 +93,7 @@ class TestLoRAFA:
             )
         methods.close(of_b, expected, 2e-5)
 
+    @pytest.mark.every_backend
     def test_x_is_not_kept_for_the_backward_pass(self):
         adapter = _built((40, 60))
         kept = gradients.kept_for_backward(
@@ -109,6 +114,7 @@ class TestLoRAFA:
         adapters = model._randadapt.adapters("default").values()
         assert len({id(a.basis_a_values) for a in adapters}) == 2
 
+    @pytest.mark.every_backend
     def test_golden_digest(self):
         assert _built().basis_digest() == GOLDEN_DIGEST
 

@@ -10,6 +10,7 @@ import pytest
 
 import keras_randadapt as kra
 from keras_randadapt.sites import supported
+from tests import rotation
 from tests import zoo
 
 #: Templates with ranks that fit the smallest kernels of the zoo.
@@ -73,7 +74,8 @@ METHODS = {
 }
 #: The method that meets every model in `make test`. Those of the library's
 #: heart meet the models of `_CORE` there, all others those of `_BRIEF`, and
-#: all of them the rest in `make test-full`.
+#: all of them the rest in `make test-full`. The heart on `dense` and LoRA on
+#: the families of models run on every backend, any other case on one.
 _EVERYWHERE = {"lora"}
 _HEART = {"rlora", "randlora", "rmlora"}
 _BRIEF = {"dense", "embedding"}
@@ -157,7 +159,8 @@ def _is_refused(method, model):
     return kind not in template.site_kinds
 
 
-def _cases():
+def _cells():
+    """Every case, `(method, model)`, and whether `make test` runs it."""
     for method in METHODS:
         for model in zoo.ALL:
             if _is_refused(method, model):
@@ -165,13 +168,28 @@ def _cases():
             if model not in _ONLY.get(method, zoo.ALL):
                 continue
             quick = model in (_CORE if method in _HEART else _BRIEF)
-            yield pytest.param(
-                (method, model),
-                id=f"{method}-{model}",
-                marks=[]
-                if quick or method in _EVERYWHERE
-                else pytest.mark.slow,
-            )
+            yield (method, model), quick or method in _EVERYWHERE
+
+
+def _on_every_backend(method, model):
+    if model == "dense":
+        return method in _HEART | _EVERYWHERE
+    return method in _EVERYWHERE and model in zoo.MODELS
+
+
+def _cases():
+    cells = dict(_cells())
+    alone = [cell for cell in cells if not _on_every_backend(*cell)]
+    # Quick cases first, so that they are spread evenly by themselves.
+    numbers = rotation.spread(sorted(alone, key=lambda cell: not cells[cell]))
+    for cell, quick in cells.items():
+        marks = [] if quick else [pytest.mark.slow]
+        if cell[1] == "dense" and cell not in numbers:
+            # As users run the library's heart.
+            marks.append(pytest.mark.needs_optimizer)
+        if cell in numbers:
+            marks.append(pytest.mark.one_backend(numbers[cell]))
+        yield pytest.param(cell, id="-".join(cell), marks=marks)
 
 
 class Case:
@@ -367,6 +385,12 @@ class TestMatrix:
         kra.eject(case.model, "b")
         kra.set_active(case.model, "default")
 
+    # A case's adapters have been attached anew since `fit`, and its optimizer
+    # has not been used since then.
+    @pytest.mark.filterwarnings(
+        "ignore:Skipping variable loading for optimizer:UserWarning",
+        "ignore:.* starts afresh:keras_randadapt.AdapterWarning",
+    )
     def test_whole_model_file(self, case, tmp_path):
         case.model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -10,6 +10,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(12, 20), rank=4, **arguments):
     adapter = kra.NOLA(rank, seed=3, **{"num_bases": 6, **arguments})
@@ -35,6 +37,7 @@ def dense_delta(adapter, **values):
 
 
 class TestNOLA:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
     def test_against_dense_reference(self, view):
         adapter = _built(view, alpha=6)
@@ -47,6 +50,7 @@ class TestNOLA:
             assert not methods.numpy(weight).any()
         assert not methods.numpy(adapter.delta_kernel()).any()
 
+    @pytest.mark.every_backend
     def test_gradients(self):
         """That of alpha_i is <dl / dA, A_i>: checked by differences."""
         adapter = _built(scaling=0.5)
@@ -81,6 +85,7 @@ class TestNOLA:
         )
         assert not of_alpha.any() and of_beta.all()
 
+    @pytest.mark.every_backend
     def test_memory_is_bounded(self):
         """The bases would take 40 times what is kept and more."""
         adapter = _built((40, 60), 8, num_bases=300)
@@ -99,6 +104,7 @@ class TestNOLA:
             assert count == 2 * 6
             assert len(adapter.stored_weights()) == 2
 
+    @pytest.mark.every_backend
     def test_golden_digest(self):
         assert _built().basis_digest() == GOLDEN_DIGEST
 

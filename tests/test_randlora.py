@@ -484,6 +484,7 @@ class TestCompute:
         assert set(large) <= set(expected)
         assert len(large) <= len(expected)
 
+    @pytest.mark.needs_optimizer
     @pytest.mark.skipif(
         keras.config.backend() != "jax",
         reason="XLA tells JAX how much memory a program takes",

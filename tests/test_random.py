@@ -5,6 +5,8 @@ import pytest
 
 from keras_randadapt import random
 
+pytestmark = pytest.mark.one_backend
+
 DRAWS = {
     "signs": lambda seed, role, shape: random.signs(seed, role, shape),
     "uniforms": lambda seed, role, shape: random.uniforms(seed, role, shape),

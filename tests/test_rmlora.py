@@ -236,6 +236,7 @@ class TestTraining:
         assert len(seeds) == 3
 
 
+@pytest.mark.one_backend
 class TestWrapping:
     """The optimizer of a compiled model is wrapped exactly while needed."""
 
@@ -386,8 +387,11 @@ class TestWrapping:
             assert np.any(b != a)
 
 
+@pytest.mark.one_backend
 class TestFiles:
-    @pytest.mark.parametrize("name", ["sgd", "adamw"])
+    @pytest.mark.parametrize(
+        "name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"]
+    )
     def test_training_resumes_bit_for_bit(self, name, tmp_path):
         straight, x, y = _adapted(compile=False)
         straight.compile(name, "mse")

@@ -12,6 +12,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(6, 9), dim=5, **arguments):
     adapter = kra.SAID(dim, seed=3, **arguments)
@@ -35,6 +37,7 @@ def dense_map(adapter):
 
 
 class TestSAID:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("view, dim", [((6, 9), 5), ((2, 3), 11)], ids=str)
     def test_against_dense_reference(self, view, dim):
         adapter = _built(view, dim)
@@ -52,6 +55,7 @@ class TestSAID:
         methods.close(of_both, 2 * of_u + of_v)
         assert 0.9 < np.linalg.norm(of_u) / np.linalg.norm(u) < 1.1
 
+    @pytest.mark.every_backend
     def test_gradient_is_the_transposed_map(self):
         adapter = _built()
         weights = zoo.normal(5)
@@ -109,6 +113,7 @@ class TestSAID:
                 methods.numpy(two.adapter.get("default").delta_kernel()),
             )
 
+    @pytest.mark.every_backend
     def test_golden_digest(self):
         assert _built().basis_digest() == GOLDEN_DIGEST
 

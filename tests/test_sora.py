@@ -10,6 +10,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend
+
 
 def _built(view=(7, 9), rank=4, **arguments):
     adapter = kra.SoRA(rank, seed=3, **arguments)
@@ -41,6 +43,7 @@ def _gates(model):
 
 
 class TestSoRA:
+    @pytest.mark.every_backend
     def test_against_dense_reference(self):
         adapter = _built(alpha=6)
         values = methods.randomize(adapter)
@@ -52,6 +55,7 @@ class TestSoRA:
         methods.check_products(adapter, dense)
         assert np.linalg.matrix_rank(dense) == 2
 
+    @pytest.mark.every_backend
     def test_gradients(self):
         adapter = _built(scaling=0.5)
         values = methods.randomize(adapter)

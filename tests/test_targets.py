@@ -10,6 +10,8 @@ import keras_randadapt as kra
 from keras_randadapt.sites import addresses
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 LORA = kra.LoRA(2)
 
 

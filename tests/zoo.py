@@ -202,6 +202,16 @@ def functional():
     return set_weights(model), normal(8, 5, 8), "all-linear"
 
 
+def classifier():
+    """A head behind layers that `targets=None` finds: BERT's parts, without
+    its seconds of tracing on every step that is compiled."""
+    inputs = keras.Input((6,))
+    x = layers.Dense(8, activation="tanh", name="query")(inputs)
+    x = layers.Dense(8, activation="tanh", name="value")(x)
+    model = keras.Model(inputs, layers.Dense(3, name="logits")(x))
+    return set_weights(model), normal(4, 6), None
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
     """Layers in attributes and lists, and a weight of its own."""

@@ -1,4 +1,4 @@
-"""What adapters learned: ranks, spectra, similarity and loss planes."""
+"""Analyses of trained adapters: ranks, spectra, similarity, loss planes."""
 
 from keras_randadapt.analysis.information import LayerInformation
 from keras_randadapt.analysis.information import layer_information

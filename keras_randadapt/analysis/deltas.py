@@ -14,17 +14,17 @@ _EPSILON = float(np.finfo("float32").eps)
 
 
 class SiteDelta:
-    """What is measured of the delta of one site.
+    """The delta of one site, reduced to its Gram matrix.
 
     Attributes:
         address: The site's structural address.
         layer: Its layer.
         shape: `(input_dim, output_dim)`.
-        gram: float64 matrix with the delta's nonzero singular values, squared,
-            as eigenvalues: the smaller of `delta' delta` and `delta delta'`,
-            or one of the delta's rank.
-        noise: The rounding noise in singular values: 0, unless the delta is
-            the difference of two kernels.
+        gram: float64 matrix whose nonzero eigenvalues are the squares of the
+            delta's nonzero singular values. It is the smaller of
+            `delta' delta` and `delta delta'`, or a matrix of the delta's rank.
+        noise: The rounding noise of the singular values. It is 0 unless the
+            delta is the difference of two kernels.
     """
 
     def __init__(self, address, layer, gram, noise):
@@ -35,17 +35,17 @@ class SiteDelta:
         self.noise = noise
 
     def singular_values(self):
-        """All `min(input_dim, output_dim)` of them, in falling order."""
-        # Eigenvalues of a float64 Gram matrix: ten times faster than an SVD,
-        # and accurate to 1e-8 of the largest, which is finer than the delta,
-        # a float32 product, is known.
+        """All `min(input_dim, output_dim)` singular values, largest first."""
+        # Eigenvalues of a float64 Gram matrix are ten times faster than an
+        # SVD. They are accurate to 1e-8 of the largest, while the delta, a
+        # float32 product, is less accurate.
         squares = np.linalg.eigvalsh(self.gram)[::-1]
         values = np.zeros(min(self.shape))
         values[: len(squares)] = np.sqrt(np.maximum(squares, 0))
         return values
 
     def orthogonality_loss(self):
-        """`||delta' delta - I||_F^2` over the output dimension."""
+        """`||delta' delta - I||_F^2`, with the identity of `output_dim`."""
         squares = np.trace(self.gram)
         return float(np.sum(self.gram**2) - 2 * squares + self.shape[1])
 
@@ -55,8 +55,8 @@ def site_deltas(model, name=None):
 
     Args:
         model: An adapted model.
-        name: Optional string: one adapter, active or not. By default the
-            active adapters together, as the model computes.
+        name: Optional string. The name of one adapter, active or not. By
+            default the deltas of all active adapters are added.
 
     Raises:
         TypeError: If `model` is no Keras model.
@@ -108,7 +108,7 @@ def check_measurable(model, name):
 
 
 def base_kernel_view(layer):
-    """A site's base kernel view, float32, dequantized if need be."""
+    """A site's base kernel view, float32, dequantized if it is quantized."""
     kernel = quantized.float_kernel(layer)
     return keras.ops.cast(supported.as_view(layer, kernel), "float32")
 
@@ -122,8 +122,8 @@ def _gram(layer, adapters):
         return _gram_of_matrix(delta), 0.0
     base = base_kernel_view(layer)
     merged = _numpy(product.fold(adapters, base))
-    # A few roundings of each element of the merged kernel. The norm of their
-    # error bounds every singular value that it can raise.
+    # The noise is a few roundings of each element of the merged kernel. The
+    # norm of this error bounds its effect on every singular value.
     noise = 4 * _EPSILON * float(np.linalg.norm(merged))
     return _gram_of_matrix(merged - _numpy(base)), noise
 
@@ -139,9 +139,9 @@ def _factors(adapter):
 
 
 def _gram_of_product(factors):
-    """The Gram matrix of a product, which is not formed.
+    """A Gram matrix of a product, without forming the product.
 
-    With the QR factors of both sides, `L R = Q1 (R1 R2') Q2'`: the small
+    With the QR factors of both sides, `L R = Q1 (R1 R2') Q2'`. The small
     matrix in the middle has the product's singular values.
     """
     left = np.concatenate([a for a, _ in factors], axis=1)

@@ -1,4 +1,4 @@
-"""Where in a model the information about the training data is."""
+"""`layer_information`: the information about training data in each site."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from keras_randadapt.analysis.table import SiteTable
 
 
 class LayerInformation(SiteTable):
-    """A row a site, a column an estimation; see `layer_information`.
+    """A row for each site, a column for each estimation.
+
+    See `layer_information`.
 
     Attributes:
         values: float64 array, `(estimations, sites)`.
@@ -51,18 +53,18 @@ class LayerInformation(SiteTable):
 def layer_information(
     callback: Any, *, normalize: bool = False
 ) -> LayerInformation:
-    """The PAC-Bayes information in each site's weights, as training went on.
+    """The PAC-Bayes information in each site's weights during training.
 
-    `callbacks.PACBayes` estimates, at the end of epochs, how much information
-    about the training data the trained weights hold, site by site. This makes
-    a table of it.
+    `callbacks.PACBayes` estimates at the ends of epochs how much information
+    about the training data the weights of each site hold. This function
+    returns the estimates as a table.
 
     Args:
-        callback: The callback after training; or anything with its two
+        callback: The callback after training, or any object with its two
             attributes: `information`, of shape `(estimations, sites)`, and
-            `sites`, that many addresses.
-        normalize: Whether to give each site's share of an estimation's sum
-            instead.
+            `sites`, as many addresses.
+        normalize: Whether the values are each site's share of an estimation's
+            sum.
 
     Returns:
         A `LayerInformation` table with the column `site` and one for each
@@ -114,6 +116,6 @@ def layer_information(
         )
     if normalize:
         totals = values.sum(axis=1, keepdims=True)
-        # Before anything is learned there is nothing to share out.
+        # Before training, the sum may be 0.
         values = values / np.where(totals == 0, 1, totals)
     return LayerInformation(sites, values)

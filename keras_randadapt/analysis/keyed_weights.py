@@ -1,4 +1,4 @@
-"""Kernels, biases and weights of a model, by keys."""
+"""`kernels`: the kernels, biases and weights of a model by keys."""
 
 from collections.abc import Iterable
 
@@ -15,24 +15,23 @@ from keras_randadapt.sites import supported
 def kernels(
     model: keras.Model, keys: Iterable[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """Copies of the kernels that a model computes with, deltas folded in.
+    """Copies of the kernels with which a model computes, with deltas added.
 
-    This is where models adapted by different methods, or trained in full, can
-    be compared: their trained weights have nothing in common, their kernels
+    Kernels make models comparable that were adapted by different methods or
+    trained in full: their trained weights differ in kind, but their kernels
     have the same shapes.
 
     Args:
         model: A built Keras model, adapted or not.
-        keys: Which to copy: such as the keys of another model's copies. Under
-            a structural address there is that layer's kernel view, under
-            `"address#i"` weight `i` of the layer `address`, under
-            `"address#bias"` its bias as adapters leave it. By default the
-            kernel views of an adapted model's sites, the biases that an active
-            adapter adapts, and all weights of the layers that the active
-            adapters keep trainable.
+        keys: Optional keys, such as those of another model's copies. A
+            structural address means that layer's kernel view, `"address#i"`
+            means weight `i` of the layer, and `"address#bias"` means its bias,
+            as adapters change it. The default keys are the kernel views of an
+            adapted model's sites, the biases that an active adapter adapts,
+            and all weights of the layers that active adapters keep trainable.
 
     Returns:
-        dict from key to float32 array; a kernel view has shape `(input_dim,
+        dict from key to float32 array. A kernel view has shape `(input_dim,
         output_dim)`.
 
     Raises:
@@ -150,5 +149,5 @@ def write(layers, key, value):
 
 
 def as_numpy(value):
-    """A copy, as a NumPy array of the same dtype."""
+    """A copy of a tensor, as a NumPy array of the same dtype."""
     return np.array(keras.ops.convert_to_numpy(value))

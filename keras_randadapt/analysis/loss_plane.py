@@ -25,14 +25,15 @@ from keras_randadapt.model import switch
 class LossPlane:
     """The loss on a grid over a plane, and at the three points that span it.
 
-    Coordinates are Euclidean distances in weight space: the first point is
-    the origin, the second lies on the x axis.
+    Coordinates are Euclidean distances in weight space. The first point is
+    the origin, and the second lies on the x axis.
 
     Attributes:
         x: float64 array, `(columns,)`: x coordinates of the grid.
         y: float64 array, `(rows,)`: y coordinates of the grid.
         loss: float64 array, `(rows, columns)`.
-        metrics: dict from name to such an array: all that `evaluate` gives.
+        metrics: dict from name to an array like `loss`, for every result of
+            `evaluate`.
         points: float64 array, `(3, 2)`: the coordinates of the three points.
         point_losses: float64 array, `(3,)`: the losses at them.
         labels: The names of the points.
@@ -59,7 +60,7 @@ class LossPlane:
         return self.metrics["loss"]
 
     def table(self) -> Table:
-        """A `Table` of one row a grid point: `x`, `y` and what was measured."""
+        """A `Table` with a row for each grid point: `x`, `y` and metrics."""
         x, y = np.meshgrid(self.x, self.y)
         return Table(
             {
@@ -79,7 +80,7 @@ class LossPlane:
 
         Args:
             axis: Optional matplotlib axis. A new one by default.
-            metric: Which of `metrics` to draw.
+            metric: The name of the metric to draw.
             levels: int, or the levels of the contours.
 
         Returns:
@@ -124,25 +125,26 @@ def mode_connectivity(
 ) -> LossPlane:
     """The compiled loss on the plane through three points in weight space.
 
-    If two models are connected, a low path leads from one to the other. The
-    plane is spanned by `u = w2 - w1` and the part of `w3 - w1` orthogonal to
-    it; the loss is that of `model.evaluate`. The model's weights are
-    afterwards what they were, bit for bit, also after an error. Each grid
-    point costs an evaluation of all of `x`.
+    Two models are connected if a path of low loss leads from one to the other.
+    The plane is spanned by `u = w2 - w1` and the part of `w3 - w1` orthogonal
+    to it. The loss is that of `model.evaluate`. Afterwards the model has its
+    former weights, bit for bit, also after an error. Each grid point costs an
+    evaluation of all of `x`.
 
     Args:
         model: A compiled Keras model.
-        points: Three points of one kind. Either copies of kernels, see
-            `kernels`, which may come from different methods: adapters of
-            `model`, if any, are off while they are evaluated. Or values of
-            `model.trainable_variables`: lists of arrays, or paths of files of
-            `save_adapter` that fit the one active adapter.
-        x: Inputs, as `model.evaluate` takes them; no generator, because they
-            are read many times.
-        y: Targets, if not in `x`.
-        resolution: int, or `(columns, rows)`: grid points along each axis.
-        margin: float. How far the grid reaches beyond the points, as a
-            fraction of their extent.
+        points: Three points of one kind. They may be copies of kernels, see
+            `kernels`, which may come from different methods; adapters of
+            `model` are disabled while these are evaluated. Or they may be
+            values of `model.trainable_variables`, given as lists of arrays or
+            as paths of adapter files that fit the one active adapter.
+        x: Inputs, as `model.evaluate` takes them, but no generator, because
+            they are read many times.
+        y: Targets, if they are not in `x`.
+        resolution: int, or `(columns, rows)`. The number of grid points along
+            each axis.
+        margin: float. The distance from the points to the edge of the grid, as
+            a fraction of the points' extent.
         labels: Three names for the points.
         batch_size: Optional int, for `model.evaluate`.
 
@@ -210,8 +212,8 @@ def mode_connectivity(
             )
             return {name: float(value) for name, value in logs.items()}
 
-        # The points themselves, not their images under the basis: what is
-        # reported of them is exactly what `evaluate` gives.
+        # The points themselves are evaluated, and not their coordinates in the
+        # plane, so that their losses are exactly those of `evaluate`.
         point_losses = np.array([evaluate(p)["loss"] for p in points])
         grid_x, grid_y = plane.grid(shape, margin)
         logs = [evaluate(plane.at(a, b)) for b in grid_y for a in grid_x]
@@ -228,7 +230,7 @@ def mode_connectivity(
 
 
 def _check_arguments(model, points, x, resolution, margin, labels):
-    """Validates what is no point; returns `(columns, rows)`."""
+    """Validates the other arguments and returns `(columns, rows)`."""
     state_lib.check_is_model(model)
     if not getattr(model, "compiled", False):
         raise ValueError(
@@ -352,10 +354,10 @@ def _file_values(model, path):
 
 @contextlib.contextmanager
 def _restored(model, variables):
-    """For a block, whose end puts the variables' values back.
+    """Restores the variables' values at the end of a block.
 
-    On JAX, `evaluate` takes every variable's value away while it runs, and
-    after an error does not give it back: all of them are kept there.
+    On JAX, `evaluate` removes the values of all variables while it runs and
+    does not put them back after an error, so all are restored there.
     """
     if keras.config.backend() == "jax":
         variables = {id(v): v for v in [*variables, *model.variables]}.values()

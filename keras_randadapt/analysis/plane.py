@@ -4,7 +4,7 @@ import numpy as np
 
 
 class Plane:
-    """The plane through three points; each a dict of arrays."""
+    """The plane through three points, each of which is a dict of arrays."""
 
     def __init__(self, points):
         first, second, third = points
@@ -31,7 +31,7 @@ class Plane:
         along = _inner(w, self.u)
         v = {key: w[key] - along * self.u[key] for key in w}
         length_v = _norm(v)
-        # Float32 weights: a smaller remainder is their rounding.
+        # A smaller remainder is rounding error of the float32 weights.
         if length_v <= 1e-5 * length_w:
             raise ValueError(
                 "`points` lie on one line, through which there is no single "

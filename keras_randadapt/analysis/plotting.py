@@ -1,4 +1,4 @@
-"""What the plots share. matplotlib is imported only when one is drawn."""
+"""Helpers of plots. They import matplotlib only when a plot is drawn."""
 
 import os
 
@@ -23,8 +23,8 @@ def axis_or_new(axis):
 def label_sites(axis, sites, most=40):
     """Writes sites' addresses at the ticks of a matplotlib `Axis`.
 
-    What all addresses have in common is left out, and of more than `most`
-    sites only some are labelled.
+    The leading parts that all addresses share are left out. If there are more
+    than `most` sites, only some are labelled.
     """
     step = max(1, -(-len(sites) // most))
     labels = short_names(sites)

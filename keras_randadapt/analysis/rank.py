@@ -12,17 +12,17 @@ _EPSILON = float(np.finfo("float32").eps)
 
 
 class SingularValues(SiteTable):
-    """A row a site; the column `singular_values` holds an array in each."""
+    """A row for each site, whose `singular_values` is an array."""
 
     # Curves need all values, so there is no column to choose.
     def plot(  # type: ignore[override]
         self, axis: Axis | None = None, relative: bool = False
     ) -> Axis:
-        """Draws a curve a site: singular values, on a logarithmic axis.
+        """Draws a curve of singular values for each site, on a log axis.
 
         Args:
             axis: Optional matplotlib axis. A new one by default.
-            relative: Whether to divide by each site's largest.
+            relative: Whether to divide by each site's largest value.
 
         Returns:
             The axis.
@@ -31,7 +31,7 @@ class SingularValues(SiteTable):
         names = plotting.short_names(self["site"])
         for name, values in zip(names, self["singular_values"]):
             largest = values[0] if relative and values[0] else 1.0
-            # A zero has no place on a logarithmic axis.
+            # A logarithmic axis cannot show zeros.
             positive = values[values > 0] / largest
             axis.plot(np.arange(1, len(positive) + 1), positive, label=name)
         axis.set_yscale("log")
@@ -47,15 +47,16 @@ def singular_values(
 ) -> SingularValues:
     """The singular values of every site's delta.
 
-    `min(input_dim, output_dim)` values a site, in falling order, float64,
-    accurate to about 1e-7 of the largest, as the float32 delta is. One delta
-    is formed at a time, and none of LoRA's, whose factors tell. For an adapter
-    that is not additive the delta is the merged kernel less the base kernel.
+    Each site has `min(input_dim, output_dim)` values in float64, the largest
+    first. Like the float32 delta, they are accurate to about 1e-7 of the
+    largest. One delta is formed at a time; for methods with two thin factors,
+    such as LoRA, none is formed. For an adapter that is not additive, the
+    delta is the merged kernel less the base kernel.
 
     Args:
         model: An adapted model.
-        name: Optional string: one adapter, active or not. By default the
-            delta of all active adapters together.
+        name: Optional string. The name of one adapter, active or not. By
+            default the deltas of all active adapters are added.
 
     Returns:
         A `SingularValues` table with the columns `site`, `layer` and
@@ -93,13 +94,13 @@ def intrinsic_rank(
 ) -> SiteTable:
     """The numerical rank of every site's delta.
 
-    It counts the singular values above `tolerance` times the largest. The
-    default, `max(input_dim, output_dim) * 2**-23`, is NumPy's `matrix_rank`
-    rule at float32's precision: it counts every direction that is not
-    rounding noise. A tolerance such as 0.01 counts the directions that matter.
-    The delta of an adapter that is not additive is a difference of kernels,
-    and singular values within that difference's rounding error,
-    `4 * 2**-23 * ||merged kernel||_F`, don't count either.
+    It is the number of singular values above `tolerance` times the largest.
+    The default, `max(input_dim, output_dim) * 2**-23`, is NumPy's rule in
+    `matrix_rank` at float32's precision. It counts every direction that is
+    not rounding noise; a tolerance such as 0.01 counts only large ones. The
+    delta of an adapter that is not additive is a difference of kernels.
+    Singular values below the rounding error of this difference,
+    `4 * 2**-23 * ||merged kernel||_F`, do not count.
 
     Args:
         model: An adapted model.
@@ -108,12 +109,12 @@ def intrinsic_rank(
 
     Returns:
         A `SiteTable` with the columns `site`, `layer`, `input_dim`,
-        `output_dim` and `rank`. `plot` draws a bar a site.
+        `output_dim` and `rank`. `plot` draws a bar for each site.
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: If `tolerance` is out of range, or as `singular_values`
-            does.
+        ValueError: If `tolerance` is out of range. See also
+            `singular_values`.
 
     Example:
 
@@ -131,11 +132,11 @@ def intrinsic_rank(
 def effective_rank(model: keras.Model, name: str | None = None) -> SiteTable:
     """The effective rank and the stable rank of every site's delta.
 
-    The effective rank is `exp(H(p))` for the entropy `H` of the singular
-    values divided by their sum: `k` equal singular values give `k`, and small
-    ones count little. The stable rank, `||delta||_F^2 / ||delta||_2^2`, is
-    never larger than the rank, and steadier under noise. A delta of zeros has
-    0 of both.
+    The effective rank is `exp(H(p))`, where `H` is the entropy and `p` are the
+    singular values divided by their sum. `k` equal singular values give `k`,
+    and small ones count little. The stable rank, `||delta||_F^2 /
+    ||delta||_2^2`, is at most the rank and changes less under noise. Both are
+    0 for a delta of zeros.
 
     Args:
         model: An adapted model.
@@ -143,11 +144,11 @@ def effective_rank(model: keras.Model, name: str | None = None) -> SiteTable:
 
     Returns:
         A `SiteTable` with the columns `site`, `layer`, `effective_rank` and
-        `stable_rank`. `plot` draws a bar a site.
+        `stable_rank`. `plot` draws a bar for each site.
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: As `singular_values` does.
+        ValueError: See `singular_values`.
 
     Example:
 
@@ -167,13 +168,13 @@ def effective_rank(model: keras.Model, name: str | None = None) -> SiteTable:
 def orthogonality_loss(
     model: keras.Model, name: str | None = None
 ) -> SiteTable:
-    """How far every site's delta is from a matrix with orthonormal rows.
+    """The distance of every site's delta from one with orthonormal columns.
 
-    `||D D' - I||_F^2` for `D`, `(output_dim, input_dim)`, the transpose of the
-    delta: in singular values, `sum((s_i^2 - 1)^2)` over the output dimension.
-    A delta of rank `R` can't be below `output_dim - R`, the column `floor`
-    with the numerical rank for `R`: LoRA with orthonormal factors reaches it,
-    and so does RLoRA with `alpha` and `beta` 1.
+    It is `||D D' - I||_F^2` for the transpose `D`, `(output_dim, input_dim)`,
+    of the delta; in singular values, `sum((s_i^2 - 1)^2)` over the output
+    dimension. For a delta of rank `R` it is at least `output_dim - R`. The
+    column `floor` has this value for the numerical rank. LoRA with orthonormal
+    factors reaches the floor, and so does RLoRA with `alpha` and `beta` 1.
 
     Args:
         model: An adapted model.
@@ -181,11 +182,11 @@ def orthogonality_loss(
 
     Returns:
         A `SiteTable` with the columns `site`, `layer`, `orthogonality_loss`
-        and `floor`. `plot` draws a bar a site.
+        and `floor`. `plot` draws a bar for each site.
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: As `singular_values` does.
+        ValueError: See `singular_values`.
 
     Example:
 
@@ -215,7 +216,7 @@ def delta_statistics(
     *,
     tolerance: float | None = None,
 ) -> SiteTable:
-    """All that is measured of every site's delta, from one pass over them.
+    """All measures of every site's delta, from one pass over the deltas.
 
     Args:
         model: An adapted model.
@@ -229,7 +230,7 @@ def delta_statistics(
 
     Raises:
         TypeError: If `model` is no Keras model.
-        ValueError: As `intrinsic_rank` does.
+        ValueError: See `intrinsic_rank`.
 
     Example:
 
@@ -257,7 +258,7 @@ def delta_statistics(
 
 
 def check_tolerance(tolerance):
-    """Validates a relative tolerance; `None` stands for the default."""
+    """Validates a relative tolerance; `None` means the default."""
     if tolerance is None:
         return None
     try:
@@ -273,7 +274,7 @@ def check_tolerance(tolerance):
 
 
 def _measured(model, name, measure):
-    """The columns of a table: `measure` of every site's delta."""
+    """The columns of a table with the results of `measure` for every site."""
     columns = {"site": [], "layer": []}
     for site in deltas.site_deltas(model, name):
         columns["site"].append(site.address)

@@ -1,4 +1,4 @@
-"""Centred kernel alignment: how alike two models' activations are."""
+"""Centred kernel alignment: the similarity of two models' activations."""
 
 import contextlib
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class Similarity:
 
     Attributes:
         values: float64 array, `(layers of a, layers of b)`.
-        layers_a: The addresses of the first model's layers: the rows.
-        layers_b: The addresses of the second model's layers: the columns.
+        layers_a: The addresses of the first model's layers, which are rows.
+        layers_b: The addresses of the second model's layers, the columns.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Similarity:
         self.layers_b = list(layers_b)
 
     def table(self) -> Table:
-        """A `Table` of the same: the column `layer`, and one a layer of b."""
+        """A `Table` with a column `layer` and one for each layer of b."""
         return Table(
             {
                 "layer": self.layers_a,
@@ -84,22 +84,22 @@ class Similarity:
 def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = True) -> float:
     """Linear CKA of two sets of features of the same examples.
 
-    `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` for the Gram matrices `K = x x'`
-    and `L = y y'`. It is 1 for features that differ by a rotation and a
-    scale. `debiased` estimates HSIC without bias: with the usual estimator,
-    features that are many and examples that are few look alike whatever they
-    are.
+    It is `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` for the Gram matrices
+    `K = x x'` and `L = y y'`, and is 1 for features that differ by a rotation
+    and a scale. With `debiased`, HSIC is estimated without bias. With the usual
+    estimator, many features of few examples always appear similar.
 
     Args:
-        x: Array of shape `(examples, ...)`; an example's features are
+        x: Array of shape `(examples, ...)`. The features of an example are
             flattened.
         y: Array of shape `(examples, ...)`.
-        debiased: Whether HSIC is estimated without bias, which takes four
-            examples.
+        debiased: Whether HSIC is estimated without bias, which needs at least
+            four examples.
 
     Returns:
-        float: at most 1, and with `debiased` about 0 for unrelated features,
-        below it too. NaN if the features of one side do not vary.
+        float, at most 1. With `debiased` it is about 0 for unrelated features
+        and may be negative. It is NaN if the features of one side do not
+        vary.
 
     Raises:
         ValueError: If the numbers of examples differ, or are too few.
@@ -115,7 +115,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = True) -> float:
         - [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414),
           equations 3 and 4.
         - Song et al., "Feature selection via dependence maximization", 2012,
-          equation 5: the unbiased HSIC.
+          equation 5, for the unbiased HSIC.
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y):
@@ -142,27 +142,27 @@ def cka(
 ) -> Similarity:
     """Linear CKA between the activations of two models' layers.
 
-    The models are run on `x` in inference; nothing about them changes, and
-    they need not be compiled. Every layer's activation is flattened, example
-    by example, all positions of a sequence together; `reduce` can do
-    something else.
+    The models compute `x` in inference. They do not change and need not be
+    compiled. Each example's activation of a layer is flattened, with all
+    positions of a sequence; `reduce` replaces this.
 
     Args:
         model_a: A built Keras model.
-        model_b: Another, or `None`: `model_a` with its adapters disabled,
-            which shows what they changed.
+        model_b: Another model, or `None`. `None` means `model_a` with its
+            adapters disabled, so the result shows the adapters' effect.
         x: Inputs of both models: an array, or a dict or list of arrays.
-        layers: Which layers to compare: names, the ends of paths, patterns,
-            as `inject` takes them. By default the outer layers that have
-            weights, are called and give one tensor. One called several times
-            counts as several.
-        layers_b: The second model's layers, if others.
-        estimator: `"debiased"` or `"biased"`, see `linear_cka`, hold the
-            activations of all examples. `"minibatch"` averages the unbiased
-            HSIC over batches, in the memory of one batch's activations; it
-            has the same expectation in numerator and denominators.
-        batch_size: int. Examples a forward pass; for `"minibatch"` also those
-            of an estimate. A remainder too small for one is then left out.
+        layers: The layers to compare: names, ends of paths, or patterns, as
+            `inject` takes them. The default is the outer layers that have
+            weights, are called and return one tensor. A layer that is called
+            several times counts several times.
+        layers_b: The second model's layers, if they are others.
+        estimator: `"debiased"` and `"biased"`, see `linear_cka`, keep the
+            activations of all examples in memory. `"minibatch"` averages the
+            unbiased HSIC over batches and keeps only one batch's activations;
+            the numerator and the denominators have the same expectation.
+        batch_size: int. The examples in a forward pass. With `"minibatch"` it
+            is also the number in an estimate, and a last batch that is too
+            small for an estimate is left out.
         reduce: Optional function of a layer's output that returns the tensor
             to compare, of shape `(examples, ...)`, such as
             `lambda hidden: hidden[:, 0]` for the first position.
@@ -188,7 +188,7 @@ def cka(
     References:
         - [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414).
         - [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327), equations 2
-          and 3: the estimate from minibatches.
+          and 3, for the estimate from minibatches.
     """
     state_lib.check_is_model(model_a)
     off: contextlib.AbstractContextManager[None]
@@ -234,15 +234,15 @@ def cka(
 
 def _gram(features):
     features = np.reshape(features, (len(features), -1)).astype("float64")
-    # CKA ignores means, and products of small numbers are exact for longer.
+    # CKA does not depend on means, and products are more accurate without.
     centred = features - features.mean(axis=0)
-    # A mean of equal numbers need not be equal to them.
+    # The computed mean of equal numbers may differ from them.
     centred[:, np.all(features == features[:1], axis=0)] = 0.0
     return centred @ centred.T
 
 
 def _biased_hsic(k, other):
-    # Features are centred already, and the factor 1 / (n - 1)^2 cancels.
+    # The features are centred already, and the factor 1 / (n - 1)^2 cancels.
     return np.sum(k * other)
 
 
@@ -261,7 +261,7 @@ def _mean_hsic(hsic, grams, others):
 
 
 def _ratio(cross, own_a, own_b):
-    # An activation that does not vary resembles nothing.
+    # The similarity of an activation that does not vary is undefined.
     if own_a <= 0 or own_b <= 0:
         return np.nan
     return cross / np.sqrt(own_a * own_b)
@@ -281,7 +281,7 @@ def _check_examples(n, debiased):
 
 
 def _batches(x, batch_size, estimator):
-    """The inputs cut along the first axis."""
+    """The inputs, cut into batches along the first axis."""
     arrays = keras.tree.flatten(x)
     if not arrays or not all(hasattr(a, "shape") for a in arrays):
         raise TypeError(
@@ -320,7 +320,7 @@ def _batches(x, batch_size, estimator):
 
 
 def _choose(model, names, argument):
-    """dict from address to `(layer, whether it was asked for)`."""
+    """dict from address to `(layer, whether an argument names it)`."""
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' is not built. Call it once on data first."
@@ -342,7 +342,7 @@ def _outer_layers(model):
 
 
 def _grams(model, batches, layers, reduce, whole):
-    """dict from layer to its Gram matrices: one a batch, or one of `whole`."""
+    """dict from layer to its Gram matrices: one if `whole`, or one a batch."""
     collected = {}
     for batch in batches:
         for name, features in _activations(model, batch, layers, reduce):
@@ -388,11 +388,11 @@ def _activations(model, x, layers, reduce):
 
 @contextlib.contextmanager
 def _recording(layer, record):
-    """For a block, `record` gets every output of a layer.
+    """Passes every output of a layer to `record` during a block.
 
-    Keras looks `call` up on the layer, `quantized_call` if it is quantized:
-    an attribute of the instance comes before the class's method, and leaves
-    no trace when it is removed.
+    Keras reads `call`, or `quantized_call` if the layer is quantized, from the
+    layer. An attribute of the instance takes precedence over the class's
+    method and can be removed again.
     """
 
     def recorded(method):

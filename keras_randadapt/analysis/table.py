@@ -1,4 +1,4 @@
-"""A small table: what the analyses return, without a need for pandas."""
+"""`Table`: the results of analyses, without a need for pandas."""
 
 import csv
 import os
@@ -16,8 +16,8 @@ class Table:
     """Named columns of equal length.
 
     Args:
-        columns: dict from name to a sequence of values, one a row. A value may
-            itself be an array.
+        columns: dict from name to a sequence with a value for each row. A
+            value may itself be an array.
 
     Raises:
         ValueError: If the columns differ in length.
@@ -64,7 +64,7 @@ class Table:
         }
 
     def to_csv(self, path: str | os.PathLike) -> None:
-        """Writes the table as a CSV file; arrays in it, space-separated."""
+        """Writes a CSV file, in which arrays are separated by spaces."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
@@ -91,7 +91,7 @@ class Table:
 
 
 class SiteTable(Table):
-    """A table of one row a site, with what was measured there.
+    """A table of measures, with a row for each site.
 
     Its first columns are `site`, the structural address, and `layer`, the
     layer's path.
@@ -105,11 +105,11 @@ class SiteTable(Table):
         self.measure = measure
 
     def plot(self, axis: Axis | None = None, column: str | None = None) -> Axis:
-        """Draws a bar a site.
+        """Draws a bar for each site.
 
         Args:
             axis: Optional matplotlib axis. A new one by default.
-            column: Optional string: the column to draw.
+            column: Optional string. The column to draw; by default `measure`.
 
         Returns:
             The axis.
@@ -119,7 +119,7 @@ class SiteTable(Table):
         axis = plotting.axis_or_new(axis)
         axis.barh(np.arange(len(self)), values)
         plotting.label_sites(axis.yaxis, self["site"])
-        # The model's first site on top.
+        # The model's first site comes on top.
         axis.invert_yaxis()
         axis.set_xlabel(column.replace("_", " "))
         return axis
@@ -140,7 +140,7 @@ def _plain(value):
 
 def _shown(value):
     if np.ndim(value):
-        # The largest singular values say most.
+        # The first singular values are the largest.
         head = " ".join(f"{number:.4g}" for number in value[:4])
         return f"{head} ..." if len(value) > 4 else head
     if isinstance(value, (float, np.floating)):

@@ -1,4 +1,4 @@
-"""What runs at the ends of batches and epochs."""
+"""Callbacks, which run at the ends of batches and epochs."""
 
 from keras_randadapt.callbacks.pac_bayes import PACBayes
 from keras_randadapt.callbacks.rank_budget import RankBudget

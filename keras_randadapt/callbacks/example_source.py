@@ -1,8 +1,8 @@
-"""Drawing training examples from whatever `fit` takes.
+"""Draws training examples from all kinds of data that `fit` takes.
 
-A source draws `samples` examples and gives them as batches: nests `(x, y,
-sample_weight)` of NumPy arrays with a leading axis, examples of equal shapes
-together.
+A source draws `samples` examples and returns them as batches. A batch is a nest
+`(x, y, sample_weight)` of NumPy arrays with a leading axis; examples of equal
+shapes are in one batch.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import keras
 import numpy as np
 
-# Lengths that mean "repeated for ever" to data sets that must have one.
+# A data set that must have a length but never ends has at least this length.
 _ENDLESS = 1 << 40
 
 
@@ -27,7 +27,7 @@ def source_of(x, y=None, sample_weight=None):
         sample_weight: Like `x`; only with arrays.
 
     Raises:
-        TypeError: If `x` is nothing of that.
+        TypeError: If `x` is of another type.
         ValueError: If arrays differ in length or are empty, or if `y` or
             `sample_weight` come with a pipeline.
     """
@@ -62,7 +62,7 @@ def source_of(x, y=None, sample_weight=None):
 
 
 class ArraySource:
-    """Arrays: examples drawn with replacement."""
+    """Draws examples from arrays, with replacement."""
 
     def __init__(self, x, y=None, sample_weight=None):
         self.data = tuple(
@@ -86,26 +86,26 @@ class ArraySource:
         (self.length,) = lengths
 
     def draw(self, generator, samples, max_batches=None):
-        """Batches of `samples` examples in all."""
+        """Batches with `samples` examples in total."""
         indices = generator.integers(0, self.length, samples)
         return [_map_leaves(lambda leaf: leaf[indices], self.data)]
 
     def peek(self):
-        """A batch of one example, or `None` if that would use it up."""
+        """A batch of one example, or `None` if reading it would consume it."""
         return _map_leaves(lambda leaf: leaf[:1], self.data)
 
 
 class PipelineSource:
-    """Batches that can be gone through again: uniform draws in one pass.
+    """Draws uniformly from batches that can be iterated again, in one pass.
 
-    Every slot is a reservoir of one example of its own, so the draws are
+    Every slot is a reservoir of one example. The draws are therefore
     independent and with replacement, and the number of examples need not be
-    known. With `n` examples seen, a batch of `m` included, a slot takes each
-    of the `m` with probability `1 / n`, and stays as it is otherwise.
+    known. If `n` examples have been seen, including a batch of `m`, a slot
+    takes each of the `m` with probability `1 / n` and otherwise keeps its own.
 
     Args:
         batches: An iterable that is no iterator.
-        bounded: Whether it is known to end.
+        bounded: Whether the iterable is known to end.
     """
 
     def __init__(self, batches, bounded):
@@ -141,7 +141,7 @@ class PipelineSource:
 
 
 class StreamSource:
-    """A generator, an iterator or an endless pipeline: what comes next."""
+    """Takes the next examples of a generator, iterator or endless pipeline."""
 
     def __init__(self, batches):
         self.batches = iter(batches)
@@ -176,7 +176,7 @@ class _PyDatasetBatches:
 
 
 def preprocess(model, batch):
-    """What a KerasHub task makes of raw examples before it trains on them."""
+    """A batch, preprocessed if the model is a KerasHub task."""
     if not hasattr(model, "preprocess_samples"):
         return batch
     batch = model.preprocess_samples(*map(_texts_as_lists, batch))
@@ -185,15 +185,15 @@ def preprocess(model, batch):
 
 @contextlib.contextmanager
 def own_random_state(seed, pipeline=None):
-    """For a block, global generators start from a seed; then as they were.
+    """Seeds global random generators during a block, then restores them.
 
     Pipelines shuffle and augment with the global generators of Python, NumPy
-    and torch, and training must not notice that they were gone through.
+    and torch. Iterating over them must not change the course of training.
 
     Args:
         seed: int in `[0, 2**32)`.
-        pipeline: Whatever is gone through: a torch `DataLoader`'s own
-            generators are put back, too.
+        pipeline: The iterated object. If it is a torch `DataLoader`, its own
+            generators are restored too.
     """
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
@@ -206,7 +206,7 @@ def own_random_state(seed, pipeline=None):
             if isinstance(generator, torch.Generator):
                 generators.append(generator)
         states = [generator.get_state() for generator in generators]
-        # Of the CPU alone: pipelines do not run elsewhere.
+        # Only the CPU's generator is seeded, because pipelines run there.
         torch_state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
     try:
@@ -226,12 +226,12 @@ def own_random_state(seed, pipeline=None):
 def _is_arrays(x):
     if isinstance(x, (dict, list, tuple)):
         return True
-    # Data sets of tensors have no `shape`, and tensors of any backend do.
+    # Tensors of every backend have a `shape`, but data sets do not.
     return hasattr(x, "__array__") or hasattr(x, "shape")
 
 
 def _is_leaf(nest):
-    """Whether this is one array: not lists of texts or numbers either."""
+    """Whether this is one array, or a list of texts or numbers."""
     if isinstance(nest, dict):
         return False
     if isinstance(nest, (list, tuple)):
@@ -257,15 +257,15 @@ def _leaves(nest):
 
 def _as_array(leaf):
     if hasattr(leaf, "detach"):
-        # A torch tensor, on whatever device and backend.
+        # It is a torch tensor, which may be on any device.
         leaf = leaf.detach().cpu()
     array = np.asarray(leaf)
-    # The dtypes of texts hold their lengths, which differ.
+    # The dtypes of texts contain their lengths, which differ.
     return array.astype(object) if array.dtype.kind in "SU" else array
 
 
 def _as_given(leaf):
-    """An array as `fit` has it: floats are of Keras's float type."""
+    """An array in the dtype of `fit`, which casts floats to `floatx`."""
     array = _as_array(leaf)
     if array.dtype.kind == "f":
         return array.astype(keras.config.floatx())
@@ -289,7 +289,7 @@ def _size(batch):
 
 
 def _take(batch, index):
-    # Copies: a view would keep its whole batch in memory.
+    # The arrays are copied, since a view would keep its batch in memory.
     def take(leaf):
         return np.array(leaf[index], dtype=leaf.dtype)
 
@@ -311,7 +311,7 @@ def _stack_equal(examples):
 
 
 def _texts_as_lists(nest):
-    """KerasHub's preprocessors take lists of `str`."""
+    """A nest with lists of `str`, which KerasHub's preprocessors take."""
 
     def convert(leaf):
         if leaf.dtype != object:
@@ -328,7 +328,7 @@ def _decode(text):
 def _length(x):
     """The number of batches: an int, infinity, or `None` if unknown."""
     if hasattr(x, "cardinality"):
-        # tf.data: -1 is endless, -2 is unknown.
+        # In tf.data, -1 means endless and -2 means unknown.
         length = int(x.cardinality())
         return {-1: float("inf"), -2: None}.get(length, length)
     try:

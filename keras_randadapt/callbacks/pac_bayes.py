@@ -14,6 +14,7 @@ from keras_randadapt import random
 from keras_randadapt._types import Axis
 from keras_randadapt._types import Data
 from keras_randadapt._types import Logs
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks import pac_bayes_checks as checks
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
@@ -27,85 +28,89 @@ class PACBayes(keras.callbacks.Callback):
     """Penalizes the information that the trained weights hold.
 
     At the end of every epoch it draws training examples and computes the
-    gradient `g_t` of each one's loss with respect to the active adapters'
+    gradient `g_t` of each example's loss with respect to the active adapters'
     trainable weights `w`. Until the next estimation, with `d = w - reference`,
+    the training loss includes
 
         strength * sum_t (d . g_t)^2
 
-    is part of the training loss, a quadratic of the live weights: directions
-    that examples care about are expensive to move along. In the first epoch,
-    before any estimate, nothing is added.
+    This is a quadratic function of the current weights. It makes it expensive
+    to move along directions to which the loss of examples is sensitive. In the
+    first epoch there is no estimate, and nothing is added.
 
-    The loss that `fit` shows includes the term, as it does with every Keras
-    regularizer, and so does the validation loss. `logs["pac_bayes"]` is its
-    value at the end of the epoch, with the estimate used in that epoch, for
-    the callbacks that come after this one, `History` and the progress bar
-    among them. Nothing is compiled anew when the estimate changes.
+    The loss that `fit` shows includes the penalty, as it does with every Keras
+    regularizer, and so does the validation loss. `logs["pac_bayes"]` is the
+    penalty at the end of the epoch, with the estimate of that epoch. The
+    callbacks after this one see it, and so do `History` and the progress bar.
+    A new estimate does not cause a new compilation.
 
-    The loss of an example is what `model.compute_loss` says for a batch of
-    one, as in `evaluate`: without dropout, with sample weights, without
-    regularizers of weights. Activity regularizers and `add_loss` count. A
-    custom `compute_loss` must add `self.losses` to be regularized, and class
-    weights are for `sample_weight` to express. Sums are over examples, while
-    the training loss is a mean over a batch: `strength` absorbs the factor,
-    and the paper's are 5e-5 to 1e-3, up to 1e-2 with few examples.
+    The loss of an example is `model.compute_loss` of a batch of one, as in
+    `evaluate`: without dropout, with sample weights, and without regularizers
+    of weights. Activity regularizers and `add_loss` count. A custom
+    `compute_loss` must add `self.losses` for the penalty to work. Class
+    weights must be given as `sample_weight`. The penalty is a sum over
+    examples, while the training loss is a mean over a batch, so `strength`
+    includes the factor. The paper uses 5e-5 to 1e-3, and up to 1e-2 with few
+    examples.
 
     Files of weights that are written during `fit` hold the estimate, so that
-    `BackupAndRestore` resumes exactly; models without the callback load them
-    too. In mode `"quadratic"` that is `4 * samples` bytes a trained weight.
+    `BackupAndRestore` resumes exactly. Models without the callback can load
+    them too. In mode `"quadratic"` the estimate takes `4 * samples` bytes for
+    each trained weight.
 
     Args:
         x: The training examples to draw from, as `fit` takes them: arrays in
             any nest, a `PyDataset`, `tf.data.Dataset`, torch `DataLoader` or
             another iterable of batches. Draws are uniform with replacement;
-            a pipeline is gone through once an estimation for that, without
-            any of the model's computation. (A `tf.data` shuffle counts its
-            passes: to leave `fit`'s order alone, give it a pipeline of its
-            own.) Of a generator, an iterator or an endless pipeline, the next
-            `samples` examples are taken.
-        y: Targets, with arrays.
-        strength: float, at least 0. With 0 information is only estimated and
-            training is as it would be without the callback.
-        sample_weight: Weights of the examples, with arrays.
-        samples: int. Examples an estimation.
-        every: `"epoch"`, or int: steps between estimations.
-        mode: `"quadratic"`; `"linear"`, its tangent at the weights of the
-            estimation, whose gradient stays as it is until the next one, as
-            in the code that the paper builds on; or `"diagonal"`,
-            `strength * sum_i d_i^2 sum_t g_ti^2`, which needs one number a
-            weight rather than `samples`: for adapters with many.
+            for this, each estimation iterates over a pipeline once, without
+            running the model. (A `tf.data` shuffle depends on the number of
+            passes. To keep `fit`'s order, give the callback a pipeline of its
+            own.) From a generator, an iterator or an endless pipeline, the
+            next `samples` examples are taken.
+        y: Targets, if `x` is arrays.
+        strength: float, at least 0. With 0 information is only estimated, and
+            training is the same as without the callback.
+        sample_weight: Weights of the examples, if `x` is arrays.
+        samples: int. The number of examples in an estimation.
+        every: `"epoch"`, or int, the number of steps between estimations.
+        mode: `"quadratic"`, `"linear"` or `"diagonal"`. `"linear"` is the
+            tangent of the quadratic function at the weights of the estimation,
+            whose gradient is constant until the next one, as in the code that
+            the paper builds on. `"diagonal"` is `strength * sum_i d_i^2 sum_t
+            g_ti^2`; it keeps one number for each weight instead of `samples`,
+            for adapters with many weights.
         reference: `"initial"`, the weights before training, or `"zero"`.
-        head_strength: float, at least 0: the strength for the layers of
-            `keep_trainable`, which are always penalized in mode `"diagonal"`,
-            as distances from what they were before training.
-        blocks: `"model"`, the paper's equation 18, or `"site"`: the sum over
+        head_strength: float, at least 0. The strength for the layers of
+            `keep_trainable`. Their penalty always has the form `"diagonal"`,
+            and its reference is their weights before training.
+        blocks: `"model"`, the paper's equation 18, or `"site"`, the sum over
             sites of each site's own information.
         reduction: `"sum"` or `"mean"` over examples.
-        seed: int. Gives the draws; no other random state is touched.
-        chunk_size: int: how many examples' gradients to compute at once. By
-            default as many as fit into 256 MiB, counting for each its
-            gradient and all that the forward pass computes.
+        seed: int. It determines the draws; no other random state changes.
+        chunk_size: Optional int. The number of examples whose gradients are
+            computed at once. The default is as many as fit into 256 MiB, with
+            the gradient and all results of the forward pass for each.
 
     Attributes:
-        information: float array `(estimations, sites)`: each site's own
-            information (mode `"diagonal"`: its part of the diagonal form) at
-            each estimation. NaN where an estimate was not finite.
-        head_information: The same for kept layers, `(estimations, layers)`;
-            without columns if `head_strength` is 0.
-        total_information: list of floats: the information that `strength`
-            multiplies, at each estimation.
+        information: float array `(estimations, sites)`, each site's own
+            information at each estimation; in mode `"diagonal"`, the site's
+            part of the sum. NaN where an estimate was not finite.
+        head_information: The same for kept layers, `(estimations, layers)`.
+            It has no columns if `head_strength` is 0.
+        total_information: list of floats, the information that `strength`
+            multiplies at each estimation.
         sites: list of the sites' structural addresses.
         heads: list of the kept layers' structural addresses.
-        costs: list of dicts, an estimation each: `seconds`, `share` (of the
-            time that the rest of its epoch took; NaN until that has ended)
-            and `bytes`, those of the buffers and of one chunk.
+        costs: list of dicts, one for each estimation: `seconds`; `share`, the
+            seconds divided by those of the rest of the epoch, or NaN until the
+            epoch ends; and `bytes`, those of the buffers and of one chunk.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If an argument is out of range; and when `fit` begins, if
-            the model is not adapted, has nothing to regularize, trains on
-            several devices where that is not supported, or is another than
-            in the `fit` before.
+        ValueError: If an argument is out of range. When `fit` begins, if the
+            model is not adapted, has no weights to regularize, trains on
+            several devices where that is not supported, or is not the model of
+            the previous `fit`.
 
     Example:
 
@@ -117,9 +122,8 @@ class PACBayes(keras.callbacks.Callback):
 
     References:
         - Lei, Qian and Cheung, "RLoRA", Findings of ACL 2024, equations 18
-          and 19, with the choices that they leave open: gradients are those
-          of single examples, squared before they are summed, at the true
-          labels.
+          and 19. Where they leave a choice, gradients here are those of single
+          examples at the true labels and are squared before they are summed.
     """
 
     def __init__(
@@ -148,8 +152,8 @@ class PACBayes(keras.callbacks.Callback):
         self.every = every
         if every != "epoch":
             self.every = checks.check_count("every", every, 'or "epoch"')
-            # Not a method: Keras waits for every step's logs where a callback
-            # has one.
+            # It is set only here and is no method, because Keras waits for
+            # every step's logs if a callback has this method.
             self.on_train_batch_end = self._count_steps
         self.mode = arguments.check_choice(mode, pac_bayes.MODES, "mode")
         self.reference = arguments.check_choice(
@@ -170,7 +174,7 @@ class PACBayes(keras.callbacks.Callback):
         self._attached_to = None
         self._training = False
 
-    # What was found.
+    # Results.
 
     @property
     def information(self) -> np.ndarray:
@@ -210,8 +214,8 @@ class PACBayes(keras.callbacks.Callback):
     def plot(self, axis: Axis | None = None) -> Axis:
         """Draws the sites' information over the estimations.
 
-        The paper's figure 3, as `keras_randadapt.analysis.layer_information`
-        draws it: sites from top to bottom, estimations along x.
+        The plot is like the paper's figure 3: sites go from top to bottom and
+        estimations along x. See `keras_randadapt.analysis.layer_information`.
 
         Args:
             axis: Optional Matplotlib axis to draw on.
@@ -255,8 +259,9 @@ class PACBayes(keras.callbacks.Callback):
         self._gradients = PerExampleGradients(
             model, [*weights.variables, *heads.variables], self.chunk_size
         )
-        # In `set_model`, before the training step is compiled and before
-        # `BackupAndRestore` reads its file.
+        # The penalty is attached in `set_model`, which comes before the
+        # training step is compiled and before `BackupAndRestore` reads its
+        # file.
         if penalty.is_attached:
             self._attach(model, state, stack)
 
@@ -297,7 +302,8 @@ class PACBayes(keras.callbacks.Callback):
             variable.regularizer = own
             _compat.detach_sublayer(stack, _ATTRIBUTE)
             _compat.reset_compiled_functions(model)
-            # Those of blocks in callbacks know the penalty's variables.
+            # Functions that blocks in callbacks compiled use the penalty's
+            # variables.
             state.functions.clear()
 
         self._undo = undo
@@ -312,7 +318,8 @@ class PACBayes(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: Logs = None) -> None:
         if not self._training and self._attached_to is not None:
-            # Given to `evaluate` by itself, which has its function already.
+            # The callback was given to `evaluate`, which has made its function
+            # already.
             self._detach()
             self.model.make_test_function()
 
@@ -329,7 +336,8 @@ class PACBayes(keras.callbacks.Callback):
         with self._own_random_state():
             example = self._source.peek()
             if example is not None:
-                # Before an epoch is spent: do data, model and loss agree?
+                # This checks, before an epoch is trained, that data, model and
+                # loss fit together.
                 example = example_source.preprocess(self.model, example)
                 self._prepare(example)
 
@@ -355,16 +363,16 @@ class PACBayes(keras.callbacks.Callback):
         if history.restored:
             history.restored = False
             if self.every == "epoch" and history.epoch < epoch - 1:
-                # The backup was written by a callback before this one, at
-                # these weights and before the estimation at them.
+                # A callback before this one has written the backup, with these
+                # weights but before their estimation.
                 self._estimate(epoch - 1)
         self._epoch_costs = []
         self._epoch_started = time.perf_counter()
 
     def _count_steps(self, batch, logs=None):
-        """`on_train_batch_end`, if information is estimated every n steps."""
+        """The `on_train_batch_end` for estimations every n steps."""
         history = self._penalty.history
-        # With `steps_per_execution`, one call for several steps.
+        # With `steps_per_execution`, Keras calls it once for several steps.
         new = batch - self._batch if batch > self._batch else batch + 1
         self._batch = batch
         history.steps += new
@@ -372,7 +380,7 @@ class PACBayes(keras.callbacks.Callback):
             self._estimate(history.epoch)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        # Reading the property brings JAX's state back to the variables.
+        # On JAX, reading the property puts values back into the variables.
         self.model
         if logs is not None:
             value = keras.ops.convert_to_numpy(self._penalty.value())
@@ -389,8 +397,8 @@ class PACBayes(keras.callbacks.Callback):
     def on_train_end(self, logs: Logs = None) -> None:
         self._training = False
         state = self._attached_to
-        # `fit` detaches by itself, after callbacks that go back to weights of
-        # before, such as `EarlyStopping`, have found all of them.
+        # `fit` detaches the penalty itself, after all callbacks. Callbacks that
+        # restore earlier weights, such as `EarlyStopping`, need its variables.
         if state is not None and not state.fitting:
             self._detach()
 
@@ -398,7 +406,7 @@ class PACBayes(keras.callbacks.Callback):
 
     def _estimate(self, epoch):
         started = time.perf_counter()
-        # The property: on JAX it brings the state back to the variables.
+        # On JAX, reading the property puts values back into the variables.
         model = self.model
         penalty = self._penalty
         history = penalty.history
@@ -422,6 +430,7 @@ class PACBayes(keras.callbacks.Callback):
                 "The gradients of some training examples are not finite: the "
                 "estimate of information is left as it was. Has training "
                 "diverged, or does the loss overflow in half precision?",
+                AdapterWarning,
                 stacklevel=2,
             )
         cost = (

@@ -1,4 +1,4 @@
-"""What `PACBayes` needs of its arguments and of the model."""
+"""Checks of the arguments of `PACBayes` and of the model."""
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ def check_count(name, value, otherwise=""):
 
 
 def regularized_weights(model, state, head_strength):
-    """The regularized weights, adapters' and kept layers'."""
+    """The regularized weights of adapters and those of kept layers."""
     sites = {}
     seen = set()
     for address in state.site_addresses:
@@ -72,7 +72,7 @@ def regularized_weights(model, state, head_strength):
             variable
             for adapter in state.layers[address].adapter.active()
             for variable in adapter.trainable_variables
-            # Some methods share weights between sites.
+            # Some methods share weights between sites, which count once.
             if not (id(variable) in seen or seen.add(id(variable)))
         ]
         if found:

@@ -1,4 +1,4 @@
-"""The budget of AdaLoRA, from the first step to the last."""
+"""`RankBudget`: the schedule of AdaLoRA's budget."""
 
 import numbers
 
@@ -11,38 +11,38 @@ from keras_randadapt.optimizers import wrapper
 
 
 class RankBudget(keras.callbacks.Callback):
-    """Shrinks the number of ranks of `AdaLoRA` while `fit` goes on.
+    """Shrinks the number of ranks of `AdaLoRA` during `fit`.
 
-    The budget, the number of ranks that all sites have together, stays what
-    it is at injection for a warm-up, falls along a cubic curve, and stays at
-    `target_rank` times the number of sites for a final phase:
-    `b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))**3`, cut down
-    to an integer, where `t` counts updates from 1, `t_i` is the length of the
-    warm-up, `t_f` that of the final phase and `T` that of the training. Ranks
-    are pruned every `interval` updates between the two, and at every update
-    of the final phase, when scores no longer change.
+    The budget is the number of ranks that all sites have together. During a
+    warm-up it is the number at injection. Then it falls along a cubic curve.
+    In a final phase it is `target_rank` times the number of sites. The curve
+    is `b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))**3`, rounded
+    down to an integer. Here `t` counts updates from 1, `t_i` is the length of
+    the warm-up, `t_f` that of the final phase and `T` that of the training.
+    Ranks are pruned every `interval` updates along the curve, and at every
+    update of the final phase, in which scores no longer change.
 
-    All of that happens in the compiled step; the callback sets the schedule
+    All of this happens in the compiled step. The callback sets the schedule
     when training begins, and logs the budget at the end of each epoch as
-    `rank_budget`. Training that is resumed goes on where it was, if the
-    lengths are given in updates or `epochs` is the same.
+    `rank_budget`. Resumed training continues the schedule, if the lengths are
+    given in updates or `epochs` is the same.
 
     Args:
-        target_rank: int or float, at least 0. The average rank of a site to
-            end with.
-        warmup: float in `[0, 1)`, the share of the training, or int, the
-            number of updates.
-        final: As `warmup`.
-        interval: int. Updates from one pruning to the next.
-        total_updates: Optional int, the length of the training. By default
-            that of the `fit`, which must then know its number of steps.
+        target_rank: int or float, at least 0. The average rank of a site at
+            the end.
+        warmup: float in `[0, 1)`, a share of the training, or int, a number
+            of updates.
+        final: See `warmup`.
+        interval: int. The number of updates from one pruning to the next.
+        total_updates: Optional int. The length of the training. The default
+            is that of the `fit`, whose number of steps must be known.
 
     Raises:
         TypeError: If `interval` or `total_updates` is no integer.
         ValueError: If an argument is out of range. When training begins, if
-            the model was not compiled, has no active `AdaLoRA`, or fewer
+            the model was not compiled, has no active `AdaLoRA`, or has fewer
             ranks than the target, if the number of steps is unknown, or if
-            nothing is left of the training between warm-up and final phase.
+            warm-up and final phase take all of the training.
 
     Example:
 
@@ -129,14 +129,17 @@ class RankBudget(keras.callbacks.Callback):
 
 
 def budget(update, initial, target, warmup, final, total):
-    """The number of ranks that the schedule keeps at an update, from 1."""
+    """The number of ranks that the schedule keeps at an update.
+
+    Updates count from 1.
+    """
     if update <= warmup:
         return initial
     if update > total - final:
         return target
     length = total - warmup - final
     left = length - (update - warmup)
-    # In integers: cut down, never rounded up by a float.
+    # Integers are used, since a float could round up.
     return target + (initial - target) * left**3 // length**3
 
 

@@ -1,4 +1,4 @@
-"""Rank and orthogonality of the deltas, logged while training."""
+"""`RankMonitor`: logs rank and orthogonality of deltas during training."""
 
 import keras
 import numpy as np
@@ -22,26 +22,24 @@ class RankMonitor(keras.callbacks.Callback):
     It adds `rank_mean`, `effective_rank_mean` and `orthogonality_mean`, means
     over the sites, to the epoch's logs; see `analysis.intrinsic_rank`,
     `analysis.effective_rank` and `analysis.orthogonality_loss`. `History`, the
-    progress bar and the callbacks that come *after* it in the list see them:
-    put `TensorBoard`, `CSVLogger` or `EarlyStopping` behind it.
+    progress bar and the callbacks *after* it in the list see them, so put
+    `TensorBoard`, `CSVLogger` or `EarlyStopping` behind it.
 
-    It forms the deltas one at a time on the host and decomposes them: about a
-    tenth of a second for a delta of 768 by 768.
+    It forms and decomposes the deltas one at a time on the host. A delta of
+    768 by 768 takes about a tenth of a second.
 
     Args:
-        name: Optional string: the adapter to measure. By default the active
-            ones together.
-        frequency: int. Epochs from one measurement to the next; the last of
-            each `frequency` epochs is measured.
-        per_site: Whether to log `rank/<address>` and so on for every site,
-            too.
-        prefix: string put before every logged name.
-        tolerance: Optional float: what counts for the rank, see
-            `analysis.intrinsic_rank`.
+        name: Optional string. The adapter to measure. By default the deltas
+            of all active adapters are added.
+        frequency: int. The last of each `frequency` epochs is measured.
+        per_site: Whether `rank/<address>` and so on are logged for every
+            site, too.
+        prefix: string that is put before every logged name.
+        tolerance: Optional float. See `analysis.intrinsic_rank`.
 
     Attributes:
-        table: The last measurement, as `analysis.delta_statistics` gives it;
-            `None` before the first.
+        table: The last result of `analysis.delta_statistics`, or `None`
+            before the first.
 
     Raises:
         TypeError: If `frequency` is no integer or `prefix` no string.

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import parts
@@ -69,6 +70,7 @@ def check_model(model):
             "still compute with the old adapters after adapters are attached, "
             "switched, disabled, merged or removed. Inject into the outermost "
             "model instead.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -289,6 +291,7 @@ def warn_of_inference_in_fit(model, template):
             "Keras's `fit` runs the model as in inference: without dropout, "
             "and without what a method does in training only. Add the "
             "argument to `call`.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -307,6 +310,7 @@ def warn_of_frozen_in_kept(layers, kept):
             f"{len(frozen)} layers of `keep_trainable` are quantized, so only "
             f"their biases can be trained: {frozen[:5]}. Leave them out of "
             "`quantize` with its `filters`.",
+            AdapterWarning,
             stacklevel=3,
         )
 
@@ -339,6 +343,7 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
             warnings.warn(
                 f"{words}{missed[:5]}"
                 + (f" and {more} more." if more > 0 else "."),
+                AdapterWarning,
                 stacklevel=3,
             )
 

@@ -5,6 +5,7 @@ import warnings
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
@@ -136,6 +137,7 @@ def _with_bias(layers, chosen):
         warnings.warn(
             f"{len(without)} of the {len(chosen)} layers that `targets` "
             f"matched have no bias and are left out: {without[:5]}",
+            AdapterWarning,
             stacklevel=3,
         )
     return [a for a in chosen if a not in without]

@@ -8,6 +8,7 @@ import warnings
 import keras
 import safetensors.numpy
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
@@ -90,6 +91,7 @@ def _warn_of_others(model, state):
             f"{len(others)} weights are trainable that are no adapter's, so no "
             f"adapter file holds them: {others[:5]}. Name their layers in "
             "`keep_trainable` at injection instead of unfreezing them.",
+            AdapterWarning,
             stacklevel=5,
         )
 

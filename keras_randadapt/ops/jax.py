@@ -11,6 +11,7 @@ from jax.interpreters import ad
 from jax.interpreters import batching
 from jax.interpreters import mlir
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.ops import native
 from keras_randadapt.ops import program as steps
 
@@ -93,7 +94,8 @@ def _register_native():
         warnings.warn(
             "This version of JAX does not take the compiled transforms of "
             "`keras_randadapt`, which will be slower on a CPU. "
-            f"Received: {error}"
+            f"Received: {error}",
+            AdapterWarning,
         )
         return False
     return True

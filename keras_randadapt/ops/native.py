@@ -18,6 +18,7 @@ import weakref
 
 import numpy as np
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.hadamard import _SYLVESTER
 from keras_randadapt.ops import program as steps
 
@@ -62,7 +63,8 @@ def library():
     except (OSError, AttributeError) as error:
         warnings.warn(
             f"{origin} cannot be used, and Hadamard transforms on a CPU "
-            f"will be slower; install the package anew. Received: {error}"
+            f"will be slower; install the package anew. Received: {error}",
+            AdapterWarning,
         )
         return None
     pointer = ctypes.c_void_p

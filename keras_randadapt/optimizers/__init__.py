@@ -23,7 +23,8 @@ def __dir__():
 
 
 def __getattr__(name):
-    # It is about an adapted model, so its module is above this one.
+    # The function needs the state of an adapted model, so its module is in
+    # `model`, which imports this package.
     if name == "learning_rate_groups":
         module = importlib.import_module(
             "keras_randadapt.model.learning_rate_groups"

@@ -1,4 +1,4 @@
-"""GaLore: full training with the optimizer's state in a low-rank space."""
+"""GaLore: full training with an optimizer state of low rank."""
 
 import math
 import re
@@ -18,37 +18,37 @@ from keras_randadapt.optimizers import wrapper
 class GaLore(wrapper.OptimizerWrapper):
     """Gradient low-rank projection: whole kernels, small optimizer state.
 
-    Not an adapter: kernels themselves are trained. The gradient `G`,
-    `(rows, columns)`, of each is projected onto its `rank` leading singular
-    vectors on the shorter side, `R = P' G` (or `G P`), the inner optimizer
-    turns `R` into an update `N` with moments of that size, and the kernel
-    changes by `scale * P N`. `P` comes from a singular value decomposition of
-    the gradient in float32, anew every `update_interval` updates; moments are
-    kept from one `P` to the next. (The largest entry of each vector is made
-    positive: signs that changed at random would void the moments.)
+    It is not an adapter, because it trains the kernels themselves. The
+    gradient `G`, `(rows, columns)`, of each kernel is projected onto its
+    `rank` leading singular vectors on the shorter side, `R = P' G` (or `G P`).
+    The inner optimizer turns `R` into an update `N`, with moments of the same
+    size, and the kernel changes by `scale * P N`. Every `update_interval`
+    updates, a singular value decomposition of the gradient in float32 gives a
+    new `P`; the moments are kept. (The largest entry of each vector is made
+    positive, because random changes of sign would void the moments.)
 
     Adam's state for a kernel of 768 by 768 at rank 128 takes 393,216 numbers
-    (`P`, two moments and as much room for `N`) instead of 1,179,648: see
+    (`P`, two moments and as much room for `N`) instead of 1,179,648; see
     `state_bytes`.
 
-    Kernels with more than two axes are projected as the most nearly square
-    matrix that their axes can be split into. Variables with fewer axes, and
-    those that `paths` leaves out, are trained by the inner optimizer as they
-    are. Weight decay is decoupled, and taken from the kernel itself; clipping
-    sees the projected gradients.
+    A kernel with more than two axes is projected as a matrix; its axes are
+    split such that the matrix is as square as possible. Variables with fewer
+    axes, and those that `paths` leaves out, are trained by the inner optimizer
+    without a projection. Weight decay is decoupled and applied to the kernel.
+    Clipping sees the projected gradients.
 
     Args:
-        optimizer: The optimizer to wrap: any Keras optimizer without
-            `use_ema` but `Ftrl` and `ScheduleFreeAdamW`, not built, or a
-            name. 3e-5 to 1e-2 are usual rates. `Lamb` and `Adafactor`, which
-            scale steps by the size of what they change, see a kernel of
-            zeros.
-        rank: int. Kernels whose shorter side is not longer are projected
-            onto all of it, which loses nothing.
-        update_interval: int. Updates from one `P` to the next.
+        optimizer: The optimizer to wrap, not built, or a name. It may be any
+            Keras optimizer without `use_ema`, except `Ftrl` and
+            `ScheduleFreeAdamW`. Usual rates are 3e-5 to 1e-2. `Lamb` and
+            `Adafactor` scale steps by the size of the trained values, but see
+            zeros here.
+        rank: int. If a kernel's shorter side is not longer than `rank`, the
+            projection loses nothing.
+        update_interval: int. The number of updates from one `P` to the next.
         scale: float. The factor `alpha` of the paper.
-        paths: Optional string, a regular expression: only variables with a
-            match in their paths are projected.
+        paths: Optional string, a regular expression. Only variables whose
+            paths match are projected.
         name: Optional string.
 
     Raises:
@@ -69,8 +69,8 @@ class GaLore(wrapper.OptimizerWrapper):
     ```
 
     References:
-        - Zhao et al., "GaLore", ICML 2024, algorithms 1 and 2. Moments are as
-          large as `R`, and bias correction does not overwrite them.
+        - Zhao et al., "GaLore", ICML 2024, algorithms 1 and 2. Here moments
+          have the size of `R`, and bias correction does not overwrite them.
     """
 
     changes_values = True
@@ -147,7 +147,8 @@ class GaLore(wrapper.OptimizerWrapper):
         variables: list[keras.Variable],
         step: Tensor,
     ) -> list[Tensor | None]:
-        # Counted in micro-steps: all of an update share a projection.
+        # The interval counts micro-steps, since all micro-steps of an update
+        # share a projection.
         micro_steps = self.gradient_accumulation_steps or 1
         interval = self.update_interval * micro_steps
         is_refreshed = ops.equal(
@@ -167,7 +168,7 @@ class GaLore(wrapper.OptimizerWrapper):
         return projected
 
     def _decay(self, variable):
-        """What the update takes from a kernel by weight decay, or `None`."""
+        """The weight decay of a kernel, times the rate, or `None`."""
         projection = self._projection_of(variable)
         if projection is None:
             return None
@@ -256,15 +257,15 @@ class _Projection:
             )
 
     def refresh(self, gradient, is_refreshed):
-        """Takes the gradient's leading singular vectors, if it is time to."""
+        """Updates the projection from the gradient, if `is_refreshed`."""
         gradient = self._as_matrix(gradient)
         rank = int(self.matrix.shape[1])
 
         def leading():
             u, _, v = ops.svd(gradient, full_matrices=False)
             vectors = (u if self._left else ops.transpose(v))[:, :rank]
-            # Singular vectors have no sign of their own, and moments have:
-            # the largest entry is made positive, on every backend.
+            # The sign of a singular vector is arbitrary, but moments depend on
+            # it. The largest entry is made positive on every backend.
             largest = ops.take_along_axis(
                 vectors,
                 ops.expand_dims(ops.argmax(ops.abs(vectors), axis=0), 0),
@@ -273,7 +274,8 @@ class _Projection:
             return vectors * ops.sign(largest)
 
         matrix = ops.convert_to_tensor(self.matrix)
-        # Others have no such vectors, and PyTorch would break off the step.
+        # Gradients that are not finite have no singular vectors, and PyTorch
+        # would raise an error.
         is_finite = ops.all(ops.isfinite(gradient))
         is_refreshed = ops.logical_and(is_refreshed, is_finite)
         self.matrix.assign(ops.cond(is_refreshed, leading, lambda: matrix))
@@ -286,7 +288,7 @@ class _Projection:
         return ops.matmul(gradient, matrix)
 
     def expand(self):
-        """The update of the kernel, of its own shape, float32."""
+        """The update of the kernel, in its own shape, float32."""
         matrix = ops.convert_to_tensor(self.matrix)
         update = ops.convert_to_tensor(self.update)
         if self._left:
@@ -301,7 +303,7 @@ class _Projection:
 
 
 def _matrix_shape(shape):
-    """The split of the axes into two groups that is nearest to a square."""
+    """The most nearly square matrix shape that splits the axes in two."""
     splits = [
         (math.prod(shape[:i]), math.prod(shape[i:]))
         for i in range(1, len(shape))

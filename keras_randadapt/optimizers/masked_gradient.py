@@ -18,38 +18,39 @@ from keras_randadapt.optimizers import wrapper
 class MaskedGradient(wrapper.OptimizerWrapper):
     """Lets each step train `update_rank` random directions of low-rank pairs.
 
-    A pair is `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, the
-    `lora_a` and `lora_b` of a `LoRA`. Each step draws `update_rank` of the
-    `rank` directions anew for each pair, the same ones for the columns of `A`
-    and the rows of `B`, and sets the gradient of all others to zero, that of
-    regularizers included. (In the paper, whose matrices are transposed, these
-    are rows of `A` and columns of `B`.) All other variables are trained as
-    ever.
+    A pair consists of `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`,
+    the `lora_a` and `lora_b` of a `LoRA`. For each pair, each step draws
+    `update_rank` of the `rank` directions, the same ones for the columns of
+    `A` and the rows of `B`. The gradients of all other directions become zero,
+    including those of regularizers. (In the paper, whose matrices are
+    transposed, these are rows of `A` and columns of `B`.) All other variables
+    are trained as usual.
 
     The draw is a function of the seed, of the place of the pair among the
-    model's pairs and of the number of updates so far: it is the same on every
-    backend, and training that is resumed from a checkpoint draws what it
-    would have drawn. See `keras_randadapt.ops.counter`.
+    model's pairs and of the number of updates so far. It is the same on every
+    backend, and training that resumes from a checkpoint makes the draws of
+    uninterrupted training. See `keras_randadapt.ops.counter`.
 
-    With plain SGD, masked directions stay as they are, bit for bit. Momentum,
-    adaptive rates and weight decay go on moving them, unless `mask_updates`.
+    With SGD without momentum, masked directions do not change, bit for bit.
+    Momentum, adaptive rates and weight decay still move them, unless
+    `mask_updates` is true.
 
-    `RMLoRA` puts this around the optimizer of a compiled model by itself.
-    Without `compile`, in a custom loop, wrap the optimizer by hand.
+    `RMLoRA` puts this wrapper around the optimizer of a compiled model. In a
+    custom loop without `compile`, wrap the optimizer by hand.
 
     Args:
-        optimizer: The optimizer to wrap: any Keras optimizer, the result of
-            `learning_rate_groups` too, or a name. Loss scaling goes around
-            the wrapper, and `compile` puts it there.
-        update_rank: int. How many directions of each pair a step trains. A
-            pair of that rank is not masked.
+        optimizer: The optimizer to wrap: any Keras optimizer, including the
+            result of `learning_rate_groups`, or a name. Loss scaling belongs
+            around the wrapper, where `compile` puts it.
+        update_rank: int. The number of directions of each pair that a step
+            trains. A pair of that rank is not masked.
         seed: int in `[0, 2**64)`.
-        mask_updates: bool. Whether masked directions also keep their values
-            through the update, whatever the optimizer. Its state goes on
-            changing: momentum is not lost, but spent in later steps. Needs an
+        mask_updates: bool. Whether masked directions also keep their values,
+            with any optimizer. The optimizer's state still changes, so
+            momentum is not lost but applied in later steps. It needs an
             optimizer without `use_ema`.
-        paths: Optional string, a regular expression: only pairs with a match
-            in their variables' paths are masked, such as `"adapter/fr/"`.
+        paths: Optional string, a regular expression such as `"adapter/fr/"`.
+            Only pairs whose paths match are masked.
         name: Optional string.
 
     Raises:
@@ -57,9 +58,9 @@ class MaskedGradient(wrapper.OptimizerWrapper):
             integer.
         ValueError: If an argument is out of range or `optimizer` is a
             `LossScaleOptimizer`. At the first step, if there is no pair, half
-            a pair, or a pair of a rank below `update_rank`; if inner
-            optimizers disagree on gradient accumulation; and if
-            `mask_updates` meets `use_ema`.
+            a pair, or a pair of a rank below `update_rank`, if inner
+            optimizers disagree on gradient accumulation, or if `mask_updates`
+            is combined with `use_ema`.
 
     Example:
 
@@ -73,8 +74,8 @@ class MaskedGradient(wrapper.OptimizerWrapper):
 
     References:
         - RM-LoRA ([arXiv 2407.12074](https://arxiv.org/abs/2407.12074)),
-          algorithm 1, lines 5 to 12; masks are drawn every step, as there and
-          in section 4.3.
+          algorithm 1, lines 5 to 12. As there and in section 4.3, masks are
+          drawn every step.
     """
 
     def __init__(
@@ -95,10 +96,10 @@ class MaskedGradient(wrapper.OptimizerWrapper):
 
     def build_state(self, variables: list[keras.Variable]) -> None:
         pairs = self._find_pairs(variables)
-        # Of variables by number, so that they can come in any order: which
-        # pair each is of, and which of its axes is the rank's.
+        # For each variable, by its number: the pair that it belongs to and the
+        # axis of the rank. Variables can therefore come in any order.
         self._places = {}
-        # Pairs by rank: one draw serves all pairs of one rank.
+        # The pairs of each rank, since one draw serves all pairs of a rank.
         self._pairs: dict[int, list[int]] = {}
         for i, (a, b) in enumerate(pairs):
             rank = int(variables[b].shape[0])
@@ -150,7 +151,7 @@ class MaskedGradient(wrapper.OptimizerWrapper):
             place = self._places.get(_compat.variable_index(self, variable))
             if place is not None and gradient is not None:
                 gradient = ops.convert_to_tensor(gradient)
-                # Not a product, which would let NaN through.
+                # `where` is used, since a product with 0 would keep NaN.
                 gradient = ops.where(
                     self._mask(masks, place), gradient, ops.zeros_like(gradient)
                 )
@@ -176,12 +177,12 @@ class MaskedGradient(wrapper.OptimizerWrapper):
             if value is not None:
                 place = self._places[_compat.variable_index(self, variable)]
                 mask = self._mask(masks, place)
-                # The tensor, because JAX's `where` takes no variable.
+                # JAX's `where` takes a tensor but no variable.
                 updated = ops.convert_to_tensor(variable)
                 variable.assign(ops.where(mask, updated, value))
 
     def _masks(self, step):
-        """dict from pair to its trained directions, `(rank,)` booleans."""
+        """dict from pair to the mask of its trained directions, `(rank,)`."""
         masks = {}
         for rank, pairs in self._pairs.items():
             words = counter.random_words(self.seed, pairs, step, rank)

@@ -1,4 +1,4 @@
-"""Proximal steps for an L1 penalty: values that become exactly zero."""
+"""Proximal steps of an L1 penalty, which make values exactly zero."""
 
 import re
 
@@ -14,25 +14,26 @@ from keras_randadapt.optimizers import wrapper
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
 class ProximalL1(wrapper.OptimizerWrapper):
-    """Follows each update by the proximal step of an L1 penalty.
+    """Applies the proximal step of an L1 penalty after each update.
 
-    A value `v` that the inner optimizer arrives at becomes
-    `sign(v) max(|v| - rate * strength, 0)`, the soft threshold, where `rate`
-    is the learning rate of the step. Unlike with a penalty in the loss, values
-    become exactly zero, and do so at a speed that adaptive rates do not
-    change. Adam moves a value by about `rate` a step, so with it strengths
-    from 0 to 1 set how much of a steady gradient the threshold outweighs.
+    A value `v` that the inner optimizer computes becomes the soft threshold
+    `sign(v) max(|v| - rate * strength, 0)`, where `rate` is the learning rate
+    of the step. Unlike with a penalty in the loss, values become exactly zero,
+    and adaptive rates do not change how fast. Adam moves a value by about
+    `rate` in a step; with strengths from 0 to 1, the threshold cancels that
+    part of a steady movement.
 
     These values get no weight decay, which would be a second penalty.
 
-    `SoRA` puts this around the optimizer of a compiled model by itself.
+    `SoRA` puts this wrapper around the optimizer of a compiled model.
 
     Args:
         optimizer: The optimizer to wrap: any Keras optimizer without
-            `use_ema`, the result of `learning_rate_groups` too, or a name.
+            `use_ema`, including the result of `learning_rate_groups`, or a
+            name.
         strength: float, at least 0. The strength of the penalty.
-        paths: string, a regular expression: variables with a match in their
-            paths are thresholded. By default the gates of `SoRA`.
+        paths: string, a regular expression. Variables whose paths match are
+            thresholded. The default matches the gates of `SoRA`.
         name: Optional string.
 
     Raises:
@@ -50,8 +51,8 @@ class ProximalL1(wrapper.OptimizerWrapper):
     References:
         - Parikh and Boyd, "Proximal algorithms", 2014, section 6.5.2.
         - Ding et al., "Sparse low-rank adaptation", EMNLP 2023, equation 8.
-          Its reference code sets all values up to twice the threshold to
-          zero; this is the soft threshold that the paper states.
+          The threshold is soft, as in the paper; the reference code sets all
+          values up to twice the threshold to zero.
     """
 
     changes_values = True
@@ -78,14 +79,14 @@ class ProximalL1(wrapper.OptimizerWrapper):
                 f"`ProximalL1` found no variable that matches `paths`="
                 f"{self.paths!r} among the {len(variables)} trained ones."
             )
-        # By place, so that variables can come in any order.
+        # Rates are stored by place, so that variables can come in any order.
         self._rate_of = {}
         for i, variable in found.items():
             leaf = wrapper.leaf_of(self.inner_optimizer, variable)
             _compat.exclude_from_weight_decay(leaf, [variable])
             self._rate_of[i] = leaf
 
-    # TensorFlow would take the rates for state of this optimizer.
+    # Otherwise TensorFlow would track the rates as state of this optimizer.
     @_compat.no_automatic_dependency_tracking
     def transform_gradients(
         self,

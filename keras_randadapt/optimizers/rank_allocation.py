@@ -1,4 +1,4 @@
-"""Rank allocation: scores of ranks from gradients, and pruning to a budget."""
+"""Rank allocation: scores ranks by gradients and prunes them to a budget."""
 
 import re
 from collections.abc import Callable
@@ -19,30 +19,31 @@ _PARTS = ("lora_a", "gate", "lora_b")
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
 class RankAllocation(wrapper.OptimizerWrapper):
-    """Prunes the ranks of `AdaLoRA` to a budget that shrinks as training goes.
+    """Prunes the ranks of `AdaLoRA` to a budget that shrinks during training.
 
-    Before each update, each weight `w` of gradient `g` gets a sensitivity
-    `|w g|`, of which two averages are kept: `I`, smoothed by `beta1`, and `U`,
-    that of its distance to `I`, by `beta2`. A rank's score is the sum of
-    `I * U` of its gate and of the means of `I * U` over its column of `A` and
-    its row of `B`. After the update, when the schedule says so, the gates of
-    all but the `b` ranks with the largest scores in the whole model are set to
-    zero. Of equal scores the earlier rank is kept, so exactly `b` ranks are.
-    `A` and `B` are left alone and go on being trained, so that a rank may
-    come back.
+    Before each update, the sensitivity of a weight `w` with gradient `g` is
+    `|w g|`. Two averages are kept: `I` is the sensitivity smoothed by `beta1`,
+    and `U` is the sensitivity's distance to `I` smoothed by `beta2`. A rank's
+    score is `I * U` of its gate plus the means of `I * U` over its column of
+    `A` and over its row of `B`. After an update at which the schedule prunes,
+    only the `b` ranks with the largest scores in the whole model keep their
+    gates; the gates of all others become zero. Between equal scores the
+    earlier rank is kept, so exactly `b` are. `A` and `B` are not changed and
+    are still trained, so a rank may come back.
 
-    `AdaLoRA` puts this around the optimizer of a compiled model by itself,
-    and `keras_randadapt.callbacks.RankBudget` sets the schedule; until it is
-    set, nothing is pruned. With gradient accumulation, every micro-step is
+    `AdaLoRA` puts this wrapper around the optimizer of a compiled model, and
+    `keras_randadapt.callbacks.RankBudget` sets the schedule. Without a
+    schedule no rank is pruned. With gradient accumulation, every micro-step is
     scored.
 
     Args:
         optimizer: The optimizer to wrap: any Keras optimizer without
-            `use_ema`, the result of `learning_rate_groups` too, or a name.
+            `use_ema`, including the result of `learning_rate_groups`, or a
+            name.
         beta1: float in `[0, 1)`. See above.
         beta2: float in `[0, 1)`. See above.
-        paths: Optional string, a regular expression: only adapters with a
-            match in their variables' paths are pruned.
+        paths: Optional string, a regular expression. Only adapters whose
+            paths match are pruned.
         name: Optional string.
 
     Raises:
@@ -53,7 +54,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     References:
         - Zhang et al., "AdaLoRA", ICLR 2023, algorithm 1 and equations 5 to
-          10. Weights are scored before the update, as there; the reference
+          10. As there, weights are scored before the update; the reference
           code multiplies new weights by old gradients.
     """
 
@@ -74,7 +75,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     def build_state(self, variables: list[keras.Variable]) -> None:
         self._owners = self._find_ranks(variables)
-        # Of each variable by its place: sensitivity and uncertainty.
+        # The sensitivity and the uncertainty of each variable, by its place.
         self._averages = {}
         self.initial_budget = 0
         for places in self._owners:
@@ -85,14 +86,14 @@ class RankAllocation(wrapper.OptimizerWrapper):
                     self.add_variable(shape, name="sensitivity"),
                     self.add_variable(shape, name="uncertainty"),
                 )
-        # From which update on the budget is at most 0, 1, 2, ... ranks: exact
-        # integers, whatever curve the budget follows. They start by their
-        # initializers: TensorFlow may build the state while it traces a step,
-        # where an assignment would be part of the step.
+        # `thresholds[n]` is the update from which on the budget is at most `n`
+        # ranks. These are exact integers for every curve. They get their first
+        # values from initializers, because TensorFlow may build the state
+        # while it traces a step, where an assignment would be part of the step.
         self._thresholds = self._integers(
             "thresholds", self.initial_budget, _NEVER
         )
-        # First update that prunes, and first of the final phase.
+        # The first update that prunes, and the first of the final phase.
         self._phases = self._integers("phases", 2, _NEVER)
         self._interval = self._integers("interval", 1, 1)
 
@@ -103,7 +104,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         )
 
     def _find_ranks(self, variables):
-        """dict from part to place, of each adapter, in their order."""
+        """A dict from part to place for each adapter, in their order."""
         owners = {}
         for i, variable in enumerate(variables):
             owner, _, name = variable.path.rpartition("/")
@@ -125,17 +126,17 @@ class RankAllocation(wrapper.OptimizerWrapper):
         final: int,
         interval: int,
     ) -> None:
-        """Says how many ranks are kept, and when ranks are pruned.
+        """Sets how many ranks are kept, and when ranks are pruned.
 
-        Updates count from 1. Call it before `fit`, or as it begins.
+        Updates count from 1. Call it before `fit`, or when `fit` begins.
 
         Args:
-            budget: Function of an update that gives the number of ranks, an
-                integer that never grows.
+            budget: Function from an update to the number of ranks, an integer
+                that never grows.
             start: int. The first update that may prune.
             final: int. The first update of the final phase, in which every
-                update prunes and scores stay what they are.
-            interval: int. Before that, every so many updates prune.
+                update prunes and scores do not change.
+            interval: int. The number of updates between prunings before that.
         """
         thresholds = np.full(self.initial_budget, _NEVER, np.int64)
         update = start
@@ -162,7 +163,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
             if averages is None or gradient is None:
                 continue
             sensitivity, uncertainty = map(ops.convert_to_tensor, averages)
-            # On TensorFlow, that of looked-up rows may be sparse.
+            # On TensorFlow, the gradient of looked-up rows may be sparse.
             gradient = ops.cast(ops.convert_to_tensor(gradient), "float32")
             now = ops.abs(ops.cast(variable, "float32") * gradient)
             smooth = self.beta1 * sensitivity + (1 - self.beta1) * now
@@ -205,15 +206,15 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     @property
     def sites(self) -> int:
-        """How many adapters share the budget."""
+        """The number of adapters that share the budget."""
         return len(self._owners)
 
     def budget_now(self) -> int:
-        """How many ranks the last update was to keep: an int."""
+        """The budget of the last update, an int."""
         return int(ops.convert_to_numpy(self.budget(self.iterations)))
 
     def budget(self, update: Tensor) -> Tensor:
-        """How many ranks the schedule keeps at an update: int32 tensor."""
+        """The number of ranks that the schedule keeps, an int32 tensor."""
         later = ops.convert_to_tensor(self._thresholds) > update
         return ops.sum(ops.cast(later, "int32"))
 
@@ -231,8 +232,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     def _kept(self, budget):
         scores = self.scores()
-        # Twice sorted: each rank's position. The sorts are stable, so equal
-        # scores keep their order.
+        # Sorting twice gives each rank's position. The sorts are stable, so
+        # equal scores keep their order.
         order = ops.argsort(-scores)
         position = ops.argsort(order)
         return ops.cast(position, "int32") < budget

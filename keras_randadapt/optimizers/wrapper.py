@@ -1,4 +1,4 @@
-"""What every optimizer that wraps another has in common."""
+"""`OptimizerWrapper`: the base of optimizers that wrap another optimizer."""
 
 import re
 import warnings
@@ -13,40 +13,43 @@ from keras_randadapt import _compat
 from keras_randadapt._types import Config
 from keras_randadapt._types import Store
 from keras_randadapt._types import Tensor
+from keras_randadapt.adapter_warning import AdapterWarning
 
 
 class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
-    """An optimizer that sees gradients before another one, and values after.
+    """An optimizer that changes gradients before another, and values after.
 
-    A method that acts once a step on gradients or on trained values is one of
-    these, around whatever optimizer the user chose: `fit` on every backend,
-    compiled or not, and `optimizer.apply` in custom loops then do it, and it
-    can't be forgotten. A subclass says what it does in four hooks:
+    A method that acts once a step on gradients or on trained values is a
+    wrapper around the user's optimizer. It then works in `fit` on every
+    backend, compiled or not, and with `optimizer.apply` in custom loops. A
+    subclass overrides four hooks:
 
     - `build_state(variables)` finds its variables and creates its state.
-    - `transform_gradients(gradients, variables, step)` gives the gradients
-      that the inner optimizer gets; by default, those that it was given.
-    - `keeps_value(variable)` says of which variables `after_update` wants the
-      values from before the update; by default none.
-    - `after_update(variables, before, step)` corrects what the inner
-      optimizer did, by `variable.assign`, and updates the subclass's state.
+    - `transform_gradients(gradients, variables, step)` returns the gradients
+      for the inner optimizer. By default it returns them unchanged.
+    - `keeps_value(variable)` tells whether `after_update` needs a variable's
+      value from before the update. By default it does not.
+    - `after_update(variables, before, step)` corrects the inner optimizer's
+      update by `variable.assign`, and updates the subclass's state.
 
     State is created by `add_variable` in `build_state` and saved with the
     model. `step` counts updates from 0. All hooks run inside the compiled
-    step: `step` and all values may be traced, so there is no branching on
-    them in Python, and no `ops.cond` that assigns, which JAX does not take.
+    step, where `step` and all values may be traced. They must not branch on
+    these in Python, and must not assign in `ops.cond`, which JAX does not
+    allow.
 
     Learning rate, schedules, clipping, weight decay, moving averages,
-    gradient accumulation and loss scaling are the inner optimizer's and are
-    set there; `learning_rate` is passed on in both directions. Gradients are
-    seen before clipping and, where the inner optimizer accumulates them, in
-    every micro-step; all micro-steps of an update have the same `step`.
+    gradient accumulation and loss scaling are set on the inner optimizer;
+    reading and setting `learning_rate` is passed on. The hooks see gradients
+    before clipping. If the inner optimizer accumulates gradients, the hooks
+    run in every micro-step, and all micro-steps of an update have the same
+    `step`.
 
     Wrappers nest. In mixed float16 a wrapper belongs inside the
-    `LossScaleOptimizer`, which is what `compile` makes of it.
+    `LossScaleOptimizer`, where `compile` puts it.
 
     Args:
-        optimizer: The optimizer to wrap: any Keras optimizer but a
+        optimizer: The optimizer to wrap: any Keras optimizer except a
             `LossScaleOptimizer`, or the name of one.
         name: Optional string.
 
@@ -66,11 +69,11 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         inner = _check_optimizer(optimizer)
         super().__init__(learning_rate=_rate_of_the_inner_one, name=name)
         self.inner_optimizer = inner
-        #: Whether an adapter asked for it, rather than the user: it then goes
-        #: when the adapter does. See `attach`.
+        #: Whether an adapter, and not the user, has put this wrapper on. It is
+        #: then removed with the adapter. See `attach`.
         self.automatic = False
 
-    # What a method says.
+    # A method overrides the following.
 
     def build_state(self, variables: list[keras.Variable]) -> None:
         """Finds the method's variables and creates its state.
@@ -82,14 +85,14 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
     def inner_variables(
         self, variables: list[keras.Variable]
     ) -> list[keras.Variable]:
-        """The variables that the inner optimizer gets to change.
+        """The variables that the inner optimizer changes.
 
         Args:
-            variables: list of variables. At the first call, all of them, and
-                before `build_state`.
+            variables: list of variables. The first call comes before
+                `build_state` and has all of them.
 
         Returns:
-            list as long as `variables`; by default themselves.
+            list as long as `variables`; by default `variables`.
         """
         return variables
 
@@ -102,10 +105,10 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         """Changes gradients.
 
         Args:
-            gradients: list of tensors, as long as `variables`; `None` for a
-                variable that the loss does not depend on. On TensorFlow
-                those of looked-up rows may be `tf.IndexedSlices`, which
-                `ops.convert_to_tensor` makes dense.
+            gradients: list of tensors, as long as `variables`. A gradient is
+                `None` if the loss does not depend on its variable. On
+                TensorFlow the gradient of looked-up rows may be
+                `tf.IndexedSlices`, which `ops.convert_to_tensor` makes dense.
             variables: list of variables.
             step: Integer tensor.
 
@@ -128,15 +131,15 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
 
         Args:
             variables: list of variables.
-            before: list of tensors, as long as `variables`: values from
-                before the update, `None` where `keeps_value` said no.
+            before: list of tensors, as long as `variables`: the values from
+                before the update, or `None` where `keeps_value` is false.
             step: Integer tensor.
         """
 
-    # What is the same for all.
+    # The following is the same for all methods.
 
     def is_update_step(self) -> bool | Tensor:
-        """Whether this step changes variables, rather than accumulates.
+        """Whether this step changes variables and does not only accumulate.
 
         Returns:
             `True`, or a boolean tensor if the inner optimizer accumulates.
@@ -167,7 +170,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
             )
         self.build_state(variables)
         super().build(variables)
-        # Only now: `super().build` would make accumulators of its own.
+        # It is set only now, since `super().build` would make accumulators.
         steps = accumulations.pop()
         self.gradient_accumulation_steps = steps if steps > 1 else None
 
@@ -194,7 +197,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
             _compat.check_variables_are_known(self, variables)
         step = keras.ops.convert_to_tensor(self.iterations)
         grads = self.transform_gradients(grads, variables, step)
-        # Copies: torch updates in place.
+        # The values are copied, since torch updates variables in place.
         before = [
             keras.ops.stop_gradient(keras.ops.copy(v))
             if self.keeps_value(v)
@@ -219,7 +222,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
 
     @property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
-        # Keras's callbacks look for it to set several learning rates.
+        # Keras's callbacks use this attribute to set several learning rates.
         return self.inner_optimizer.optimizers
 
     @property
@@ -229,8 +232,9 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value):
-        # `LossScaleOptimizer` and `MultiOptimizer` set it on what they hold;
-        # Keras's own `__init__` does before there is an inner optimizer.
+        # `LossScaleOptimizer` and `MultiOptimizer` set it on their inner
+        # optimizers. Keras's `__init__` sets it before there is an inner
+        # optimizer.
         inner = vars(self).get("inner_optimizer")
         if inner is not None:
             inner.loss_scale_factor = value
@@ -250,7 +254,7 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         var_list: list[keras.Variable] | None = None,
         var_names: list[str] | None = None,
     ) -> None:
-        # Of a `MultiOptimizer`, only the leaves decay weights.
+        # In a `MultiOptimizer`, only the leaves decay weights.
         for leaf in _leaves(self.inner_optimizer):
             leaf.exclude_from_weight_decay(var_list, var_names)
 
@@ -260,20 +264,22 @@ class OptimizerWrapper(_compat.ShowsMovingAverage, keras.optimizers.Optimizer):
         self.inner_optimizer.set_weights(weights[own:])
 
     def save_own_variables(self, store: Store) -> None:
-        # Only what is the wrapper's: Keras's saving goes on to the inner
-        # optimizer by itself.
+        # Only the wrapper's own variables are saved here. Keras's saving
+        # visits the inner optimizer itself.
         for i, variable in enumerate(super().variables):
             store[str(i)] = keras.ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Store) -> None:
         own = super().variables
         if len(store.keys()) != len(own):
-            # A warning, as Keras's own: a file of weights alone must load.
+            # It is a warning, like Keras's own, since a file with only the
+            # model's weights must load.
             warnings.warn(
                 f"The optimizer '{self.name}' starts afresh: it has "
                 f"{len(own)} variables and the file {len(store.keys())} of "
                 "it. The file was saved with another optimizer, or before "
                 "the optimizer was built.",
+                AdapterWarning,
                 stacklevel=2,
             )
             return
@@ -317,11 +323,11 @@ def _leaves(optimizer):
 
 
 def copy_exclusions(source, target, variables):
-    """Excludes from weight decay what another optimizer does.
+    """Copies the exclusions from weight decay of an optimizer and inner ones.
 
     Args:
         source: An optimizer.
-        target: Another one, made from its config.
+        target: An optimizer that was made from the source's config.
         variables: The model's variables.
     """
     for old, new in zip(walk(source), walk(target), strict=True):
@@ -329,7 +335,7 @@ def copy_exclusions(source, target, variables):
 
 
 def exclusions(optimizer):
-    """What each optimizer, at and below one, excludes from weight decay.
+    """The exclusions from weight decay of an optimizer and inner ones.
 
     Returns:
         list of `(optimizer, exclusions)` pairs, for `restore_exclusions`.
@@ -340,13 +346,13 @@ def exclusions(optimizer):
 
 
 def restore_exclusions(pairs):
-    """Puts back what `exclusions` gave."""
+    """Restores the result of `exclusions`."""
     for one, excluded in pairs:
         _compat.set_weight_decay_exclusions(one, excluded)
 
 
 def chosen_by_user(optimizer, cls):
-    """Whether a wrapper of this class is there that no adapter asked for."""
+    """Whether the user has put a wrapper of this class on an optimizer."""
     return any(
         isinstance(one, cls) and not one.automatic for one in walk(optimizer)
     )
@@ -365,7 +371,7 @@ def check_paths(paths):
 
 
 def leaf_of(optimizer, variable):
-    """The plain optimizer, of those inside a built one, of a variable."""
+    """The innermost optimizer, inside a built one, that trains a variable."""
     for one in walk(optimizer):
         if not _inner_optimizers(one):
             if any(v is variable for v in _compat.trained_variables(one)):
@@ -374,25 +380,25 @@ def leaf_of(optimizer, variable):
 
 
 def attach(optimizer, wraps):
-    """Puts the wrappers around an optimizer that adapters ask for.
+    """Puts the wrappers of adapters around an optimizer.
 
-    Wrappers that were put there before and are no longer asked for are taken
-    off; those of the user stay. A `LossScaleOptimizer` stays outermost. What
-    the optimizer has learned is kept.
+    Earlier automatic wrappers are removed if no adapter needs them any more;
+    the user's wrappers stay. A `LossScaleOptimizer` stays outermost. The state
+    of the user's optimizer is kept.
 
     Args:
-        optimizer: The optimizer that a model was compiled with.
-        wraps: list of functions, each of an optimizer, that return it
-            wrapped, or as it is.
+        optimizer: The optimizer with which a model was compiled.
+        wraps: list of functions. Each takes an optimizer and returns it,
+            wrapped or unchanged.
 
     Returns:
-        An optimizer; the same one if it is wrapped as asked already.
+        An optimizer. It is the same one if it has these wrappers already.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = attach(optimizer.inner_optimizer, wraps)
         if inner is optimizer.inner_optimizer:
             return optimizer
-        # A new one, because the user's own object is not ours to change.
+        # A new object is made, because the user's own must not be changed.
         config = optimizer.get_config()
         config.pop("inner_optimizer")
         return type(optimizer)(inner, **config)
@@ -413,7 +419,7 @@ def attach(optimizer, wraps):
 
 
 def _own_config(wrapper):
-    """What tells automatic wrappers apart, the inner optimizer left out."""
+    """The class and config of a wrapper, without its inner optimizer."""
     config = wrapper.get_config()
     del config["optimizer"], config["name"]
     return type(wrapper), config
@@ -445,5 +451,5 @@ def _check_optimizer(optimizer):
 
 
 def _rate_of_the_inner_one():
-    # A number would become a variable that means nothing.
+    # Keras would make an unused variable of a number.
     raise RuntimeError("A wrapper has no learning rate of its own.")

@@ -1,4 +1,4 @@
-"""Orthogonality: low-rank factors that stay close to orthonormal."""
+"""`Orthogonality`: keeps low-rank factors close to orthonormal."""
 
 import keras
 from keras import ops
@@ -10,18 +10,17 @@ from keras_randadapt._types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
 class Orthogonality(keras.regularizers.Regularizer):
-    """`strength * ||G - I||_F^2` of a matrix, `G` the Gram matrix.
+    """The penalty `strength * ||G - I||_F^2` of a matrix.
 
-    The Gram matrix is that of the rows or of the columns, whichever are
-    fewer: of a low-rank factor, those of its rank. The penalty is zero if and
-    only if they are orthonormal. Given to both factors of a low-rank adapter,
-    it keeps the directions of the update distinct, and the update's rank from
-    collapsing.
+    `G` is the Gram matrix of the rows or of the columns, whichever are fewer;
+    in a low-rank factor there are `rank` of them. The penalty is zero if and
+    only if they are orthonormal. For both factors of a low-rank adapter, it
+    keeps the directions of the update distinct, so that the update's rank does
+    not collapse.
 
-    As a Keras regularizer it is part of the model's losses, one term a
-    matrix, summed; `fit` and custom loops that add `model.losses` apply it.
-    At zero its gradient is zero, so a factor that starts there is moved by
-    the task first.
+    As a Keras regularizer it adds a term for each matrix to the model's
+    losses. `fit` and custom loops that add `model.losses` apply it. At zero
+    its gradient is zero, so the task moves a factor that starts at zero first.
 
     Args:
         strength: float, at least 0.

@@ -1,7 +1,8 @@
-"""The PAC-Bayes penalty: what an estimate of information adds to the loss.
+"""The PAC-Bayes penalty that an estimate of information adds to the loss.
 
-`keras_randadapt.callbacks.PACBayes` estimates, attaches and detaches; here is
-what is computed with an estimate, in the training step and on the host.
+The callback `keras_randadapt.callbacks.PACBayes` makes estimates and attaches
+the penalty. This module computes with an estimate, in the training step and on
+the host.
 """
 
 import keras
@@ -14,16 +15,16 @@ REDUCTIONS = ("sum", "mean")
 
 
 class FlatWeights:
-    """Weights of several owners, seen as one float32 vector.
+    """The weights of several owners, seen as one float32 vector.
 
-    A plain object on purpose: a layer that had these variables in a list
-    would take them for its own.
+    It is a plain object, because a layer with these variables in a list would
+    own them.
 
     Attributes:
         owners: list of the owners' structural addresses.
         variables: list of Keras variables, owner by owner.
         size: The length of the vector.
-        blocks: list of slices of the vector, one an owner.
+        blocks: list of slices of the vector, one for each owner.
     """
 
     def __init__(self, weights_by_owner):
@@ -39,7 +40,7 @@ class FlatWeights:
         self.size = start
 
     def tensor(self):
-        """The vector as a tensor that gradients flow through."""
+        """The vector as a tensor with gradients to the variables."""
         parts = [
             ops.reshape(ops.cast(variable, "float32"), (-1,))
             for variable in self.variables
@@ -56,17 +57,17 @@ class FlatWeights:
 
 
 class Estimate:
-    """Sums over per-example gradients, taken a chunk at a time on the host.
+    """Sums over per-example gradients, added a chunk at a time on the host.
 
     For the gradient `g_t` of example `t` and the distance `d` of the weights
-    from their reference, the information is `sum_t (d . g_t)^2`, equation 18
-    of the RLoRA paper: squared for each example, then summed. With
-    `blocks="site"` it is the sum over sites of each site's own. In mode
-    `"diagonal"` it is `sum_i F_i d_i^2` with `F_i = sum_t g_ti^2`.
+    from their reference, the information is `sum_t (d . g_t)^2` (equation 18
+    of the RLoRA paper). With `blocks="site"` it is the sum of each site's own
+    information. In mode `"diagonal"` it is `sum_i F_i d_i^2` with `F_i =
+    sum_t g_ti^2`.
 
     Args:
         weights: The adapters' `FlatWeights`.
-        heads: The kept layers' `FlatWeights`, maybe of no layer.
+        heads: The kept layers' `FlatWeights`, which may be empty.
         mode: One of `MODES`.
         blocks: One of `BLOCKS`.
         distance: Array of shape `(weights.size,)`.
@@ -111,7 +112,8 @@ class Estimate:
         if self.mode == "diagonal":
             self.curvature += np.sum(rows**2, axis=0)
             return
-        # The derivative of each example's loss along the distance, in parts.
+        # These are the derivatives of each example's loss along the distance,
+        # for each site's part of it.
         along = np.stack(
             [rows[:, b] @ self.distance[b] for b in self.weights.blocks], axis=1
         )
@@ -132,7 +134,7 @@ class Estimate:
 
     @property
     def information(self):
-        """The information that the penalty is made of."""
+        """The information that the penalty multiplies by its strength."""
         if self.mode == "diagonal" or self.blocks == "site":
             return float(np.sum(self.site_information))
         return float(self._joint_sum)
@@ -145,17 +147,18 @@ class Estimate:
 
 
 class History:
-    """What the callback knows of its estimations, for files and for `fit`s.
+    """The callback's estimations so far, which files of weights hold.
 
-    A plain object: Keras's saving walks into layers' lists and dicts.
+    It is a plain object, because Keras's saving walks into layers' lists and
+    dicts.
 
     Attributes:
-        rows: list of `(sites,)` arrays, an estimation each.
+        rows: list of `(sites,)` arrays, one for each estimation.
         head_rows: list of `(kept layers,)` arrays.
-        totals: list of floats: the information of the penalty.
+        totals: list of floats, the information of the penalty.
         costs: list of `(seconds, share of the epoch, bytes)`.
-        epoch: The epoch that the last estimation ended, -1 before any.
-        steps: Training steps seen.
+        epoch: The epoch after which the last estimation was made, or -1.
+        steps: The number of training steps so far.
         restored: Whether this was read from a file since `fit` began.
     """
 
@@ -190,32 +193,34 @@ class History:
 
 
 class PACBayesPenalty(keras.layers.Layer):
-    """The penalty of the latest estimate, as a function of live weights.
+    """The penalty of the latest estimate, as a function of the weights.
 
-    `strength * I(w) + head_strength * H(w)`, where between estimations, with
-    the gradients `g_t` frozen and `d = w - reference`,
+    The penalty is `strength * I(w) + head_strength * H(w)`. Between
+    estimations the gradients `g_t` are constant. With `d = w - reference`:
 
-    - `"quadratic"`: `I(w) = sum_t (d . g_t)^2`;
-    - `"linear"`: the tangent of that at the weights `w_e` of the estimation,
-      whose gradient `2 sum_t (d_e . g_t) g_t` does not move with `w`;
-    - `"diagonal"`, and `H` always: `sum_i F_i d_i^2`.
+    - For `"quadratic"`, `I(w) = sum_t (d . g_t)^2`.
+    - For `"linear"`, `I` is the tangent of that at the weights `w_e` of the
+      estimation. Its gradient, `2 sum_t (d_e . g_t) g_t`, does not depend on
+      `w`.
+    - For `"diagonal"`, `I(w) = sum_i F_i d_i^2`. `H` always has this form.
 
-    All that an estimate changes is in non-trainable weights of fixed shape,
-    zero before the first estimate, so a compiled training step goes on being
-    valid, and files of weights hold it.
+    An estimate is stored in non-trainable weights of fixed shape, which are
+    zero before the first estimate. A compiled training step therefore stays
+    valid, and files of weights hold the estimate.
 
     Args:
         weights: The adapters' `FlatWeights`.
         heads: The kept layers' `FlatWeights`.
-        samples: int. Examples an estimation.
+        samples: int. The number of examples in an estimation.
         strength: float. With 0 no buffers are made for the adapters.
         head_strength: float.
         mode: One of `MODES`.
         blocks: One of `BLOCKS`.
-        reduction: One of `REDUCTIONS`: whether sums over examples are divided
-            by their number.
+        reduction: One of `REDUCTIONS`. With `"mean"`, sums over examples are
+            divided by their number.
         reference: `"initial"`, the adapters' weights at construction, or
-            `"zero"`. Kept layers are always measured from where they began.
+            `"zero"`. The reference of kept layers is always their weights at
+            construction.
     """
 
     def __init__(
@@ -272,7 +277,7 @@ class PACBayesPenalty(keras.layers.Layer):
 
     @property
     def is_attached(self):
-        """Whether there is anything to add to a loss."""
+        """Whether the penalty is added to the loss."""
         return bool(self.strength or self.head_strength)
 
     def value(self):
@@ -289,7 +294,8 @@ class PACBayesPenalty(keras.layers.Layer):
     def _information(self):
         distance = self.flat.tensor() - self.reference
         if self.mode == "linear":
-            # At the estimation, slope . d is twice the information.
+            # At the weights of the estimation, slope . d is twice the
+            # information.
             return ops.sum(self.slope * distance) - self.offset
         if self.mode == "diagonal":
             return ops.sum(self.curvature * distance**2)
@@ -303,7 +309,7 @@ class PACBayesPenalty(keras.layers.Layer):
         return information
 
     def new_estimate(self):
-        """An empty `Estimate` at the weights as they are now."""
+        """An empty `Estimate` at the current weights."""
         head_distance = self.flat_heads.values()
         if self.head_reference is not None:
             head_distance = head_distance - ops.convert_to_numpy(
@@ -320,7 +326,7 @@ class PACBayesPenalty(keras.layers.Layer):
         )
 
     def assign(self, estimate):
-        """Makes an estimate the one that the penalty is made of."""
+        """Makes the penalty use an estimate."""
         if self.gradients is not None:
             self.gradients.assign(np.concatenate(estimate.gradients))
         if self.slope is not None:
@@ -334,7 +340,7 @@ class PACBayesPenalty(keras.layers.Layer):
             )
 
     def count_bytes(self):
-        """Bytes of the buffers."""
+        """The bytes of the buffers."""
         return sum(4 * int(np.prod(w.shape)) for w in self.weights)
 
     def save_own_variables(self, store):
@@ -346,8 +352,8 @@ class PACBayesPenalty(keras.layers.Layer):
 
     def load_own_variables(self, store):
         if not len(store.keys()):
-            # A file from before the callback was there: nothing estimated
-            # yet, and the reference stays what it is.
+            # The file was written without the callback. It has no estimate,
+            # and the reference does not change.
             return
         for weight in self.weights:
             found = store[weight.name] if weight.name in store.keys() else None
@@ -367,11 +373,11 @@ class PACBayesPenalty(keras.layers.Layer):
 
 
 class JointRegularizer(keras.regularizers.Regularizer):
-    """The penalty in the guise of one variable's regularizer.
+    """The penalty, in the form of one variable's regularizer.
 
-    Keras adds regularizers of trainable variables to every loss, and calls
-    each where all variables of the model can be read, on every backend. This
-    one is given to a single variable and looks at all of them itself.
+    Keras adds the regularizers of trainable variables to every loss. On every
+    backend it calls them where all variables of the model can be read. This
+    regularizer is set on a single variable and reads all of them.
 
     Args:
         penalty: A `PACBayesPenalty`.

@@ -9,6 +9,8 @@ import keras_randadapt as kra
 from keras_randadapt.analysis import plane as plane_lib
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _model(jit_compile=False):
     inputs = keras.Input((6,))
@@ -140,6 +142,8 @@ class TestTrainables:
         for variable, value in zip(model.trainable_variables, before):
             variable.assign(value)
 
+    # On PyTorch, the compiler alone takes 15 CPU seconds to start.
+    @pytest.mark.one_backend("jax")
     def test_compiled(self):
         """What jit_compile compiled sees every new value."""
         inputs = keras.Input((6,))

@@ -10,6 +10,8 @@ from keras_randadapt.analysis import deltas
 from tests import test_matrix
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 @keras.saving.register_keras_serializable(package="tests")
 class Scaled(kra.LoRA):

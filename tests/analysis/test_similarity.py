@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _feature_space_cka(x, y):
     """Kornblith et al., equation 4's form in feature space, features centred:
@@ -213,6 +215,7 @@ class TestCKA:
         assert similarity.layers_a == [address, f"{address}[1]"]
         assert 0 < similarity.values[0, 1] < 0.99
 
+    @pytest.mark.every_backend
     def test_rematerialized(self):
         """JAX recomputes them in a compiled part, which can't be read."""
         with keras.RematScope(mode="full"):

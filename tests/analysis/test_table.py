@@ -12,6 +12,8 @@ from keras_randadapt import analysis
 from keras_randadapt.analysis import plotting
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend
+
 
 def _table():
     return analysis.Table(

@@ -52,6 +52,7 @@ class TestRegeneratedUniform:
         methods.close(basis.combine(tensor(c)), c @ dense)
         methods.close(basis.correlate(tensor(v)), dense @ v)
 
+    @pytest.mark.cpu_seconds(10, reason="PyTorch traces twenty rounds a word")
     def test_products_under_a_compiler(self):
         """Of two chunks: torch traces each of them anew."""
         basis = RegeneratedUniform(3, 5, 3, "test", 16)

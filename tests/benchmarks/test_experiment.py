@@ -3,6 +3,8 @@
 import experiment
 import pytest
 
+pytestmark = pytest.mark.one_backend
+
 SEARCH_SEEDS = (7, 8)
 
 

@@ -20,6 +20,8 @@ import smollm2
 
 import keras_randadapt as kra
 
+pytestmark = pytest.mark.one_backend("torch")
+
 # ---- data, on files of the same form
 
 

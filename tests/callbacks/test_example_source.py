@@ -18,6 +18,8 @@ from tests.callbacks.linear_network import fit
 from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 class Batches(keras.utils.PyDataset):
     def __init__(self, x, y, sizes):

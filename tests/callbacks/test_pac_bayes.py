@@ -25,6 +25,8 @@ from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
 from tests.callbacks.test_example_source import Batches
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _check(model, callback, history, simulation, rtol=2e-4):
     close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6)
@@ -84,7 +86,19 @@ class TestNumbers:
         for name, value in wrong.items():
             assert abs(value - right) > 0.01 * right, name
 
-    @pytest.mark.parametrize("name", OPTIONS)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(
+                name,
+                # Both kinds of estimate, and both kinds of blocks.
+                marks=[pytest.mark.every_backend]
+                if name in ("quadratic", "linear_site", "head")
+                else [],
+            )
+            for name in OPTIONS
+        ],
+    )
     def test_training_is_the_simulated_one(self, name):
         x, y = data_of()
         options = {"strength": 1.0, "samples": 5, **OPTIONS[name]}
@@ -123,6 +137,7 @@ class TestNumbers:
             False,
         ],
     )
+    @pytest.mark.every_backend
     def test_compilation(self, jit_compile, monkeypatch):
         if BACKEND == "torch" and jit_compile:
             import torch
@@ -184,6 +199,7 @@ class TestNumbers:
         assert got > 1e-3
         np.testing.assert_allclose(got, history["pac_bayes"][-1], rtol=1e-3)
 
+    @pytest.mark.every_backend
     def test_add_loss_counts_and_regularizers_do_not(self):
         """And a regularizer of the variable that carries the penalty stays."""
         x, y = data_of()
@@ -241,8 +257,16 @@ class TestNumbers:
 
 
 class TestSteps:
-    @pytest.mark.parametrize("every", [2, 3])
-    @pytest.mark.parametrize("steps_per_execution", [1, 2])
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize(
+        "every, steps_per_execution",
+        [
+            (2, 1),
+            (3, 2),
+            pytest.param(3, 1, marks=pytest.mark.slow),
+            pytest.param(2, 2, marks=pytest.mark.slow),
+        ],
+    )
     def test_every_steps(self, every, steps_per_execution):
         """Six steps an epoch; each step is the simulation's full batch."""
         if BACKEND == "torch" and steps_per_execution > 1:
@@ -283,6 +307,7 @@ class TestSteps:
         np.testing.assert_allclose(history["loss"], means, rtol=2e-4)
         assert all(0 < cost["share"] for cost in callback.costs)
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("steps_per_execution", [1, 2])
     def test_nothing_is_traced_anew(self, steps_per_execution):
         if BACKEND == "torch":
@@ -424,6 +449,7 @@ class TestPipelines:
         np.testing.assert_allclose(_trained(kind, kind), expected, 1e-5, 1e-6)
 
 
+@pytest.mark.every_backend
 class TestHalfPrecision:
     @pytest.mark.parametrize(
         "mode",
@@ -512,7 +538,7 @@ class TestOptimizers:
         [
             (network, "RMSprop"),
             (network, "Lion"),
-            (network, "Adagrad"),
+            pytest.param(network, "Adagrad", marks=pytest.mark.slow),
             (_rmlora_network, "SGD"),
             pytest.param(_rmlora_network, "RMSprop", marks=pytest.mark.slow),
         ],
@@ -556,6 +582,7 @@ class TestOptimizers:
 
 
 class TestWithoutStrength:
+    @pytest.mark.every_backend
     def test_training_is_bit_identical(self):
         """Dropout, shuffling and global generators go on undisturbed."""
         weights = []
@@ -1032,6 +1059,8 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="switched or removed"):
             callback.on_epoch_begin(1)
 
+    @pytest.mark.every_backend
+    @pytest.mark.cpu_seconds(10, reason="a process of its own")
     def test_several_devices(self):
         x, y = data_of()
         if BACKEND == "torch":

@@ -7,6 +7,8 @@ import pytest
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _case(**compile_args):
     inputs = keras.Input((6,))
@@ -36,6 +38,8 @@ class Copy(keras.callbacks.Callback):
 
 
 class TestRankMonitor:
+    # On PyTorch, the compiler alone takes 15 CPU seconds to start.
+    @pytest.mark.one_backend("tensorflow")
     @pytest.mark.parametrize("jit_compile", [False, True])
     def test_history(self, jit_compile):
         model, x, y = _case(jit_compile=jit_compile)

@@ -4,6 +4,8 @@ import minilm
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.one_backend
+
 
 def test_missing_package_says_how_to_install_it(monkeypatch):
     def files(name):

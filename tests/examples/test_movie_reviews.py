@@ -5,6 +5,8 @@ import tarfile
 import movie_reviews
 import pytest
 
+pytestmark = pytest.mark.one_backend
+
 CONTENT = (
     "1\t2.25\tA gorgeous, witty, seductive movie.\r\n"
     "2\t-0.6\tEffective but too tepid clichés\r\n"

@@ -1,5 +1,8 @@
+import pytest
 import reporting
 import training
+
+pytestmark = pytest.mark.one_backend
 
 
 def test_table_aligns_columns():

@@ -1,6 +1,8 @@
 import pytest
 import text_data
 
+pytestmark = pytest.mark.one_backend
+
 
 def write(path, content):
     path.write_text(content, encoding="utf-8")

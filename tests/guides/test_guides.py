@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.one_backend
+
 GUIDES = pathlib.Path(__file__).parents[2] / "guides"
 
 

@@ -11,6 +11,8 @@ from keras_randadapt.ops import fast_products
 from tests import gradients
 from tests import zoo
 
+pytestmark = pytest.mark.needs_optimizer
+
 
 @pytest.mark.parametrize(
     "dtypes",

@@ -8,6 +8,8 @@ from keras_randadapt import ops
 from tests import gradients
 from tests import zoo
 
+pytestmark = pytest.mark.needs_optimizer
+
 
 def _cube(x, factor):
     """`x ** 3`, with a gradient that is wrong by a factor of ten."""

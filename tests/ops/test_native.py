@@ -19,6 +19,9 @@ from keras_randadapt.ops import fwht
 from keras_randadapt.ops import native
 from keras_randadapt.ops import numpy as reference
 from keras_randadapt.ops.transforms import _cached_program
+from tests.ops import test_transforms
+
+pytestmark = pytest.mark.needs_optimizer
 
 BACKEND = keras.config.backend()
 HERE = pathlib.Path(__file__).parent
@@ -50,17 +53,27 @@ def test_it_is_built_where_there_is_a_compiler():
     assert native.library() is not None, "install the package anew"
 
 
+@pytest.mark.parametrize("case", test_transforms.CASES[6::4], ids=str)
+def test_transforms_work_without_it(case, monkeypatch, loaded_anew):
+    """By matrix products; all of `test_transforms.py` is a slow test."""
+    monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
+    monkeypatch.setattr(native, "apply", None)
+    test_transforms.test_randomized_transform(case)
+    test_transforms.test_gradient_is_the_adjoint(case)
+
+
+def test_fwht_works_without_it(monkeypatch, loaded_anew):
+    monkeypatch.setenv("KERAS_RANDADAPT_NATIVE", "0")
+    monkeypatch.setattr(native, "apply", None)
+    test_transforms.test_fwht_axis(2)
+    test_transforms.test_fwht_gradient(0, False)
+
+
 @on_a_backend_with_it
-@pytest.mark.parametrize(
-    "names",
-    [
-        "not (low_precision or large_orders)",
-        pytest.param("low_precision or large_orders", marks=pytest.mark.slow),
-    ],
-)
-def test_all_works_without_it(names):
+@pytest.mark.slow(reason="runs all of another file")
+def test_all_works_without_it():
     """`test_transforms.py`, by matrix products."""
-    chosen = ["-m", "not slow", "-k", names, HERE / "test_transforms.py"]
+    chosen = ["-m", "not slow", HERE / "test_transforms.py"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *chosen],
         env={**os.environ, "KERAS_RANDADAPT_NATIVE": "0"},
@@ -145,6 +158,7 @@ ORDERS = (
 )
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -156,6 +170,7 @@ def test_fwht(order, normalize, transpose):
         close(run(program, x), reference.apply(x.astype("float64"), program))
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("order", [1, 2, 4, 7, 12, 20, 48, 64, 768, 1024])
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -175,6 +190,7 @@ def test_selections(order, stages):
             close(run(program, x), expected)
 
 
+@pytest.mark.one_backend
 @compiled
 @pytest.mark.parametrize("order", [7, 64, 768])
 def test_scales(order):
@@ -190,6 +206,7 @@ def test_scales(order):
         close(run(program, x, after=after), expected)
 
 
+@pytest.mark.one_backend
 @compiled
 def test_threads_share_the_rows():
     """However many there are, the numbers are the same."""
@@ -230,6 +247,7 @@ def test_threads_of_openmp():
     assert calls == [2]
 
 
+@pytest.mark.one_backend
 @compiled
 def test_no_rows():
     assert run(_cached_program(64, True, False), normal(0, 64)).shape == (0, 64)
@@ -551,6 +569,7 @@ class TestTensorFlow:
         assert backend._load_operation() is None
 
     @pytest.mark.parametrize("other_copy", [False, True])
+    @pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
     def test_imported_anew(self, tmp_path, other_copy):
         """As in a notebook, to take up changes, or another copy of the code."""
         program = tmp_path / "program.py"
@@ -668,6 +687,7 @@ class Transformed(keras.layers.Layer):
 @pytest.mark.skipif(
     BACKEND != "jax", reason="PyTorch and TensorFlow do not share a process"
 )
+@pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
 def test_two_copies_beside_tensorflow(tmp_path):
     """TensorFlow, which data may come from, ends a process for less."""
     package = HERE.parents[1] / "keras_randadapt"

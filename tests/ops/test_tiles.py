@@ -10,6 +10,8 @@ from keras_randadapt.hadamard import hadamard_cores
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import tiles
 
+pytestmark = pytest.mark.one_backend
+
 
 def make(order, stages, inputs, outputs, scatter=False, gather=False):
     def index(name, dim, wanted):

@@ -16,6 +16,8 @@ from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import fwht
 from keras_randadapt.ops import randomized_transform
 
+pytestmark = pytest.mark.needs_optimizer
+
 BACKEND = keras.config.backend()
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="tests JAX")
 only_tensorflow = pytest.mark.skipif(
@@ -154,7 +156,11 @@ def test_fwht(order):
     )
 
 
-@pytest.mark.parametrize("order", [4096, 11008])
+#: A dense matrix of this order takes 4 CPU seconds.
+LARGEST = pytest.param(11008, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("order", [4096, LARGEST])
 def test_fwht_of_large_orders(order):
     x = normal(2, order)
     y = to_numpy(fwht(x))
@@ -204,6 +210,7 @@ def test_randomized_transform(case):
     )
 
 
+@pytest.mark.one_backend("torch")
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("order", [3, 20, 96, 257])
 def test_plan_is_dense_transform(order, stages):
@@ -218,7 +225,9 @@ def test_plan_is_dense_transform(order, stages):
                     )
 
 
-@pytest.mark.parametrize("order", [30522, 50257])
+@pytest.mark.parametrize(
+    "order", [pytest.param(30522, marks=pytest.mark.slow), 50257]
+)
 def test_vocabulary_sizes_are_orthogonal(order):
     plan, _ = _plan_only(order, 2, order, 40)
     x = np.eye(40, dtype="float32")
@@ -263,7 +272,7 @@ def test_identity_plan_has_orthonormal_rows():
 @pytest.mark.parametrize(
     "dtype,tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)]
 )
-@pytest.mark.parametrize("order", [768, 2048, 4096, 11008])
+@pytest.mark.parametrize("order", [768, 2048, 4096, LARGEST])
 def test_low_precision_fwht(order, dtype, tolerance):
     x = keras.ops.cast(16 * normal(4, order), dtype)
     exact = to_numpy(x) @ hadamard(order).T
@@ -697,6 +706,7 @@ def test_tensorflow_graphs_have_every_constant_once(monkeypatch):
 
 
 @only_tensorflow
+@pytest.mark.cpu_seconds(10, reason="a process with TensorFlow")
 def test_autograph_has_nothing_to_warn_of(tmp_path):
     """It warns once a process, of syntax that it does not know."""
     program = tmp_path / "program.py"

@@ -31,6 +31,9 @@ from keras_randadapt.ops import triton_torch  # noqa: E402
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}
 
 
+@pytest.mark.cpu_seconds(
+    25, reason="a process with PyTorch; nothing else runs the kernel here"
+)
 def test_in_the_interpreter():
     """`triton_interpreter.py`, in a process that has the interpreter."""
     here = pathlib.Path(__file__).parent

@@ -11,6 +11,9 @@ from tests import methods
 from tests import zoo
 from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
+from tests.optimizers.test_masked_gradient import sweep
+
+pytestmark = pytest.mark.one_backend("torch")
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
 
@@ -47,6 +50,7 @@ def reference_adam(weight, gradients, rank, interval, scale, rate):
 
 
 class TestGaLore:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("transposed", [False, True])
     def test_adam(self, transposed):
         """Five updates, a new projection every second one."""
@@ -117,7 +121,7 @@ class TestGaLore:
             np.testing.assert_array_equal(one, two)
 
     @pytest.mark.parametrize(
-        "name", sorted(set(OPTIMIZERS) - {"ftrl", "schedule_free_adamw"})
+        "name", sweep(sorted(set(OPTIMIZERS) - {"ftrl", "schedule_free_adamw"}))
     )
     def test_every_optimizer(self, name):
         """Kernels change by the inner one's steps with projected gradients."""
@@ -206,6 +210,7 @@ class TestGaLore:
         mean = (gradients[0] + gradients[1]) / 2
         methods.close(after, 0.95 * before - 0.1 * p @ p.T @ mean, 1e-4)
 
+    @pytest.mark.every_backend
     def test_a_gradient_that_is_not_finite(self):
         """The step is lost, as with any optimizer, and not the projection."""
         optimizer = GaLore("sgd", rank=2, update_interval=1)
@@ -245,6 +250,7 @@ class TestGaLore:
         size = sum(np.prod(v.shape) for v in full.variables)
         assert size >= 1_179_648
 
+    @pytest.mark.every_backend
     def test_plain_fit(self):
         """On every backend's compiled step, and resumed from a file."""
         model, x, y = self._model()

@@ -8,6 +8,8 @@ import keras_randadapt as kra
 from keras_randadapt.optimizers import learning_rate_groups
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 HAS_MULTI = hasattr(keras.optimizers, "MultiOptimizer")
 needs_multi = pytest.mark.skipif(
     not HAS_MULTI, reason="this Keras has no MultiOptimizer"
@@ -15,7 +17,7 @@ needs_multi = pytest.mark.skipif(
 
 
 def _model():
-    model, x, _ = zoo.bert_classifier()
+    model, x, _ = zoo.classifier()
     kra.inject(model, kra.LoRA(2), keep_trainable="logits")
     return model, x
 
@@ -55,7 +57,7 @@ class TestLearningRateGroups:
         """One step of SGD moves B by its own rate, and the others by theirs."""
         moves = {}
         for rates in ({}, {"lora_b": 1.6}):
-            model, x, _ = zoo.bert_classifier()
+            model, x, _ = zoo.classifier()
             kra.inject(model, adapter, keep_trainable="logits")
             # Away from zero, so that A moves too.
             zoo.randomize(model)
@@ -76,7 +78,7 @@ class TestLearningRateGroups:
             )
 
     def test_lora_plus_without_lora(self):
-        model, _, _ = zoo.bert_classifier()
+        model, _, _ = zoo.classifier()
         kra.inject(model, kra.RLoRA(4), keep_trainable="logits")
         with pytest.raises(ValueError, match="no active adapter of this model"):
             learning_rate_groups(model, adapter=0.1, lora_b=1.0)
@@ -169,12 +171,13 @@ class TestLearningRateGroups:
         )
         zoo.fit(model, x, steps=2, optimizer=optimizer)
         before = _values(model)
-        y = zoo.integers(4, high=3)
+        y = zoo.normal(4, 3, seed=1)
         model.fit(x, y, batch_size=4, epochs=2, verbose=0)
         for path, value in _values(model).items():
             moved = np.any(value != before[path])
             assert moved == ("/adapter/" not in path), path
 
+    @pytest.mark.every_backend
     def test_mixed_precision(self):
         """Inside the loss scaling that `compile` adds. No attention: JAX's
         takes no float16 on a CPU."""

@@ -14,6 +14,8 @@ from tests.methods import site_of
 from tests.ops.test_counter import compiled
 from tests.ops.test_counter import reference_words
 
+pytestmark = pytest.mark.one_backend("torch")
+
 BACKEND = keras.config.backend()
 RANK = 4
 
@@ -39,10 +41,20 @@ if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
     OPTIMIZERS["schedule_free_adamw"] = lambda **k: (
         keras.optimizers.ScheduleFreeAdamW(0.1, **k)
     )
+#: The most used, one that takes signs, and one with factors for a state.
+QUICK = {"adamw", "lion", "adafactor"}
 needs_multi = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
     reason="this Keras has no MultiOptimizer",
 )
+
+
+def sweep(names):
+    """Cases of tests: `make test-full` runs those that are not `QUICK`."""
+    return [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in names
+    ]
 
 
 def reference_set(seed, pair, step, update_rank, rank=RANK):
@@ -132,6 +144,7 @@ def _compiled_steps_on_torch():
 
 
 class TestMasks:
+    @pytest.mark.every_backend
     def test_golden(self):
         """Of a rank of 8, the 3 directions of 2 pairs in 3 steps; the same on
         every backend, for ever."""
@@ -238,6 +251,7 @@ class TestMasks:
         )
         assert _moved(before[::-1], after[::-1]) == [reference_set(1, 1, 0, 1)]
 
+    @pytest.mark.every_backend
     def test_missing_and_infinite_gradients(self):
         variables, gradients = _pairs()
         gradients[0] = None
@@ -262,7 +276,7 @@ class TestMasks:
 
 
 class TestOptimizers:
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_mask_updates_of_every_optimizer(self, name):
         variables, gradients = _pairs()
         optimizer = MaskedGradient(
@@ -275,7 +289,7 @@ class TestOptimizers:
             ]
             assert all(np.all(np.isfinite(value)) for value in after)
 
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_gradients_are_masked_for_every_optimizer(self, name):
         """As if the inner optimizer had been given the masked gradients."""
         values = []
@@ -430,7 +444,19 @@ class TestOptimizers:
 
 
 class TestFit:
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize(
+        "jit_compile",
+        [
+            False,
+            pytest.param(
+                True,
+                marks=[pytest.mark.slow(reason="PyTorch's compiler takes 8 s")]
+                if BACKEND == "torch"
+                else [],
+            ),
+        ],
+    )
     def test_steps(self, jit_compile):
         """Each step moves what it should by what plain SGD would, and after
         the first epoch nothing is traced again."""
@@ -473,6 +499,7 @@ class TestFit:
         eager = BACKEND == "torch" or BACKEND == "jax" and not jit_compile
         assert len(calls) == (4 if eager else traced)
 
+    @pytest.mark.every_backend
     def test_looked_up_rows(self):
         """Their gradients are sparse on TensorFlow."""
         model, x, targets = zoo.embedding()
@@ -484,6 +511,7 @@ class TestFit:
         )
         assert _moved(before, _by_pair(model)) == [reference_set(0, 0, 0, 2)]
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("outside", [False, True])
     def test_loss_scaling(self, outside):
         keras.config.set_dtype_policy("mixed_float16")
@@ -606,7 +634,9 @@ class TestFit:
         last = zip(trained[-1], validated[-1], strict=True)
         assert all(np.any(a != b) for a, b in last)
 
-    @pytest.mark.parametrize("name", ["sgd", "adamw"])
+    @pytest.mark.parametrize(
+        "name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"]
+    )
     def test_training_resumes_bit_for_bit(self, name, tmp_path):
         straight, x, y = _model()
         straight.compile(MaskedGradient(OPTIMIZERS[name](), 1, seed=8), "mse")

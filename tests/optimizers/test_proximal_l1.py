@@ -10,6 +10,9 @@ from keras_randadapt.optimizers import ProximalL1
 from tests import methods
 from tests.optimizers.test_masked_gradient import OPTIMIZERS
 from tests.optimizers.test_masked_gradient import needs_multi
+from tests.optimizers.test_masked_gradient import sweep
+
+pytestmark = pytest.mark.one_backend
 
 
 def soft_threshold(v, threshold):
@@ -31,6 +34,7 @@ def _apply(optimizer, gradients, variables):
 
 
 class TestProximalL1:
+    @pytest.mark.every_backend
     def test_values_of_the_soft_threshold(self):
         """Values up to twice the threshold survive, as the paper has it."""
         (gate, other), gradients = _variables()
@@ -44,7 +48,7 @@ class TestProximalL1:
         assert after[2] == after[3] == 0
         np.testing.assert_array_equal(untouched, before)
 
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", sweep(OPTIMIZERS))
     def test_every_optimizer(self, name):
         """The inner optimizer's step, then the threshold."""
         plain, gradients = _variables()

@@ -12,6 +12,8 @@ from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _adapters(count=2, rank=3):
     """Variables `A, B, gate` of bare adapters, and gradients."""
@@ -71,6 +73,7 @@ class TestScores:
         )
         methods.close(optimizer.scores(), 0.019125 * expected)
 
+    @pytest.mark.every_backend
     def test_several_steps(self):
         """Weights from before each update, with its own gradients."""
         variables, gradients = _adapters()
@@ -124,6 +127,7 @@ class TestPruning:
                 == (budgets[update])
             )
 
+    @pytest.mark.every_backend
     def test_ties_go_to_the_first(self):
         """Zero gates and gradients: all scores are 0."""
         variables, gradients = _adapters()

@@ -7,6 +7,8 @@ import pytest
 import keras_randadapt as kra
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _orthonormal(rows, columns, seed=0):
     """Orthonormal rows or columns, whichever are fewer."""
@@ -49,6 +51,7 @@ def test_orthonormal_pair_is_as_near_to_the_identity_as_its_rank_allows(rank):
     np.testing.assert_allclose((error**2).sum(), 100 - rank, rtol=1e-4)
 
 
+@pytest.mark.every_backend
 def test_in_the_model_losses_and_the_gradient():
     """Plain SGD on a constant loss follows the penalty's gradient."""
     model, x, targets = zoo.dense()

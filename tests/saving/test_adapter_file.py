@@ -16,6 +16,8 @@ from keras_randadapt.model import file_format
 from tests import methods
 from tests import zoo
 
+pytestmark = pytest.mark.one_backend("torch")
+
 #: The digest of the layers of `zoo.bert`, on every backend.
 LAYERS_OF_BERT = "f5bcd86cca69dad8"
 
@@ -380,6 +382,10 @@ class TestBaseModel:
             kra.load_adapter(other, tmp_path / "x")
         assert kra.sites(other) == {}
 
+    # Nothing is compiled here.
+    @pytest.mark.filterwarnings(
+        "ignore:.* is used inside another:keras_randadapt.AdapterWarning"
+    )
     def test_part_of_a_functional_model(self, tmp_path):
         """A file of the part loads into the whole, and the other way round."""
 

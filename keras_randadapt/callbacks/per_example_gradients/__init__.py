@@ -1,8 +1,8 @@
 """The gradient of every example's loss, on every backend.
 
-One module a backend, with two functions: `strategies`, ways to compute the
-gradients of a chunk, the fastest first and every one exact, and
-`intermediate_bytes`, what one pass holds in memory.
+Each backend has a module with two functions. `strategies` returns ways to
+compute the gradients of a chunk, the fastest first; all are exact.
+`intermediate_bytes` returns the memory of one pass.
 """
 
 import contextlib
@@ -15,31 +15,32 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 
 _backend = importlib.import_module(
     f"keras_randadapt.callbacks.per_example_gradients.{keras.config.backend()}"
 )
 
-#: Bytes that a chunk's gradients and intermediates may take.
+#: The bytes that a chunk's gradients and intermediates may take.
 MEMORY = 256 << 20
 
-# Half precision: the usual scale of losses, and smaller ones in case that
-# the gradient of a single example overflows.
+# The scales of losses in half precision: the usual one, and smaller ones that
+# are tried if the gradient of an example overflows.
 _HALF_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
 
 
 class PerExampleGradients:
     """Gradients of `model.compute_loss` for batches of one example.
 
-    Dropout is off, regularizers of weights are left out, and nothing about
-    the model or any random state changes.
+    Dropout is off, and regularizers of weights do not count. Neither the model
+    nor any random state changes.
 
     Args:
         model: A compiled Keras model.
         variables: list of the variables to differentiate by.
-        chunk_size: int, or `None`: as many examples as fit into `MEMORY`,
-            counting a row of gradients and all intermediates of the forward
-            pass for each.
+        chunk_size: Optional int. The number of examples that are computed at
+            once. The default is as many as fit into `MEMORY`, with a row of
+            gradients and all intermediates of the forward pass for each.
     """
 
     def __init__(self, model, variables, chunk_size=None):
@@ -70,14 +71,15 @@ class PerExampleGradients:
             two = _backend.intermediate_bytes(
                 loss, [np.repeat(array, 2, axis=0) for array in arrays]
             )
-        # The difference: casts of weights, say, are there once for a chunk.
+        # The difference is the memory of one example. Other intermediates,
+        # such as casts of weights, occur once in a chunk.
         self._intermediate_bytes = max(two - one, 0)
         if self.chunk_size is None:
             example = self.row_bytes + self._intermediate_bytes
             self.chunk_size = max(1, int(MEMORY // max(1, example)))
 
     def working_bytes(self, samples):
-        """Bytes that a chunk takes: gradients and intermediates."""
+        """The bytes of a chunk's gradients and intermediates."""
         example = self.row_bytes + self._intermediate_bytes
         return min(self.chunk_size or 1, samples) * example
 
@@ -91,7 +93,8 @@ class PerExampleGradients:
             self.prepare(batch)
         arrays = self._structure.flatten(batch)
         examples = len(arrays[0])
-        # Chunks of one size, or a last one would compile the function anew.
+        # All chunks have one size, since a smaller last chunk would need
+        # another compilation.
         chunks = -(-examples // self.chunk_size)
         size = -(-examples // chunks)
         for start in range(0, examples, size):
@@ -122,9 +125,9 @@ class PerExampleGradients:
             try:
                 return function(chunk, scale)
             except Exception as error:
-                # Anything that a model does may lack a rule for batching or
-                # tracing, so any error: if it is the user's, the last
-                # strategy, a plain loop, raises it.
+                # Any operation of a model may lack a rule for batching or
+                # tracing, so all errors are caught. An error of the user's
+                # code is raised by the last strategy, a loop.
                 if len(self._strategies) == 1:
                     raise
                 self._strategies = self._strategies[1:]
@@ -134,12 +137,13 @@ class PerExampleGradients:
                     f"{type(error).__name__}: {_summary(error)} They are "
                     f"computed {self._strategies[0][0]} instead, which is as "
                     "exact and slower.",
+                    AdapterWarning,
                     stacklevel=2,
                 )
 
 
 class Structure:
-    """The nest of a batch, of which backends see the flat arrays alone."""
+    """The nest of a batch; backends see only its flat list of arrays."""
 
     def __init__(self, batch):
         leaves = keras.tree.flatten(batch)
@@ -156,7 +160,7 @@ class Structure:
 
 
 class ExampleLoss:
-    """The loss of one example, as a function of weights without effects.
+    """The loss of one example, as a pure function of the weights.
 
     Attributes:
         model: The model.
@@ -179,11 +183,11 @@ class ExampleLoss:
         """The loss of an example.
 
         Args:
-            values: list of tensors: values of `variables`.
-            other_values: list of tensors: values of `others`, or empty, if
-                the backend may read them from where they are.
+            values: list of tensors, the values of `variables`.
+            other_values: list of tensors, the values of `others`. It may be
+                empty if the backend can read the variables themselves.
             example: list of tensors without a batch axis.
-            scale: float: a factor.
+            scale: float, a factor of the loss.
         """
         batch = [keras.ops.expand_dims(tensor, 0) for tensor in example]
         return self.of_batch(values, other_values, batch) * scale
@@ -203,7 +207,7 @@ class ExampleLoss:
 
 @contextlib.contextmanager
 def without_regularizers(model):
-    """For a block, no weight of the model has a regularizer."""
+    """Removes the regularizers of all weights of a model during a block."""
     before = [
         (variable, variable.regularizer)
         for variable in model.trainable_variables
@@ -226,14 +230,14 @@ def _takes_training(compute_loss):
 
 
 def _pad(array, size):
-    """Repeats the last example until there are `size`."""
+    """An array whose last example is repeated until there are `size`."""
     return np.concatenate(
         [array, np.repeat(array[-1:], size - len(array), axis=0)]
     )
 
 
 def _summary(error):
-    """What an error says, without what Keras wraps around it."""
+    """The message of an error, without the text that Keras adds."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))
     text = text.partition("Arguments received by")[0]
     return " ".join(text.split())[:300]

@@ -1,4 +1,4 @@
-"""JAX: `vmap` of `grad`, compiled."""
+"""Per-example gradients in JAX: a compiled `vmap` of `grad`."""
 
 import jax
 import numpy as np
@@ -36,20 +36,21 @@ def strategies(loss):
 
 
 def intermediate_bytes(loss, batch):
-    """Bytes of all that the forward pass of a batch computes."""
+    """The bytes of all results in the forward pass of a batch."""
     values, others = _state(loss)
     try:
         closed = jax.make_jaxpr(loss.of_batch)(values, others, batch)
     except Exception:
-        # A model that only runs eagerly, or one that does not run: Keras
-        # makes new errors of JAX's, so their classes do not tell.
+        # The model runs only eagerly, or it does not run. Keras replaces JAX's
+        # errors, so their classes do not distinguish these cases.
         loss.of_batch(values, others, batch)
         return 0
     return _bytes(closed.jaxpr)
 
 
 def _state(loss):
-    # As arguments: what a compiled function reads for itself is a constant.
+    # The values are arguments, because a compiled function would keep values
+    # that it reads itself as constants.
     return (
         [variable.value for variable in loss.variables],
         [variable.value for variable in loss.others],
@@ -70,6 +71,6 @@ def _bytes(jaxpr):
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
             dtype = getattr(variable.aval, "dtype", None)
-            # Keys of random numbers have a dtype of their own.
+            # Random keys have a special dtype without an item size.
             total += int(np.prod(shape)) * getattr(dtype, "itemsize", 0)
     return total

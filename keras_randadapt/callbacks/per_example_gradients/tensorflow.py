@@ -1,4 +1,4 @@
-"""TensorFlow: `vectorized_map` of a gradient tape, under XLA."""
+"""Per-example gradients in TensorFlow: `vectorized_map` of a tape, in XLA."""
 
 import numpy as np
 import tensorflow as tf
@@ -10,20 +10,20 @@ def strategies(loss):
     def gradients(values, example, scale):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            # Variables other than these are read where they are.
+            # All other variables are read directly.
             total = loss(values, [], example, scale)
         found = tape.gradient(
             total, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
-        # Of an embedding, a gradient is a sparse one.
+        # The gradient of an embedding is sparse.
         return [tf.convert_to_tensor(gradient) for gradient in found]
 
     def one(example, scale):
         return gradients(_values(loss), example, scale)
 
-    # Under XLA, not only for speed: a product of examples `(n, 1, rows, dim)`
-    # with one matrix, as vectorizing makes them, crashes TensorFlow 2.21's
-    # oneDNN kernel on CPUs with AVX-512.
+    # XLA is used not only for speed. Vectorizing makes products of examples
+    # `(n, 1, rows, dim)` with one matrix, which crash the oneDNN kernel of
+    # TensorFlow 2.21 on CPUs with AVX-512.
     @tf.function(autograph=False, jit_compile=True)
     def vectorized(chunk, scale):
         values = _values(loss)
@@ -57,14 +57,14 @@ def strategies(loss):
     ]
 
 
-#: Operations whose results take no memory beside their arguments'.
+#: Operations whose results share the memory of their arguments.
 _VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze", "StopGradient"}
 
 
 def intermediate_bytes(loss, batch):
-    """Bytes of all that the forward pass of a batch computes."""
+    """The bytes of all results in the forward pass of a batch."""
     batch = _tensors(batch)
-    # Eagerly first: Keras creates a loss's state when it is first computed.
+    # The loss is first computed eagerly, since Keras then creates its state.
     loss.of_batch(_values(loss), [], batch)
 
     @tf.function(autograph=False)
@@ -74,7 +74,7 @@ def intermediate_bytes(loss, batch):
     try:
         graph = forward.get_concrete_function(batch).graph
     except Exception:
-        # It ran above, so this is a model that only runs eagerly.
+        # The model ran above, so it is one that runs only eagerly.
         return 0
     return sum(
         int(np.prod(output.shape)) * output.dtype.size

@@ -1,4 +1,4 @@
-"""PyTorch: `torch.func`'s `vmap` of `grad`."""
+"""Per-example gradients in PyTorch: `torch.func`'s `vmap` of `grad`."""
 
 import contextlib
 
@@ -43,7 +43,7 @@ def strategies(loss):
 
 
 def intermediate_bytes(loss, batch):
-    """Bytes that the forward pass of a batch keeps for the backward pass."""
+    """The bytes that the forward pass keeps for the backward pass."""
     saved = {}
 
     def pack(tensor):
@@ -60,7 +60,7 @@ def intermediate_bytes(loss, batch):
 
 @contextlib.contextmanager
 def _evaluating(model):
-    # What is no Keras layer, a torch module in a wrapper, looks at this.
+    # Torch modules inside Keras wrappers depend on this mode.
     was_training = model.training
     model.eval()
     try:
@@ -70,7 +70,7 @@ def _evaluating(model):
 
 
 def _plain_attention():
-    # The fused kernels have no rule for batching: `vmap` would loop.
+    # The fused kernels have no rule for batching, so `vmap` would loop.
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
 
 
