@@ -163,7 +163,7 @@ class GaLore(wrapper.OptimizerWrapper):
                 projection.refresh(gradient, is_refreshed)
                 gradient = projection.project(gradient)
             projected.append(gradient)
-        # The rates of this step: the update moves schedules on.
+        # The rates are read before the update, which advances schedules.
         self._decays = [self._decay(variable) for variable in variables]
         return projected
 

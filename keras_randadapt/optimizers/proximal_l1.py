@@ -94,7 +94,7 @@ class ProximalL1(wrapper.OptimizerWrapper):
         variables: list[keras.Variable],
         step: Tensor,
     ) -> list[Tensor | None]:
-        # The rates of this step: the update moves schedules on.
+        # The rates are read before the update, which advances schedules.
         self._rates = {
             place: ops.convert_to_tensor(leaf.learning_rate)
             for place, leaf in self._rate_of.items()
