@@ -9,6 +9,9 @@ import pathlib
 
 import pytest
 
+# It reads the source, which is the same on every backend.
+pytestmark = pytest.mark.one_backend
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "keras_randadapt"
 #: Folders with programs that import the package.

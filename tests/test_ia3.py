@@ -74,6 +74,7 @@ def test_convolution(policy, scales_input):
     methods.close(y, expected, tolerance)
 
 
+@pytest.mark.one_backend
 def test_default_targets_are_keys_values_and_feed_forward_outputs(tmp_path):
     model, x, _ = zoo.bert()
     kra.inject(model, kra.IA3())
@@ -95,6 +96,7 @@ def test_default_targets_are_keys_values_and_feed_forward_outputs(tmp_path):
     np.testing.assert_array_equal(zoo.outputs(other, x), out)
 
 
+@pytest.mark.one_backend
 def test_file_of_a_backbone_loads_into_its_task(tmp_path):
     backbone, _, _ = zoo.bert()
     kra.inject(backbone, kra.IA3())

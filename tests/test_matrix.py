@@ -506,6 +506,7 @@ def test_what_a_method_does_not_take(method, model):
     np.testing.assert_array_equal(zoo.outputs(model, x), before)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "method",
     [m for m in METHODS if not _is_refused(m, "conv2d_grouped")],

@@ -1,6 +1,10 @@
 """The list of seeded faults fits the package as it is."""
 
+import pytest
+
 from tests import seeded_faults
+
+pytestmark = pytest.mark.one_backend
 
 
 def test_every_fault_applies():

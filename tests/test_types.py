@@ -5,6 +5,8 @@ import pytest
 import keras_randadapt as kra
 from tools import check_types
 
+pytestmark = pytest.mark.one_backend
+
 SOURCE = """
 def function(x):
     pass

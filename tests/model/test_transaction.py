@@ -12,6 +12,8 @@ from tests import zoo
 from tests.interruptions import FailingAssignment
 from tests.interruptions import Interruption
 
+pytestmark = pytest.mark.one_backend("torch")
+
 
 def _plain():
     inputs = keras.Input((6,))
@@ -215,7 +217,7 @@ def test_interrupted_anywhere(operation):
     _check_interruptions(operation, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="200 interruptions an operation")
 def test_interrupted_at_200_places(operation):
     _check_interruptions(operation, 200)
 
@@ -268,7 +270,7 @@ def test_interrupted_taking_back(name, tmp_path):
     _check_taking_back(name, 10, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="200 interruptions an operation")
 @pytest.mark.parametrize("name", ["merge", "set_active"])
 def test_interrupted_taking_back_at_200_places(name, tmp_path):
     _check_taking_back(name, 200, tmp_path)
