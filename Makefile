@@ -21,6 +21,8 @@ QUICKSTART_STAMP := $(VENV)/.quickstart
 TEST_STAMP := $(VENV)/.test
 OLDEST_STAMP := $(VENV_OLDEST)/.test
 QUALITY_STAMP := $(VENV)/.quality-models
+VENV_DOCS := .venv-docs
+DOCS_STAMP := $(VENV_DOCS)/.docs
 REQUIREMENTS := pyproject.toml setup.py constraints/models.txt \
 	keras_randadapt/ops/_native.c
 
@@ -28,7 +30,7 @@ REQUIREMENTS := pyproject.toml setup.py constraints/models.txt \
 export TF_CPP_MIN_LOG_LEVEL := 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-full lint format bench dist clean
+.PHONY: help quickstart test test-full lint format bench dist docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +41,7 @@ help:
 	@echo "make format      sort imports and format"
 	@echo "make bench       time the Walsh-Hadamard transform"
 	@echo "make dist        build the wheel and the source distribution in dist/"
+	@echo "make docs        build the site in build/site/; a dead link fails"
 	@echo "make quality-models  install the models of benchmarks/quality/"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
@@ -123,8 +126,19 @@ dist: $(TEST_STAMP)
 	KERAS_RANDADAPT_REQUIRE_NATIVE=1 $(RUN) -m build --no-isolation
 	@$(RUN) tools/check_dist.py dist/* || { rm -rf dist; exit 1; }
 
+# The site is read from the source, so its environment has no backend.
+$(DOCS_STAMP): constraints/docs.txt
+	@echo "Setting up $(VENV_DOCS)"
+	@test -x $(VENV_DOCS)/bin/pip || $(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install --quiet -r constraints/docs.txt
+	@touch $@
+
+# NO_MKDOCS_2_WARNING: a notice of the theme, about its own successor.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_DOCS) .pytest_cache .ruff_cache .mypy_cache
 	rm -rf build dist outputs
 	rm -rf *.egg-info keras_randadapt/ops/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

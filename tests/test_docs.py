@@ -1,4 +1,7 @@
-"""The code blocks of README and docstrings run, and say what they print."""
+"""The code of README, of all pages and of docstrings runs.
+
+The site's own checks, dead links among them, are those of `make docs`.
+"""
 
 import inspect
 import pathlib
@@ -11,15 +14,24 @@ import pytest
 import keras_randadapt as kra
 from tests import zoo
 
-pytestmark = pytest.mark.one_backend("torch")
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+API_EXAMPLES = ROOT / "docs/api_examples.md"
+#: Pages whose blocks run one after the other, in one namespace.
+PAGES = [
+    ROOT / "CONTRIBUTING.md",
+    *(p for p in sorted(ROOT.glob("docs/*.md")) if p != API_EXAMPLES),
+]
+#: Pages whose sentences are checked.
+PROSE = [README, ROOT / "SECURITY.md", API_EXAMPLES, *PAGES]
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
-
-
-def _blocks(text):
-    return [inspect.cleandoc("\n" + code) for _, code in BLOCK.findall(text)]
-
+ANY_BLOCK = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+NAMED_BLOCK = re.compile(
+    r"^## `([\w.]+)`\n+```python\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
+LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
+BACKENDS = ["jax", "tensorflow", "torch"]
 
 NEEDS_MULTI_OPTIMIZER = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
@@ -27,32 +39,143 @@ NEEDS_MULTI_OPTIMIZER = pytest.mark.skipif(
 )
 
 
+def _blocks(text):
+    return [inspect.cleandoc("\n" + code) for _, code in BLOCK.findall(text)]
+
+
+def _namespace():
+    """A compiled classifier and data for it, as pages and docstrings say."""
+    model, x, _ = zoo.bert_classifier(128)
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return {
+        "kra": kra,
+        "keras": keras,
+        "np": np,
+        "model": model,
+        "classifier": model,
+        "x": x,
+        "y": zoo.integers(4, high=3),
+    }
+
+
+def _run(code, name, namespace):
+    exec(compile(code, name, "exec"), namespace)
+
+
+def _run_example(code, name):
+    """Runs code that may start from an adapted model."""
+    namespace = _namespace()
+    if "kra.inject" not in code:
+        model = namespace["model"]
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits")
+        kra.save_adapter(model, "sentiment.safetensors")
+    _run(code, name, namespace)
+
+
+def _bert_tiny():
+    """A classifier of the shape of the preset that README names."""
+    import keras_hub
+
+    words = "a joy from start to end dull and endless film".split()
+    tokenizer = keras_hub.models.BertTokenizer(
+        vocabulary=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    )
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=30522,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=128,
+        intermediate_dim=512,
+        max_sequence_length=512,
+    )
+    presets = keras_hub.models.BertTextClassifier.presets
+    metadata = presets["bert_tiny_en_uncased"]["metadata"]
+    assert backbone.count_params() == metadata["params"]
+    return keras_hub.models.BertTextClassifier(
+        backbone=backbone,
+        num_classes=2,
+        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
+            tokenizer, sequence_length=16
+        ),
+    )
+
+
 @NEEDS_MULTI_OPTIMIZER
 def test_readme(tmp_path, monkeypatch, capsys):
     """In order, in one namespace. A preset comes from the network, so here
-    its name gives a model of the same class."""
+    its name gives a model of the same class and shape."""
     import keras_hub
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         keras_hub.models.BertTextClassifier,
         "from_preset",
-        lambda name, num_classes, preprocessor: zoo.bert_classifier(128)[0],
+        lambda name, num_classes: _bert_tiny(),
     )
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     blocks = _blocks(text)
-    assert len(blocks) == text.count("```python") >= 4
+    assert len(blocks) == text.count("```python") >= 2
     namespace = {}
     for i, code in enumerate(blocks):
-        exec(compile(code, f"README.md block {i}", "exec"), namespace)
+        _run(code, f"README.md block {i}", namespace)
         if i == 0:
             printed = capsys.readouterr().out.strip()
             assert printed in text
-            assert (tmp_path / "task.safetensors").stat().st_size < 2600
+            assert (tmp_path / "sentiment.safetensors").stat().st_size < 13000
 
 
-def _public():
-    for module in (
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def _pages():
+    """Each page runs on one backend, and on all of them in `make test-full`."""
+    for i, page in enumerate(PAGES):
+        text = page.read_text(encoding="utf-8")
+        blocks = _blocks(text)
+        assert len(blocks) == text.count("```python"), page
+        if not blocks:
+            continue
+        marks = []
+        if BACKENDS[i % 3] != keras.backend.backend():
+            marks.append(pytest.mark.slow)
+        if "learning_rate_groups(" in text:
+            marks.append(NEEDS_MULTI_OPTIMIZER)
+        yield pytest.param(page, blocks, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize(("page", "blocks"), _pages())
+def test_page(page, blocks, tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace = _namespace()
+    for i, code in enumerate(blocks):
+        _run(code, f"{page.name} block {i}", namespace)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.stem)
+def test_links_lead_to_files(page):
+    text = ANY_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for link in LINK.findall(text):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.stem)
+def test_how_sentences_open(page):
+    """A sentence that opens so says what it is about too late."""
+    text = ANY_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    found = re.findall(
+        r"(?:^|[.:!?]\s+|\n\n|\| |- )((?:Of|What|Those|Said) .*)", text
+    )
+    assert not found
+
+
+def _modules():
+    return (
         kra,
         kra.optimizers,
         kra.ops.counter,
@@ -61,45 +184,62 @@ def _public():
         kra.bases,
         kra.analysis,
         kra.callbacks,
-    ):
-        for name, value in vars(module).items():
+        kra.random,
+        kra.hadamard,
+    )
+
+
+def _public():
+    """Pairs of a public name, such as `ops.fwht`, and its value."""
+    for module in _modules():
+        prefix = module.__name__.partition(".")[2]
+        for name in getattr(module, "__all__", None) or vars(module):
+            value = getattr(module, name)
             if name.startswith("_") or inspect.ismodule(value):
                 continue
-            if _blocks(inspect.getdoc(value) or ""):
-                marks = []
-                if name == "learning_rate_groups":
-                    marks = [NEEDS_MULTI_OPTIMIZER]
-                yield pytest.param(
-                    value, id=f"{module.__name__}.{name}", marks=marks
-                )
+            # Of a module without `__all__`, what it defines itself.
+            home = getattr(value, "__module__", None) or ""
+            if home.startswith("keras_randadapt"):
+                yield ".".join(filter(None, [prefix, name])), value
 
 
-@pytest.mark.parametrize("value", list(_public()))
+def _docstrings():
+    for name, value in _public():
+        if _blocks(inspect.getdoc(value) or ""):
+            marks = []
+            if name.endswith("learning_rate_groups"):
+                marks = [NEEDS_MULTI_OPTIMIZER]
+            yield pytest.param(value, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("value", list(_docstrings()))
 def test_docstring(value, tmp_path, monkeypatch):
-    """With a classifier and data at hand, adapted already where the example
-    starts from an adapted model."""
     monkeypatch.chdir(tmp_path)
-    model, x, _ = zoo.bert_classifier(128)
-    y = zoo.integers(4, high=3)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss)
-    namespace = {
-        "kra": kra,
-        "keras": keras,
-        "np": np,
-        "model": model,
-        "classifier": model,
-        "x": x,
-        "y": y,
-    }
     code = "\n".join(_blocks(inspect.getdoc(value)))
-    if "kra.inject" not in code:
-        kra.inject(model, kra.LoRA(2), keep_trainable="logits")
-        kra.save_adapter(model, "sentiment.safetensors")
-    exec(compile(code, f"docstring of {value}", "exec"), namespace)
+    _run_example(code, f"docstring of {value}")
 
 
-def test_every_public_name_has_a_docstring():
-    for name, value in vars(kra).items():
-        if not name.startswith("_"):
-            assert inspect.getdoc(value), name
+def _api_examples():
+    found = NAMED_BLOCK.findall(API_EXAMPLES.read_text(encoding="utf-8"))
+    for i, (name, code) in enumerate(found):
+        marks = []
+        if BACKENDS[i % 3] != keras.backend.backend():
+            marks.append(pytest.mark.slow)
+        yield pytest.param(code, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("code", _api_examples())
+def test_api_example(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _run_example(code, "docs/api_examples.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [pytest.param(*pair, id=pair[0]) for pair in _public()]
+)
+def test_public_name_is_documented(name, value):
+    """It has a docstring and an example, there or in docs/api_examples.md."""
+    doc = inspect.getdoc(value)
+    assert doc
+    examples = API_EXAMPLES.read_text(encoding="utf-8")
+    assert "Example:" in doc or f"## `{name}`\n" in examples
