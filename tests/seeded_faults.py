@@ -910,7 +910,7 @@ FAULTS = [
     Fault(
         "loss_scale_starts_afresh",
         "lost setting",
-        "optimizers/wrapper.py",
+        "optimizers/automatic.py",
         "attach",
         "type(optimizer)(inner, **config)",
         "type(optimizer)(inner)",
@@ -947,7 +947,7 @@ FAULTS = [
     Fault(
         "shared_weights_counted_twice",
         "skipped check",
-        "callbacks/pac_bayes_checks.py",
+        "callbacks/pac_bayes_setup.py",
         "regularized_weights",
         "id(variable) in seen or seen.add(id(variable))",
         "id(variable) in seen",

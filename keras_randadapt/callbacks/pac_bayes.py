@@ -16,7 +16,7 @@ from keras_randadapt._types import Data
 from keras_randadapt._types import Logs
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.callbacks import example_source
-from keras_randadapt.callbacks import pac_bayes_checks as checks
+from keras_randadapt.callbacks import pac_bayes_setup as setup
 from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.regularizers import pac_bayes
@@ -144,14 +144,14 @@ class PACBayes(keras.callbacks.Callback):
         chunk_size: int | None = None,
     ):
         super().__init__()
-        self.strength = checks.check_strength("strength", strength)
-        self.head_strength = checks.check_strength(
+        self.strength = setup.check_strength("strength", strength)
+        self.head_strength = setup.check_strength(
             "head_strength", head_strength
         )
-        self.samples = checks.check_count("samples", samples)
+        self.samples = setup.check_count("samples", samples)
         self.every = every
         if every != "epoch":
-            self.every = checks.check_count("every", every, 'or "epoch"')
+            self.every = setup.check_count("every", every, 'or "epoch"')
             # It is set only here and is no method, because Keras waits for
             # every step's logs if a callback has this method.
             self.on_train_batch_end = self._count_steps
@@ -165,7 +165,7 @@ class PACBayes(keras.callbacks.Callback):
         )
         self.seed = random.check_seed(seed)
         if chunk_size is not None:
-            chunk_size = checks.check_count("chunk_size", chunk_size, "or None")
+            chunk_size = setup.check_count("chunk_size", chunk_size, "or None")
         self.chunk_size = chunk_size
         self._pipeline = x
         self._source = example_source.source_of(x, y, sample_weight)
@@ -235,14 +235,14 @@ class PACBayes(keras.callbacks.Callback):
     # Attaching and detaching.
 
     def set_model(self, model: keras.Model) -> None:
-        checks.check_one_device(model)
+        setup.check_one_device(model)
         state = state_lib.state_of(model)
         state_lib.check_no_block(model)
-        weights, heads = checks.regularized_weights(
+        weights, heads = setup.regularized_weights(
             model, state, self.head_strength
         )
         if self._penalty is None:
-            penalty = self._new_penalty(weights, heads)
+            penalty = setup.new_penalty(self, weights, heads)
         else:
             self._check_same(weights, heads)
             penalty = self._penalty
@@ -264,21 +264,6 @@ class PACBayes(keras.callbacks.Callback):
         # file.
         if penalty.is_attached:
             self._attach(model, state, stack)
-
-    def _new_penalty(self, weights, heads):
-        owner = weights.variables[0].path.rpartition("/adapter/")[0]
-        with keras.name_scope("pac_bayes", override_parent=f"{owner}/adapter"):
-            return pac_bayes.PACBayesPenalty(
-                weights,
-                heads,
-                samples=self.samples,
-                strength=self.strength,
-                head_strength=self.head_strength,
-                mode=self.mode,
-                blocks=self.blocks,
-                reduction=self.reduction,
-                reference=self.reference,
-            )
 
     def _check_same(self, weights, heads):
         before = self._penalty.flat.variables

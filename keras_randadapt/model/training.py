@@ -4,7 +4,7 @@ import functools
 
 from keras_randadapt import _compat
 from keras_randadapt.model.state import is_adapted
-from keras_randadapt.optimizers import wrapper
+from keras_randadapt.optimizers import automatic
 
 
 def apply_trainable(model):
@@ -53,7 +53,7 @@ def wrapped_optimizer(model, optimizer, names):
         )
         for name in names
     ]
-    return wrapper.attach(optimizer, wraps)
+    return automatic.attach(optimizer, wraps)
 
 
 def wrap_optimizer(model):

@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_randadapt as kra
 from keras_randadapt.optimizers import OptimizerWrapper
+from keras_randadapt.optimizers import automatic
 from keras_randadapt.optimizers import wrapper
 from tests import zoo
 
@@ -182,36 +183,36 @@ class TestAttach:
         sgd = keras.optimizers.SGD()
         wrap = lambda o: Shrink(o, 0.1)  # noqa: E731
         other = lambda o: Shrink(o, 0.2)  # noqa: E731
-        one = wrapper.attach(sgd, [wrap])
+        one = automatic.attach(sgd, [wrap])
         assert one.inner_optimizer is sgd and one.automatic
-        assert wrapper.attach(one, [wrap]) is one
-        two = wrapper.attach(one, [wrap, other])
+        assert automatic.attach(one, [wrap]) is one
+        two = automatic.attach(one, [wrap, other])
         assert two.threshold == 0.2
         assert two.inner_optimizer.threshold == 0.1
         assert two.inner_optimizer.inner_optimizer is sgd
-        assert wrapper.attach(two, [other]).inner_optimizer is sgd
-        assert wrapper.attach(two, []) is sgd
-        assert wrapper.attach(two, [lambda o: o]) is sgd
+        assert automatic.attach(two, [other]).inner_optimizer is sgd
+        assert automatic.attach(two, []) is sgd
+        assert automatic.attach(two, [lambda o: o]) is sgd
 
     def test_wrappers_of_the_user_stay(self):
         mine = Shrink(keras.optimizers.SGD(), 0.1)
-        assert wrapper.attach(mine, []) is mine
-        wrapped = wrapper.attach(mine, [lambda o: Shrink(o, 0.1)])
+        assert automatic.attach(mine, []) is mine
+        wrapped = automatic.attach(mine, [lambda o: Shrink(o, 0.1)])
         assert wrapped.inner_optimizer is mine
         again = Shrink.from_config(wrapped.get_config())
         assert again.automatic and not again.inner_optimizer.automatic
-        assert not wrapper.attach(again, []).automatic
+        assert not automatic.attach(again, []).automatic
 
     def test_inside_loss_scaling(self):
         mine = keras.optimizers.LossScaleOptimizer(
             keras.optimizers.SGD(), dynamic_growth_steps=7, name="mine"
         )
-        wrapped = wrapper.attach(mine, [lambda o: Shrink(o, 0.1)])
+        wrapped = automatic.attach(mine, [lambda o: Shrink(o, 0.1)])
         assert isinstance(wrapped, keras.optimizers.LossScaleOptimizer)
         assert (wrapped.dynamic_growth_steps, wrapped.name) == (7, "mine")
         assert wrapped.inner_optimizer.inner_optimizer is mine.inner_optimizer
-        assert wrapper.attach(mine, []) is mine
-        bare = wrapper.attach(wrapped, [])
+        assert automatic.attach(mine, []) is mine
+        bare = automatic.attach(wrapped, [])
         assert bare.inner_optimizer is mine.inner_optimizer
 
 

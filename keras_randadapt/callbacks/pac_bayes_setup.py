@@ -95,3 +95,26 @@ def regularized_weights(model, state, head_strength):
                 f"head_strength={head_strength}"
             )
     return pac_bayes.FlatWeights(sites), pac_bayes.FlatWeights(heads)
+
+
+def new_penalty(callback, weights, heads):
+    """The penalty of a `PACBayes` callback.
+
+    Args:
+        callback: The callback.
+        weights: `FlatWeights` of the adapters.
+        heads: `FlatWeights` of the kept layers.
+    """
+    owner = weights.variables[0].path.rpartition("/adapter/")[0]
+    with keras.name_scope("pac_bayes", override_parent=f"{owner}/adapter"):
+        return pac_bayes.PACBayesPenalty(
+            weights,
+            heads,
+            samples=callback.samples,
+            strength=callback.strength,
+            head_strength=callback.head_strength,
+            mode=callback.mode,
+            blocks=callback.blocks,
+            reduction=callback.reduction,
+            reference=callback.reference,
+        )
