@@ -31,7 +31,8 @@ NAMED_BLOCK = re.compile(
     r"^## `([\w.]+)`\n+```python\n(.*?)^```", re.DOTALL | re.MULTILINE
 )
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
-BACKENDS = ["jax", "tensorflow", "torch"]
+
+pytestmark = pytest.mark.one_backend("torch")
 
 NEEDS_MULTI_OPTIMIZER = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
@@ -131,16 +132,14 @@ def test_readme_is_short():
 
 
 def _pages():
-    """Each page runs on one backend, and on all of them in `make test-full`."""
+    """The pages take turns at the backends."""
     for i, page in enumerate(PAGES):
         text = page.read_text(encoding="utf-8")
         blocks = _blocks(text)
         assert len(blocks) == text.count("```python"), page
         if not blocks:
             continue
-        marks = []
-        if BACKENDS[i % 3] != keras.backend.backend():
-            marks.append(pytest.mark.slow)
+        marks = [pytest.mark.one_backend(i)]
         if "learning_rate_groups(" in text:
             marks.append(NEEDS_MULTI_OPTIMIZER)
         yield pytest.param(page, blocks, id=page.stem, marks=marks)
@@ -222,9 +221,7 @@ def test_docstring(value, tmp_path, monkeypatch):
 def _api_examples():
     found = NAMED_BLOCK.findall(API_EXAMPLES.read_text(encoding="utf-8"))
     for i, (name, code) in enumerate(found):
-        marks = []
-        if BACKENDS[i % 3] != keras.backend.backend():
-            marks.append(pytest.mark.slow)
+        marks = [pytest.mark.one_backend(i)]
         yield pytest.param(code, id=name, marks=marks)
 
 
