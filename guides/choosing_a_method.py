@@ -4,7 +4,7 @@
 All methods of this library train a small part in place of a large model, and
 `inject`, `fit`, `save_adapter` and `load_adapter` are the same for all. They
 differ in what they train, what that costs, and what can be done afterwards.
-In short:
+This table sums it up:
 
 | you want | take |
 |---|---|
@@ -17,7 +17,7 @@ In short:
 | the fewest trained numbers that a model can do with | `SAID` |
 | room for more than a linear change | `Bottleneck` |
 
-What follows counts and measures all of them on one model.
+The rest of this page counts and measures them on one model.
 """
 
 import csv
@@ -43,15 +43,15 @@ model, backbone, preprocessor = classifier.load(
 ## What they train, what they take, what they allow
 
 The trained weights and the file follow from shapes, so nothing is trained
-here. MiniLM has 6 layers of dimension 384; `targets=None` means the query and
-value projections, for BitFit whatever has a bias, for a `Bottleneck` the
-attention and feed-forward networks.
+here. MiniLM has 6 layers of dimension 384. `targets=None` means the query and
+value projections. For BitFit it means every layer with a bias, and for a
+`Bottleneck` the attention and feed-forward networks.
 
-The last three columns are declared by each class. What an *additive* method
-adds does not depend on what it is added to; DoRA wraps those that change
-kernels. Whatever can be *merged* costs nothing in use. Most take Dense and
-EinsumDense (a *product*), convolutions and embeddings (a *lookup*), BitFit
-normalizations too.
+Each class declares the last three columns. The update of an *additive* method
+does not depend on the kernel, and DoRA wraps additive methods that change
+kernels. A method that can be *merged* costs nothing in use. Most methods take
+Dense and EinsumDense (a *product*), convolutions and embeddings (a *lookup*).
+BitFit takes normalizations too.
 """
 
 TEMPLATES = {
@@ -101,10 +101,10 @@ standard deviation over three draws of them. The learning rate was chosen
 between the recommended one and five times that, on held-out examples.
 
 Differences in accuracy below two or three points are within the noise of three
-seeds: read the picture for what is out of the crowd, not for a ranking. (Points
+seeds. Read the picture for methods that stand apart, not for a ranking. (Points
 are moved sideways by up to 12 %, so that equal sizes do not cover each other.)
-On a model this small nearly all of a step is the frozen model itself; the
-memory would tell more on a long batch of a large one.
+On a model this small nearly all of a step is the frozen model itself. The
+memory would tell more on a long batch of a large model.
 """
 
 HERE = pathlib.Path(__file__).parent
@@ -154,12 +154,12 @@ axis.set_ylabel("test accuracy on SST-2 from 100 examples, %")
 """
 ## Advice that holds for all
 
-- **The learning rate matters more than the method.** Each class says what its
-  source trains with, `template.recommended_learning_rate`; with few steps a
-  few times that is better. Heads want a rate of their own:
-  `kra.optimizers.learning_rate_groups`.
+- **The learning rate matters more than the method.** Each class states the rate
+  of its source, `template.recommended_learning_rate`. With few steps, a few
+  times that rate is better. Heads want a rate of their own, which
+  `kra.optimizers.learning_rate_groups` gives them.
 - **LoRA+** trains LoRA's `B`, which starts at zero, at 16 times the rate of
-  `A`; it costs nothing:
+  `A`. It costs nothing:
 """
 
 kra.inject(model, kra.LoRA(8), keep_trainable="logits")
@@ -175,11 +175,12 @@ kra.eject(model)
 - **More sites or more rank** are two ways to spend weights:
   `targets="all-linear"` adapts the feed-forward networks too, and `LoRA` takes
   other ranks for some sites with `site_ranks`.
-- **Another start:** `initialization="pissa"` or `"olora"` of `LoRA` begin with
-  the kernel's own directions; their papers report that it learns faster.
+- **Another start** may help: `initialization="pissa"` or `"olora"` of `LoRA`
+  begins with the kernel's own directions. Their papers report that it learns
+  faster.
 - **Merge before you serve**, unless several adapters share one model in
   memory. A `Bottleneck` can't be merged and keeps its cost.
 - **Memory** in training is mostly activations. LoRA-FA keeps a thin
-  projection of them on JAX and PyTorch; GaLore saves the optimizer's state of
-  whole kernels, at the price of a decomposition now and then.
+  projection of them on JAX and PyTorch. GaLore shrinks the optimizer's state
+  of whole kernels, at the price of a decomposition now and then.
 """

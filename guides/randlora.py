@@ -11,14 +11,15 @@ with random matrices `A` and `B_j` that are frozen, and trains the vectors
 update has full rank, at the number of trained weights of a low-rank LoRA.
 
 **Choose it** when there is data enough that LoRA of a higher rank still gets
-better: vision models and long instruction tuning, says the paper. A smaller
+better. The paper names vision models and long instruction tuning. A smaller
 `rank` means more terms, more trained weights and a richer update.
 
 **Choose another one** for a handful of examples (RLoRA trains 12 times less at
 its usual rank) or where the last bit of speed counts.
 
-The bases may be Gaussian, uniform or sparse, as in the paper, or `"hadamard"`:
-randomized Hadamard transforms, of which nothing is stored.
+The bases may be Gaussian, uniform or sparse, as in the paper. They may also be
+`"hadamard"`: these are randomized Hadamard transforms, and nothing of them is
+stored.
 """
 
 import os
@@ -62,8 +63,8 @@ validation = arrays(split.validation)
 ## Two adapters of one size
 
 RandLoRA of rank 16 trains 24 * (16 + 384) = 9,600 weights a 384 x 384
-projection, LoRA of rank 12 trains 9,216. Both are trained in turn on the same
-model.
+projection, and LoRA of rank 12 trains 9,216. Both are trained in turn on the
+same model.
 """
 
 
@@ -101,9 +102,10 @@ spectra = {name: train(name, one, 3e-3) for name, one in adapters.items()}
 """
 ## The spectrum of the updates
 
-The singular values of the first site's update: LoRA's stop at its rank, and
-RandLoRA's go on to the last dimension. The printed accuracies come from one
-seed, and differences of two or three points between them are noise.
+The picture shows the singular values of the first site's update. LoRA's stop at
+its rank, and RandLoRA's go on to the last dimension. The printed accuracies
+come from one seed, and differences of two or three points between them are
+noise.
 """
 
 figure, axis = plt.subplots()
@@ -117,11 +119,11 @@ axis.legend()
 """
 ## How it is computed
 
-`compute="factored"` multiplies inputs by the bases, two products a token;
+`compute="factored"` multiplies inputs by the bases, two products a token.
 `"materialized"` forms the update once a step, adds it to the kernel and
-multiplies once. `"auto"`, the default, takes what needs fewer multiply-adds
-for the number of tokens at hand. The results are the same up to rounding, here
-with random values in place of trained ones.
+multiplies once. `"auto"`, the default, takes the way that needs fewer
+multiply-adds for the number of tokens at hand. The results are the same up to
+rounding. Here random values stand in for trained ones.
 """
 
 small = {name: value[:8] for name, value in validation[0].items()}

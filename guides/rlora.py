@@ -7,8 +7,8 @@ RLoRA (Lei, Qian and Cheung, Findings of ACL 2024) adapts a layer by
 
 where `A` and `B` are randomized Walsh-Hadamard transforms: random sign flips,
 a fast orthogonal transform, and a choice of rows. They are frozen, and a seed
-rebuilds them, so they are neither trained nor stored. What is trained are two
-vectors, `alpha` of length `rank` and `beta` as long as the output.
+rebuilds them, so they are neither trained nor stored. Two vectors are trained:
+`alpha` of length `rank`, and `beta` as long as the output.
 
 **Choose it** when adapters must be small (many tasks on one model, adapters
 that travel), or when there are few examples: a model with fewer trainable
@@ -63,9 +63,9 @@ validation = arrays(split.validation)
 """
 ## Inject
 
-The query and value projections get an adapter each, the rest is frozen, and
-the head is trained along. The adapted model computes what the base model
-computes until it is trained, because `beta` starts at zero.
+The query and value projections get an adapter each. The head is trained along,
+and the rest is frozen. The adapted model computes what the base model computes
+until it is trained, because `beta` starts at zero.
 """
 
 report = kra.inject(model, kra.RLoRA(rank=384, seed=0), keep_trainable="logits")
@@ -109,8 +109,8 @@ for name in ("loss", "pac_bayes", "accuracy", "val_accuracy"):
 """
 ## Where the information sits
 
-What the callback estimated says how much each layer's adapter has learned
-about the examples: the paper's Figure 3, layers by epochs.
+The callback's estimates say how much each layer's adapter has learned about
+the examples. The picture is the paper's Figure 3, layers by epochs.
 """
 
 pac_bayes.plot()
@@ -119,9 +119,9 @@ plt.tight_layout()
 """
 ## Without the term
 
-The same run without the callback, from the same start, for comparison. With
-200 sentences and one seed, a difference of a few points in the last line is
-noise: `benchmarks/quality/rlora.py` compares methods over paired seeds.
+The same run is repeated without the callback, from the same start. With 200
+sentences and one seed, a difference of a few points in the last line is noise.
+`benchmarks/quality/rlora.py` compares methods over paired seeds.
 """
 
 kra.save_adapter(model, "rlora.safetensors")

@@ -10,7 +10,7 @@ and adds two things to training, none of which stays in the model:
   so none of them can leave the work to the others.
 
 **Choose it** when LoRA of your rank overfits or its gain from a higher rank is
-small. What is shipped is a LoRA: the same file size, the same speed.
+small. The trained adapter is a LoRA, of the same file size and the same speed.
 
 **Choose another one** when the number of trained weights should go down too:
 that is what RLoRA is for.
@@ -102,8 +102,8 @@ for name, history in histories.items():
 """
 ## The effective rank while training
 
-The effective rank is the exponential of the entropy of the singular values: 32
-if all are equal, 1 if one is all there is.
+The effective rank is the exponential of the entropy of the singular values. It
+is 32 if all are equal, and 1 if only one is not zero.
 """
 
 figure, axis = plt.subplots()

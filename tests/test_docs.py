@@ -23,7 +23,13 @@ PAGES = [
     *(p for p in sorted(ROOT.glob("docs/*.md")) if p != API_EXAMPLES),
 ]
 #: Pages whose sentences are checked.
-PROSE = [README, ROOT / "SECURITY.md", API_EXAMPLES, *PAGES]
+PROSE = [
+    README,
+    ROOT / "SECURITY.md",
+    API_EXAMPLES,
+    *PAGES,
+    *sorted(ROOT.glob("guides/*.md")),
+]
 
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 ANY_BLOCK = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
@@ -145,7 +151,7 @@ def _pages():
         yield pytest.param(page, blocks, id=page.stem, marks=marks)
 
 
-@pytest.mark.parametrize(("page", "blocks"), _pages())
+@pytest.mark.parametrize(("page", "blocks"), list(_pages()))
 def test_page(page, blocks, tmp_path, monkeypatch):
     import matplotlib
 
@@ -225,7 +231,7 @@ def _api_examples():
         yield pytest.param(code, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("code", _api_examples())
+@pytest.mark.parametrize("code", list(_api_examples()))
 def test_api_example(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_example(code, "docs/api_examples.md")
