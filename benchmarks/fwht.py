@@ -5,8 +5,8 @@
 
 For every size `d`, a float32 tensor of 4M elements and shape `(4M / d, d)` is
 transformed by `fwht`, multiplied by the dense Hadamard matrix, and copied,
-one after the other in one loop; the table has the median times of that loop
-and their ratios. The backward pass is the vector-Jacobian product alone.
+one after the other in one loop. The table has the median times of that loop
+and their ratios. The backward pass is only the vector-Jacobian product.
 
 JAX runs under `jax.jit`, TensorFlow under `tf.function` (with `--jit-compile`
 under XLA), PyTorch eagerly. The copy is out of place, in the same framework:
@@ -23,7 +23,7 @@ import side_by_side
 
 ELEMENTS = 1 << 22
 SIZES = (256, 768, 1024, 3072, 4096, 11008, 16384)
-# A dense matrix above this takes a gigabyte, and seconds a product.
+# A larger dense matrix takes a gigabyte, and a product with it takes seconds.
 DENSE_LIMIT = 11008
 COLUMNS = (
     ("pass", "{}"),
@@ -43,7 +43,7 @@ def jax_functions():
         return jax.jit(function)
 
     def backward(function):
-        # Linear functions: their transpose needs no forward pass.
+        # The functions are linear, so their transpose needs no forward pass.
         def pullback(g):
             transpose = jax.linear_transpose(
                 function, jax.ShapeDtypeStruct(g.shape, g.dtype)
@@ -64,7 +64,7 @@ def tensorflow_functions(jit_compile):
         return tf.function(function, jit_compile=jit_compile)
 
     def backward(function):
-        # The forward pass has no use here, and is pruned from the graph.
+        # The forward pass is not needed and is pruned from the graph.
         def pullback(g):
             x = tf.zeros_like(g)
             with tf.GradientTape() as tape:
@@ -107,7 +107,7 @@ def medians(functions, x, repeats, wait):
             start = time.perf_counter()
             wait(function(x))
             elapsed = time.perf_counter() - start
-            # The first two compile, and fill caches.
+            # The first two repetitions compile and fill caches.
             if repeat >= 2:
                 times[name].append(1e3 * elapsed)
     return {name: statistics.median(t) for name, t in times.items()}

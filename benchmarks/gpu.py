@@ -2,21 +2,23 @@
 
     python benchmarks/gpu.py            # minutes, on one GPU
 
-In processes of their own:
+Each of these runs in its own processes:
 
-- `fwht` and the randomized projection against float64, for many orders and
-  dtypes: the largest error over the largest number.
-- Their times over that of copying the tensor on the device, 256M elements. The
-  projection is RLoRA's of rank 512, two stages: it reads the tensor and writes
-  a part of it, so less than one copy is possible.
-- Training steps of a stack of Llama blocks in the shape of a model of 1B
-  parameters, bfloat16, 4,096 tokens, and their memory: `training_step.py`.
+- It compares `fwht` and the randomized projection with float64, for many orders
+  and dtypes, and prints the largest error over the largest number.
+- It divides their times by that of copying the tensor on the device, for 256M
+  elements. The projection is RLoRA's of rank 512 with two stages. It reads the
+  tensor and writes a part of it, so it may take less time than a copy.
+- It measures training steps of a stack of Llama blocks and their memory, with
+  `training_step.py`. The shape is that of a model of 1B parameters, in bfloat16
+  with 4,096 tokens.
 
 PyTorch runs the Triton kernel of `keras_randadapt/ops/triton.py`, and JAX runs
-matrix products. The table at the end has what issue trackers ask for first.
+matrix products. The table at the end has the figures that issue trackers ask
+for first.
 
-`--quick` runs small sizes of everything, on a CPU as well; where
-`TRITON_INTERPRET=1` is set, with the kernel.
+`--quick` runs small sizes of everything, also on a CPU. It uses the kernel if
+`TRITON_INTERPRET=1` is set.
 """
 
 import argparse
@@ -40,15 +42,15 @@ ORDERS = (16, 64, 256, 768, 1024, 1536, 3584, 4096, 8192, 11008, 28672, 32768)
 SIZES = (768, 1024, 2048, 4096, 8192, 11008, 16384, 32768)
 DTYPES = ("float32", "bfloat16", "float16")
 TIMED = ("float32", "bfloat16")
-# So many that launching a kernel takes less time than running it.
+# With so many elements, launching a kernel takes less time than running it.
 ELEMENTS = 1 << 28
 RANK = 512
-#: Of the largest number: what a few roundings of the dtype leave.
+#: The error of a few roundings, as a fraction of the largest number.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 
 class Device:
-    """What differs between the backends."""
+    """The operations that differ between the backends."""
 
     def __init__(self, quick):
         import keras
@@ -75,7 +77,7 @@ class Device:
             self.compiled = jax.jit
 
     def way(self):
-        """What transforms are here."""
+        """Whether transforms run in the kernel, as words for a heading."""
         import keras_randadapt as kra
 
         x = self.random(16, 1024, "float32")
@@ -101,10 +103,10 @@ class Device:
         return keras.ops.cast(x, dtype)
 
     def time(self, function, x):
-        """Milliseconds of a launch: medians of rounds of several."""
+        """The milliseconds of a launch, the median over rounds."""
         times = []
         for _ in range(self.rounds):
-            # The first time, it compiles.
+            # The first call compiles.
             self.wait(function(x))
             start = time.perf_counter()
             for _ in range(self.launches):
@@ -114,7 +116,7 @@ class Device:
         return statistics.median(times)
 
     def host_time(self, function, x):
-        """Microseconds to launch, of which a small kernel hides none."""
+        """The microseconds of a launch on the host."""
         self.wait(function(x))
         start = time.perf_counter()
         for _ in range(100):
@@ -133,7 +135,7 @@ class Device:
 
 
 def projection(order, rank):
-    """RLoRA's first basis for a dimension: its plan."""
+    """The plan of RLoRA's first basis for a dimension."""
     from keras_randadapt import random
     from keras_randadapt.ops import RandomizedTransform
 
@@ -143,7 +145,7 @@ def projection(order, rank):
 
 
 def errors(device, orders, dtype):
-    """The largest relative error, of all orders and both directions."""
+    """The largest relative error over all orders and both directions."""
     import keras
 
     from keras_randadapt.ops import numpy as reference
@@ -165,12 +167,12 @@ def errors(device, orders, dtype):
         got = keras.ops.convert_to_numpy(keras.ops.cast(got, "float32"))
         error = np.abs(got - expected).max() / np.abs(expected).max()
         found.append((float(error), order))
-    # A result that is no number is the worst.
+    # NaN counts as the largest error.
     return max(found, key=lambda pair: (math.isnan(pair[0]), pair[0]))
 
 
 def ratios(device, order, dtype, elements):
-    """Times of fwht and projection, forward and adjoint, over a copy's."""
+    """The times of fwht, projection and adjoint, divided by a copy's."""
     import keras
 
     from keras_randadapt.ops import fwht
@@ -196,7 +198,7 @@ def ratios(device, order, dtype, elements):
 
 
 def compile_kernels(job):
-    """Runs what the tables run, on few rows, for Triton to keep on disk."""
+    """Runs the functions of the tables on few rows, to fill Triton's cache."""
     order, dtype, sizes = job
     device = Device(quick=True)
     if order in ORDERS:
@@ -217,7 +219,7 @@ def kernels(arguments):
     sizes = SIZES[:2] if arguments.quick else SIZES
     elements = 1 << 14 if arguments.quick else ELEMENTS
     if device.backend == "torch" and device.is_gpu:
-        # Some hundred kernels, a second each.
+        # There are some hundred kernels, and each compiles for a second.
         jobs = itertools.product({*orders, *sizes}, DTYPES, [sizes])
         processes = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
@@ -264,7 +266,7 @@ def run(backend, *command):
         env={
             **os.environ,
             "KERAS_BACKEND": backend,
-            # Or JAX takes most of the card, and the next process the rest.
+            # Without this, JAX would allocate most of the GPU's memory.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         },
         stdout=subprocess.PIPE,

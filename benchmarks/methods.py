@@ -1,23 +1,24 @@
-"""What each method costs, and what it gains: one backbone, one few-shot task.
+"""Costs and accuracy of each method on one backbone and one few-shot task.
 
     KERAS_BACKEND=jax python benchmarks/methods.py --quick    # minutes
     KERAS_BACKEND=jax python benchmarks/methods.py
 
-MiniLM with a classification head; the query and value projections are adapted,
-or what the method has for sites of its own. For every method:
+The model is MiniLM with a classification head. The query and value projections
+are adapted, or the method's own default sites. The table has for every method:
 
-- trained weights, head apart, and the bytes of the adapter file;
+- the number of trained weights, without the head, and the bytes of the adapter
+  file;
 - the time of a training step over that of LoRA, rank 8, and for DoRA over that
-  of its inner adapter: epochs of plain `fit` of both models, one after the
-  other in one loop, medians of that loop;
-- the memory that XLA sets aside for what a step computes, weights and their
-  gradients apart, and the bytes of the optimizer's state (on JAX);
-- accuracy on SST-2 from 100 examples, over paired seeds. The learning rate is
-  chosen from the method's recommended one and five times that, on held-out
-  examples.
+  of its inner adapter. Epochs of `fit` of both models take turns in one loop,
+  and the times are medians;
+- the memory that XLA allocates for the results of a step, without weights and
+  their gradients, and the bytes of the optimizer's state (on JAX);
+- the accuracy on SST-2 from 100 examples, over paired seeds. The learning rate
+  is the method's recommended one or five times that, whichever is better on
+  held-out examples.
 
-Every run is a row of `quality/results/methods.csv`; the table goes into
-`README.md`. A run that is there already is not made again.
+Every run is a row of `quality/results/methods.csv`, and a run that is there
+already is not made again. The table goes into `results/quality_tables.md`.
 """
 
 import argparse
@@ -57,12 +58,12 @@ class Row:
     """One method.
 
     Attributes:
-        adapter: Function of a seed that gives an adapter template, or `None`.
-        rate: The recommended learning rate, where there is no adapter.
-        whole: Function of a rate that gives the optimizer of the whole model,
-            where there is no adapter but more than the head is trained.
-        callbacks: Optional function of inputs and labels.
-        targets: As `inject` takes them.
+        adapter: Function from a seed to an adapter template, or `None`.
+        rate: The recommended learning rate, if there is no adapter.
+        whole: Optional function from a rate to the optimizer of the whole
+            model, which is trained instead of an adapter.
+        callbacks: Optional function from inputs and labels to callbacks.
+        targets: See `inject`.
         inner: Optional name of the row of the adapter that DoRA wraps.
     """
 
@@ -84,7 +85,7 @@ def _rank_budget(x, y):
 
 
 def _galore(rate):
-    # One decomposition in each timed epoch.
+    # Each timed epoch has one decomposition.
     return kra.optimizers.GaLore(
         keras.optimizers.AdamW(rate), rank=32, update_interval=STEPS, scale=1.0
     )
@@ -137,7 +138,7 @@ ROWS = {
 
 
 def accuracy_methods(task):
-    """The rows, as `experiment.run_all` takes them."""
+    """The rows as methods of `experiment.run_all`."""
 
     def method(name, row):
         def train(seed, final, rate):
@@ -185,7 +186,7 @@ def count(variables):
 
 
 def costs(task, reference, row, repeats):
-    """What a method costs, as a dict of numbers."""
+    """The costs of a method, as a dict of numbers."""
     numbers = {"file_bytes": prepare(task, row)}
     head = task.model.get_layer(task.head).trainable_variables
     numbers["parameters"] = count(task.model.trainable_variables) - count(head)
@@ -205,7 +206,7 @@ def costs(task, reference, row, repeats):
 
 
 def times_of_steps(task, reference, row, other, repeats):
-    """Median seconds of a step of the method and of that of another row."""
+    """The median seconds of a step of a method and of another row."""
     if reference.prepared != other:
         prepare(reference, ROWS[other])
         reference.prepared = other
@@ -222,14 +223,14 @@ def times_of_steps(task, reference, row, other, repeats):
                 verbose=0,
                 callbacks=callbacks(x, y) if callbacks else None,
             )
-            # The first compiles.
+            # The first repetition compiles.
             if repeat:
                 times[name].append((time.perf_counter() - start) / STEPS)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def temporaries(task):
-    """Bytes that XLA sets aside for one loss and its gradients."""
+    """The bytes that XLA allocates for one loss and its gradients."""
     import jax
 
     model = task.model
@@ -251,7 +252,7 @@ def temporaries(task):
 
 
 def measure(results, setting, make_task, repeats):
-    """The costs of all methods: dict from name to numbers."""
+    """The costs of all methods, as a dict from name to numbers."""
     task, reference = None, None
     measured = {}
     for name, row in ROWS.items():

@@ -1,14 +1,15 @@
-"""What the PAC-Bayes term costs: seconds and bytes an estimation.
+"""The costs of the PAC-Bayes penalty: seconds and bytes of an estimation.
 
     KERAS_BACKEND=jax python benchmarks/pac_bayes.py     # one backend
     python benchmarks/pac_bayes.py --all                 # every backend
 
-A KerasHub BERT in the shape of MiniLM (6 layers of 384) with random weights and
-a trained head, query and value projections adapted, on random sentences of 64
-tokens in batches of 16. An adapter is trained without the callback, and then
-with it in each mode, for as many epochs as `--repeats` and two more, which
-compile. An estimation takes 100 examples. Shown are medians, of the
-estimation's `costs` and of what the rest of its epoch took.
+The model is a KerasHub BERT in the shape of MiniLM (6 layers of 384) with
+random weights. Its head is trained and its query and value projections are
+adapted, on random sentences of 64 tokens in batches of 16. An adapter is
+trained without the callback, and then with it in each mode, for `--repeats`
+epochs and two more, which compile. An estimation takes 100 examples. The table
+has medians of the estimation's `costs` and of the time of the rest of its
+epoch.
 """
 
 import statistics
@@ -61,7 +62,7 @@ def examples(n):
 
 
 def fit(adapter, n, mode, arguments):
-    """Seconds of every epoch but the first two, and the last callback."""
+    """The seconds of all epochs but the first two, and the last callback."""
     import keras
 
     import keras_randadapt as kra
@@ -78,7 +79,7 @@ def fit(adapter, n, mode, arguments):
         def on_epoch_end(self, epoch, logs=None):
             seconds.append(time.perf_counter() - self.started)
 
-    # First, so that it hears of an epoch's end before the estimation.
+    # The clock comes first, so that it stops before the estimation.
     callbacks = [Clock()]
     if mode is not None:
         callbacks.append(kra.callbacks.PACBayes(x, y, mode=mode))

@@ -1,15 +1,14 @@
-"""RandLoRA's two ways to compute, against each other and a trained kernel.
+"""RandLoRA's two ways to compute, compared with a trained kernel.
 
     KERAS_BACKEND=jax python benchmarks/randlora.py       # one backend
     python benchmarks/randlora.py --all                   # each in a subprocess
 
-One `Dense(d)` without a bias, on `--tokens` inputs of `d` features, float32,
-three times: its kernel trained as usual ("kernel"), frozen under
-`RandLoRA(compute="factored")`, and under `compute="materialized"`. They run
-one after the other in one loop; the table has the median times of that loop
-and their ratios. "step" is forward and backward: the gradients of the inputs
-and of what is trained. "floor" is the ratio of the multiply-adds that the two
-ways take, the smallest part of which is counted too.
+A `Dense(d)` without a bias gets `--tokens` inputs of `d` features in float32.
+It runs in three ways: its kernel is trained as usual ("kernel"), or frozen with
+`RandLoRA(compute="factored")` or with `compute="materialized"`. The ways take
+turns in one loop, and the table has the median times of that loop and their
+ratios. "step" is forward and backward, with the gradients of the inputs and of
+the trained weights. "floor" is the ratio of all multiply-adds of the two ways.
 
 JAX runs under `jax.jit`, TensorFlow under `tf.function` (with `--jit-compile`
 under XLA), PyTorch eagerly.
@@ -36,7 +35,7 @@ COLUMNS = (
 
 
 def multiply_adds(basis, tokens, d, terms_rank):
-    """Of kernel, factored and materialized: forward, and the whole step."""
+    """The multiply-adds of the three ways, forward and in a step."""
     product = tokens * d * d
     b = basis.cost
     mix = tokens * d * terms_rank
@@ -139,7 +138,7 @@ def medians(functions, x, g, repeats):
             start = time.perf_counter()
             wait(function(x, g))
             elapsed = time.perf_counter() - start
-            # The first two compile, and fill caches.
+            # The first two repetitions compile and fill caches.
             if repeat >= 2:
                 times[name].append(1e3 * elapsed)
     return {name: statistics.median(t) for name, t in times.items()}

@@ -1,20 +1,21 @@
-"""How costs grow: with the dimension, rank, tokens, sites and adapters held.
+"""The growth of costs with dimension, rank, tokens, sites and adapters.
 
     KERAS_BACKEND=jax python benchmarks/scaling.py              # one backend
     KERAS_BACKEND=jax python benchmarks/scaling.py --picture scaling.png
 
-Every line of the table varies one size and holds the others; its exponent is
-the slope of a straight line through the logarithms of the times, and that of
-the last interval alone, where fixed costs weigh least.
+Every line of the table varies one size and holds the others. Its exponent is
+the slope of a straight line through the logarithms of the times. A second
+exponent is that of the last interval only, where fixed costs matter least.
+These are measured:
 
 - The delta's forward and backward pass, for `tokens` inputs of one site.
-- What is done to a whole model of `sites` layers: to build it, without any
-  adapter, and to inject, save, load, merge and eject. Once for Dense layers of
-  64 units, which cost next to nothing to build, and once for a Llama of 1,024.
+- Operations on a whole model of `sites` layers: building it without adapters,
+  and inject, save, load, merge and eject. One model has Dense layers of 64
+  units, which are cheap to build, and one is a Llama of 1,024 features.
 - A prediction of a model that holds several adapters, of which one is active,
   and the switch from one to another.
 
-Times are medians; what is compared takes turns in one loop.
+Times are medians, and compared functions take turns in one loop.
 """
 
 import argparse
@@ -44,7 +45,7 @@ COLUMNS = (
 
 
 def delta_step(make, dim, tokens):
-    """Forward and backward pass of one site's delta, as a function."""
+    """A function that runs one site's delta forward and backward."""
     import keras
 
     from keras_randadapt.sites.site import Site
@@ -105,7 +106,7 @@ def medians(functions, repeats):
         for key, function in functions.items():
             start = time.perf_counter()
             function()
-            # The first two compile, and fill caches.
+            # The first two repetitions compile and fill caches.
             if repeat >= 2:
                 times[key].append(1e3 * (time.perf_counter() - start))
     return {key: statistics.median(t) for key, t in times.items()}
@@ -151,7 +152,7 @@ def deep_model(sites, dim=64):
 
 
 def deep_llama(sites):
-    """Seven sites a layer; 64 layers of them have 0.8 G weights."""
+    """A Llama with seven sites a layer; 64 layers have 0.8 G weights."""
     import keras_hub
 
     return keras_hub.models.LlamaBackbone(
@@ -165,7 +166,7 @@ def deep_llama(sites):
 
 
 def model_lines(arguments, make=deep_model, kind="Dense"):
-    """Building a model, and what is done to all its sites."""
+    """The lines of building a model and of operations on all its sites."""
     import keras_randadapt as kra
 
     times = {}
@@ -199,13 +200,13 @@ def model_lines(arguments, make=deep_model, kind="Dense"):
 
 
 def llama_lines(arguments):
-    """The same for a model whose weights take time to be made."""
+    """The lines of a model whose weights take time to make."""
     once = argparse.Namespace(**{**vars(arguments), "repeats": 1})
     yield from model_lines(once, deep_llama, "Llama")
 
 
 def held_lines(arguments):
-    """One active adapter among several that a model holds."""
+    """The lines of one active adapter among several that a model holds."""
     import keras_randadapt as kra
 
     x = np.random.default_rng(0).standard_normal((64, 64), "float32")
@@ -225,7 +226,7 @@ def held_lines(arguments):
 
 
 def exponents(times):
-    """Of all sizes, and of the last two."""
+    """The exponent over all sizes, and that over the last two."""
     sizes = np.log(list(times))
     logs = np.log(list(times.values()))
     last = (logs[-1] - logs[-2]) / (sizes[-1] - sizes[-2])
@@ -249,7 +250,7 @@ def rows(arguments):
 
 
 def digits(number):
-    """After the point, for two or three figures in all."""
+    """The digits after the point that show two or three significant ones."""
     return max(0, 1 - math.floor(math.log10(number)))
 
 
@@ -270,7 +271,7 @@ def draw(lines, path):
         axis.set_xticks(sorted(sizes), sorted(sizes), fontsize=7)
         axis.set_xticks([], minor=True)
         axis.set_xlabel(kind)
-        # Below: there is no room among twelve lines.
+        # The legend goes below, since twelve lines leave no room.
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.15))
     axes[0].set_ylabel("ms")
     figure.savefig(path, dpi=120)

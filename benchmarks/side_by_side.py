@@ -1,4 +1,4 @@
-"""The command line of the benchmarks that time things side by side."""
+"""The command line of benchmarks whose functions take turns in one loop."""
 
 import argparse
 import os
@@ -11,12 +11,12 @@ def main(description, columns, rows, **options):
 
     Args:
         description: string. The benchmark's docstring.
-        columns: `(heading, format)` pairs, or a function of the parsed
-            arguments that gives them.
-        rows: Function of the parsed arguments that yields rows of figures.
-            Called when Keras is imported, and its backend known.
-        **options: What `add_argument` takes, by the name of the option; a dash
-            for each underscore.
+        columns: `(heading, format)` pairs, or a function from the parsed
+            arguments to these.
+        rows: Function of the parsed arguments that yields rows of figures. It
+            is called after Keras is imported.
+        **options: The arguments of `add_argument`, by the name of the option
+            with underscores instead of dashes.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all backends")
@@ -44,7 +44,7 @@ def main(description, columns, rows, **options):
         f"\n{keras.config.backend()}, {cores} cores, "
         f"load before the run {load:.1f}\n"
     )
-    # Headings that are the same but for spaces are columns of their own.
+    # Two columns may have headings that differ only in spaces.
     print("| " + " | ".join(name.strip() for name, _ in columns) + " |")
     print("|" + " --- |" * len(columns))
     for row in rows(arguments):

@@ -1,26 +1,27 @@
-"""What an adapter adds to a training step, and to its memory.
+"""The time and memory that an adapter adds to a training step.
 
     KERAS_BACKEND=jax python benchmarks/training_step.py            # times
     KERAS_BACKEND=jax python benchmarks/training_step.py --memory   # bytes
     python benchmarks/training_step.py --all --model llama --targets all-linear
 
-Forward pass, backward pass and optimizer step (AdamW) of a KerasHub backbone
-in the shape of RoBERTa-base, or of a small Llama, with random weights and
-4,096 tokens. Every method is a model of its own; their steps take turns in one
-loop, and the table has the medians of that loop, divided by
+A step consists of the forward pass, the backward pass and the optimizer step
+(AdamW) of a KerasHub backbone. It has the shape of RoBERTa-base or of a small
+Llama, random weights and 4,096 tokens. Every method has its own model. Their
+steps take turns in one loop, and the table has the medians of that loop,
+divided by
 
-- the floor: the same model with one trainable vector at the first site, so
-  that the backward pass goes through all layers and nothing else is trained;
+- the floor, which is the same model with one trainable vector at the first
+  site. Its backward pass goes through all layers and nothing else is trained;
 - Keras's own `enable_lora(8)` on the same layers.
 
-With PyTorch and `pip install peft`, Hugging Face PEFT's methods on the model
-of the same shape in `transformers` follow, over that model's own floor.
+With PyTorch and `pip install peft`, rows of Hugging Face PEFT's methods follow.
+They use the model of the same shape in `transformers` and its own floor.
 
-`--memory` runs two steps of each method in a process of its own, and gives the
-most memory that process had during the second: on a CPU the resident set, with
-the weights and the framework, and without what it held before the step; on a
-GPU what the framework's allocator handed out (with JAX, which can't reset it,
-since the process began).
+`--memory` runs two steps of each method in its own process, and prints the
+largest memory during the second. On a CPU it is the resident set, with weights
+and framework, and also without the memory before the step. On a GPU it is the
+memory of the framework's allocator. JAX cannot reset that figure, so there it
+is the largest since the process began.
 """
 
 import concurrent.futures
@@ -36,7 +37,7 @@ import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Or JAX takes most of a GPU, and the processes that measure memory the rest.
+# Without this, JAX would allocate most of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np  # noqa: E402
@@ -47,19 +48,19 @@ LENGTH = 128
 FLOOR = "one vector"
 KERAS = "enable_lora(8)"
 PEER = "PEFT: "
-# Whose memory others' is divided by.
+# The method by whose memory that of others is divided.
 REFERENCE = "LoRA(64)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A transformer's size, the vocabulary apart: lookups cost no products."""
+    """A transformer's size. The vocabulary may be small: lookups are cheap."""
 
     layers: int
     dim: int
     heads: int
     feed_forward: int
-    #: What `transformers` calls the query and value projections.
+    #: The names of the query and value projections in `transformers`.
     peer_query_value: tuple
     key_value_heads: int | None = None
     vocabulary: int = 1000
@@ -68,11 +69,12 @@ class Shape:
 SHAPES = {
     "roberta": Shape(12, 768, 12, 3072, ("query", "value")),
     "llama": Shape(8, 512, 8, 1536, ("q_proj", "v_proj")),
-    # Llama 3.2 1B's, for a GPU.
+    # The shape of Llama 3.2 1B, for a GPU.
     "llama-1b": Shape(16, 2048, 32, 8192, ("q_proj", "v_proj"), 8),
-    # So small that a step's time is the host's, as of small batches on a GPU.
+    # It is so small that the host determines the time, as with small batches
+    # on a GPU.
     "llama-host": Shape(16, 64, 4, 128, ("q_proj", "v_proj")),
-    # For a look at whether all of this runs.
+    # These only show that everything runs.
     "tiny": Shape(2, 64, 2, 128, ("query", "value")),
     "llama-tiny": Shape(2, 128, 2, 128, ("q_proj", "v_proj"), 1),
 }
@@ -114,7 +116,7 @@ def make_model(name, dtype):
 
 
 def vector():
-    """The floor's adapter: a vector that is added to what its site gives."""
+    """The floor's adapter, a vector that is added to its site's output."""
     import keras
 
     import keras_randadapt as kra
@@ -137,7 +139,7 @@ def vector():
 
 
 def adapters(shape):
-    """Templates by name; `LoRA` once more with RandLoRA's trainables."""
+    """The templates by name. One `LoRA` has as many weights as RandLoRA."""
     import keras_randadapt as kra
     from keras_randadapt.sites.site import Site
 
@@ -159,7 +161,7 @@ def adapters(shape):
 
 
 def names(arguments):
-    """What is compared, the floors first."""
+    """The names of the compared methods, the floors first."""
     ours = list(adapters(SHAPES[arguments.model]))
     theirs = []
     if has_peers(arguments):
@@ -178,7 +180,7 @@ def names(arguments):
 
 
 def keras_step(name, arguments):
-    """A function that makes a step of a method of this library, or Keras's."""
+    """A function that makes a step of a method of this library or Keras."""
     import keras
 
     import keras_randadapt as kra
@@ -199,7 +201,7 @@ def keras_step(name, arguments):
 
 
 def enable_lora(backbone, targets):
-    """Keras's own LoRA on the layers that `targets` are to this library."""
+    """Enables Keras's own LoRA on the layers that `targets` means."""
     import keras
 
     kinds = keras.layers.Dense, keras.layers.EinsumDense
@@ -302,14 +304,14 @@ def make_step(name, arguments):
 
 
 def times(arguments):
-    """Rows of medians and ratios."""
+    """The rows of medians and ratios."""
     steps = {name: make_step(name, arguments) for name in names(arguments)}
     measured = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 2):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            # The first two compile, and fill caches.
+            # The first two repetitions compile and fill caches.
             if repeat >= 2:
                 measured[name].append(time.perf_counter() - start)
     medians = {n: 1e3 * statistics.median(t) for n, t in measured.items()}
@@ -320,9 +322,9 @@ def times(arguments):
 
 
 def memory(arguments):
-    """Rows of peaks, each measured in a process of its own."""
-    # What is freed goes back to the system at once, or the resident set would
-    # have what the C library keeps for later: a gigabyte, more or less.
+    """The rows of peaks, each measured in its own process."""
+    # With this, freed memory goes back to the system at once. Otherwise the
+    # resident set would include a gigabyte that the C library keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
     def measured(name):
@@ -335,7 +337,7 @@ def memory(arguments):
         ).stdout
         return json.loads(output.splitlines()[-1])
 
-    # A GPU's allocator counts for its own process, whatever runs beside it.
+    # A GPU's allocator counts only its own process, so several may run.
     with concurrent.futures.ThreadPoolExecutor(4 if has_gpu() else 1) as pool:
         methods = names(arguments)
         peaks = dict(zip(methods, pool.map(measured, methods)))
@@ -351,7 +353,7 @@ def memory(arguments):
 
 
 def peak_of_one(name, arguments):
-    """`(peak, own)` bytes of a step, own without what is there before."""
+    """`(peak, own)` bytes of a step; `own` is without earlier memory."""
     step = make_step(name, arguments)
     step()
     gc.collect()
@@ -362,7 +364,7 @@ def peak_of_one(name, arguments):
 
 
 def allocated(peak=False, reset_peak=False):
-    """Bytes of memory that are, or at the most were, in use."""
+    """The bytes of memory in use, now or at the peak."""
     import keras
 
     backend = keras.config.backend()
@@ -380,7 +382,7 @@ def allocated(peak=False, reset_peak=False):
 
         held = jax.devices()[0].memory_stats()
         if held is not None:
-            # Of the whole process; JAX can't reset it.
+            # JAX cannot reset the peak, which is that of the whole process.
             return held["peak_bytes_in_use" if peak else "bytes_in_use"]
     else:
         import tensorflow as tf
@@ -398,7 +400,7 @@ def allocated(peak=False, reset_peak=False):
 
 
 def has_gpu():
-    """Whether the backend runs on one; TensorFlow is not asked."""
+    """Whether the backend runs on a GPU; for TensorFlow it is false."""
     import keras
 
     if keras.config.backend() == "torch":

@@ -1,4 +1,4 @@
-"""Gradients, and what is kept for them, on whichever backend runs."""
+"""Gradients on the running backend, and the tensors kept for them."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ import keras_randadapt as kra
 
 
 def gradients(function, x, variables, upstream):
-    """Of `function(x)` by `x` and variables, given that of its output."""
+    """The gradients of `x` and variables, given that of `function(x)`."""
     backend = keras.config.backend()
     if backend == "torch":
         import torch
@@ -38,9 +38,10 @@ def gradients(function, x, variables, upstream):
 
 
 def kept_for_backward(function, x, variables):
-    """Shapes and dtypes of the tensors that wait for the backward pass.
+    """The shapes and dtypes of tensors that are kept for the backward pass.
 
-    Each tensor once. In TensorFlow: in a traced step, as in `fit`.
+    Each tensor counts once. In TensorFlow the function is traced, as in
+    `fit`.
     """
     backend = keras.config.backend()
     if backend == "torch":
@@ -78,13 +79,14 @@ def kept_for_backward(function, x, variables):
             return tape.gradient(y, values)
 
         graph = step.get_concrete_function(tf.constant(x)).graph
-        # From the gradients back to what was there when the tape ended: that
-        # waits for them. Other operations of the backward pass never run.
+        # The search goes from the gradients back to operations that existed
+        # when the tape ended: their results are kept. Other operations of the
+        # backward pass never run.
         names = {op.name for op in before}
         kept, seen, waiting = {}, set(), list(graph.outputs)
         while waiting:
             tensor = waiting.pop()
-            # IdentityN is how TensorFlow marks a gradient of one's own.
+            # TensorFlow marks functions with a custom gradient by IdentityN.
             while tensor.op.type in ("Identity", "IdentityN"):
                 tensor = tensor.op.inputs[tensor.value_index]
             if tensor.op.name in names:
@@ -100,10 +102,10 @@ def kept_for_backward(function, x, variables):
 
 
 def compiled_bytes_a_layer(adapter, dim, rows):
-    """Memory that XLA sets aside for one more layer of a deep model.
+    """The memory that XLA allocates for one more layer of a deep model.
 
-    Of `Dense(dim, "tanh")` layers that an adapter template is injected into,
-    for the gradient of a loss on `rows` inputs. JAX only.
+    The layers are `Dense(dim, "tanh")` with an injected adapter template. The
+    program is the gradient of a loss on `rows` inputs, on JAX only.
     """
     import jax
 
@@ -138,7 +140,7 @@ def _stateless(function, variables):
 
 
 def numeric_gradient(function, x, eps=1e-6):
-    """Of a scalar function of one float64 array, by central differences."""
+    """The gradient of a scalar function at an array, by differences."""
     gradient = np.zeros(x.size)
     for i in range(x.size):
         step = np.zeros(x.size)

@@ -1,4 +1,4 @@
-"""Checks that the tests of single methods share."""
+"""Checks that the tests of several methods use."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from tests import zoo
 
 
 def site_of(view, address="", **facts):
-    """A `Site` of this kernel view, `(input_dim, output_dim)`."""
+    """A `Site` with a kernel view `(input_dim, output_dim)`."""
     input_dim, output_dim = view
     return Site(
         input_dim=input_dim, output_dim=output_dim, address=address, **facts
@@ -20,7 +20,7 @@ def numpy(tensor):
 
 
 def close(got, expected, tolerance=1e-5):
-    """Equal to `tolerance` of the largest expected value."""
+    """Asserts equality up to `tolerance` times the largest expected value."""
     np.testing.assert_allclose(
         numpy(got),
         expected,
@@ -30,7 +30,7 @@ def close(got, expected, tolerance=1e-5):
 
 
 def randomize(adapter, seed=1):
-    """Gives every trained weight normal values; returns them as float64."""
+    """Gives trained weights normal values and returns these as float64."""
     values = {}
     for i, weight in enumerate(adapter.trainable_variables):
         value = zoo.normal(*weight.shape, seed=seed + i)
@@ -40,7 +40,7 @@ def randomize(adapter, seed=1):
 
 
 def roberta(num_layers=12, hidden_dim=768, num_heads=12, intermediate_dim=64):
-    """A backbone whose attention has RoBERTa-base's shapes, or others."""
+    """A backbone whose attention has RoBERTa-base's shapes by default."""
     import keras_hub
 
     return keras_hub.models.RobertaBackbone(
@@ -54,11 +54,11 @@ def roberta(num_layers=12, hidden_dim=768, num_heads=12, intermediate_dim=64):
 
 
 def check_products(adapter, dense, tolerance=1e-5):
-    """All products of an additive adapter are those of its delta.
+    """Asserts that all products of an additive adapter are its delta's.
 
     Args:
         adapter: A built adapter.
-        dense: Its delta, `(input_dim, output_dim)`, by other means.
+        dense: Its delta, `(input_dim, output_dim)`, computed independently.
         tolerance: float.
     """
     tensor = keras.ops.convert_to_tensor

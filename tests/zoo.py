@@ -1,7 +1,7 @@
 """Small models, one for each class of site and each family of models.
 
-Every builder gives a fresh model with the same weights on every backend, and
-inputs for it. Weights come from NumPy, because Keras's initializers draw
+Every builder returns a new model, which has the same weights on every backend,
+and inputs for it. Weights come from NumPy, because Keras's initializers draw
 different numbers on different backends.
 """
 
@@ -94,7 +94,7 @@ def einsum_ellipsis():
 
 
 def einsum_shared():
-    # One matrix a group: no plain matrix product.
+    # Each group has its own matrix, so this is not one matrix product.
     return _einsum("bnc,ncd->bnd", (3, 4), "nd", normal(8, 3, 6))
 
 
@@ -203,8 +203,10 @@ def functional():
 
 
 def classifier():
-    """A head behind layers that `targets=None` finds: BERT's parts, without
-    its seconds of tracing on every step that is compiled."""
+    """A head behind layers that `targets=None` finds, as in a BERT.
+
+    Unlike a BERT, it is not traced for seconds in every compilation.
+    """
     inputs = keras.Input((6,))
     x = layers.Dense(8, activation="tanh", name="query")(inputs)
     x = layers.Dense(8, activation="tanh", name="value")(x)
@@ -214,7 +216,7 @@ def classifier():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
-    """Layers in attributes and lists, and a weight of its own."""
+    """A model with layers in attributes and lists, and its own weight."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -424,11 +426,11 @@ def outputs(model, x):
 
 
 def fit(model, x, steps=3, callbacks=None, **compile_args):
-    """`steps` steps of plain `model.fit` towards fixed random targets."""
+    """Trains for `steps` steps of `model.fit` on fixed random targets."""
     batch = len(keras.tree.flatten(x)[0])
     arguments = {"optimizer": keras.optimizers.Adam(0.05)}
     if hasattr(model, "backbone"):
-        # KerasHub's classifiers insist on measuring accuracy.
+        # KerasHub's classifiers always measure accuracy.
         y = integers(batch, high=model.num_classes)
         arguments["loss"] = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True
@@ -450,7 +452,7 @@ def fit(model, x, steps=3, callbacks=None, **compile_args):
 
 
 def randomize(model, name="default", seed=0, scale=0.3):
-    """Gives every adapter weight a value that matters."""
+    """Gives every adapter weight a random value that affects outputs."""
     state = model._randadapt
     for address, adapter in state.adapters(name).items():
         for weight in adapter.stored_weights():
@@ -460,7 +462,7 @@ def randomize(model, name="default", seed=0, scale=0.3):
 
 
 def snapshot(model):
-    """Copies of all variables by id, in every respect that could change."""
+    """The path and a copy of the value of every variable, by id."""
     return {
         id(v): (v.path, np.array(keras.ops.convert_to_numpy(v)))
         for v in model.variables

@@ -1,11 +1,11 @@
 """Datasets of the experiments: the same small subsets on every machine.
 
-The files are not part of this project, as their licences differ and SST-2
-states none: DATA.md says what they are and where they come from. They are read
+The files are not part of this project, since their licences differ and SST-2
+states none. DATA.md says what they are and where they come from. They are read
 from the folder that the environment variable `KERAS_RANDADAPT_DATA` names, or
-from `../shared/data` beside the checkout. Which of their rows are used follows
-from hashes of the rows, and a digest of what was drawn is checked, so figures
-from two machines are figures of the same examples.
+from `../shared/data` beside the checkout. Hashes of the rows determine which
+rows are used, and a digest of the chosen rows is checked. Figures from two
+machines are therefore figures of the same examples.
 """
 
 import collections
@@ -22,7 +22,7 @@ import numpy as np
 VARIABLE = "KERAS_RANDADAPT_DATA"
 BESIDE_CHECKOUT = pathlib.Path(__file__).parents[3] / "shared/data"
 
-#: Of each dataset's three splits, the first half of a SHA-256: `_digest`.
+#: The digest of each dataset's three splits, half a SHA-256; see `_digest`.
 DIGESTS = {
     "sst2": "de7549ac9ee19a9f575e30f76db1e221",
     "rt_polarity": "437bbdd9b0f45403b82e4c85e5acee15",
@@ -30,19 +30,19 @@ DIGESTS = {
     "sign_digits": "fa8f9166f42ec6dd9eeda65f16ab0e4d",
 }
 
-#: Words that two texts may share in a row and still be of different sentences.
+#: Two texts of different sentences share at most so many words in a row.
 SHARED_WORDS = 4
-#: Held-out texts are as long as test texts: SST-2 trains on phrases too, and
-#: is tested on sentences only.
+#: The least number of words in a held-out text. SST-2's training texts include
+#: phrases, but its test texts are sentences.
 HELD_OUT_WORDS = 8
 IMAGE_SIZE = 98
 
 
 class Split(typing.NamedTuple):
-    """Examples in an order that mixes the classes, so a slice is fair too.
+    """Examples in an order that mixes the classes, so that slices do too.
 
-    `inputs` is a list of texts or a uint8 array of images, and `labels` an
-    int64 array of classes, or of E2E a list of texts.
+    `inputs` is a list of texts or a uint8 array of images. `labels` is an
+    int64 array of classes, or for E2E a list of texts.
     """
 
     inputs: typing.Any
@@ -53,10 +53,10 @@ def sst2():
     """SST-2: is a phrase or sentence of a film review positive (1) or not (0)?
 
     Returns:
-        Three `Split`s: 2,000 texts for training and 500 held out, an equal
-        share of each class, drawn from the training set of GLUE; and for the
-        test the 872 sentences of its validation set, as GLUE keeps the labels
-        of its test set to itself.
+        Three `Split`s: 2,000 texts for training and 500 held out, drawn from
+        the training set of GLUE with an equal share of each class, and for the
+        test the 872 sentences of its validation set. GLUE does not publish the
+        labels of its test set.
     """
     return _texts("sst2", test_per_class=None)
 
@@ -136,8 +136,8 @@ def few_shot(split, per_class, seed):
     Args:
         split: A `Split` with classes as labels.
         per_class: The number of examples of each class, at least 1.
-        seed: An integer: another one draws other examples. With the same one,
-            more examples include the fewer.
+        seed: An integer. Another seed draws other examples. With one seed, a
+            larger draw includes a smaller one.
 
     Returns:
         A `Split` of `per_class` times the number of classes examples.
@@ -151,7 +151,7 @@ def few_shot(split, per_class, seed):
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(
             "`split` should have integer classes as labels. Received labels "
-            f"such as {split.labels[0]!r}. Of texts, draw with `sample`."
+            f"such as {split.labels[0]!r}. Use `sample` to draw texts."
         )
     _check_positive("per_class", per_class)
     _check_integer("seed", seed)
@@ -172,15 +172,15 @@ def sample(split, count, seed):
     Args:
         split: A `Split`.
         count: The number of examples, at least 1.
-        seed: An integer: another one draws other examples. With the same one,
-            more examples include the fewer.
+        seed: An integer. Another seed draws other examples. With one seed, a
+            larger draw includes a smaller one.
 
     Returns:
         A `Split` of `count` examples.
 
     Raises:
         TypeError: If a number is no integer.
-        ValueError: If `count` is below 1 or there are not as many.
+        ValueError: If `count` is below 1 or above the number of examples.
     """
     _check_positive("count", count)
     _check_integer("seed", seed)
@@ -218,11 +218,10 @@ def _texts(name, test_per_class):
 
 
 class _Overlaps:
-    """Says of a text whether it shares a passage with held-out texts.
+    """Tells whether a text shares a passage with held-out texts.
 
-    The phrases of SST-2 are parts of sentences, often several of the same one,
-    and a held-out phrase that training has seen within another measures
-    nothing.
+    The phrases of SST-2 are parts of sentences, often several of one sentence.
+    A held-out phrase measures nothing if it is part of a training text.
     """
 
     def __init__(self, texts):
@@ -247,7 +246,7 @@ def _folded(text):
 
 
 def _labelled(file):
-    """Reads texts with classes; a text of both classes is left out."""
+    """The texts of a file with their classes, without texts of both classes."""
     labels = collections.defaultdict(set)
     for row in _rows(file, ["sentence", "label"]):
         labels[row["sentence"].strip()].add(int(row["label"]))
@@ -268,7 +267,7 @@ def _rows(file, columns):
 
 
 def directory():
-    """The folder of the datasets: see the top of this module."""
+    """The folder of the datasets; see the docstring of this module."""
     return pathlib.Path(os.environ.get(VARIABLE) or BESIDE_CHECKOUT)
 
 
@@ -285,7 +284,7 @@ def _find(file):
 
 
 def _shuffled(rows, salt, key=None):
-    """Sorts by a hash of the content: the same order everywhere."""
+    """The rows, sorted by a hash of their content."""
 
     def digest(row):
         content = key(row) if key else json.dumps(row).encode()
@@ -295,7 +294,7 @@ def _shuffled(rows, salt, key=None):
 
 
 def _balanced(rows, per_class, refuse=lambda row: False):
-    """The first rows of each class, in the order that they are in."""
+    """The first rows of each class, in their order."""
     taken = collections.Counter()
     chosen = []
     for row in rows:
@@ -320,7 +319,7 @@ def _take(split, indices):
 
 
 def _pixels(jpeg):
-    # Here, so that the text tasks do without it.
+    # It is imported here, so that the text tasks do not need it.
     from PIL import Image
 
     pixels = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
@@ -329,7 +328,7 @@ def _pixels(jpeg):
 
 
 def _digest(splits):
-    """Of the examples, not of the files, whose line ends may differ."""
+    """A hash of the examples. The files' line ends may differ."""
     total = hashlib.sha256()
     for rows in splits:
         for row in rows:
@@ -343,7 +342,7 @@ def _digest(splits):
 
 
 def _check(name, splits, sizes):
-    """Refuses examples that are not those of the published figures."""
+    """Raises `ValueError` if the examples are not those of the figures."""
     found = [len(rows) for rows in splits]
     if found != sizes:
         raise ValueError(

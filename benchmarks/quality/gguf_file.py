@@ -1,9 +1,9 @@
-"""A reader of GGUF files: what SmolLM2 needs of them, and nothing else.
+"""A reader of those parts of the GGUF format that SmolLM2's file uses.
 
 The format is public (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-All numbers are little-endian; a file is a header, metadata, a table of tensors
-and their data. The `gguf` package reads it too, but quantized blocks of two
-kinds are ten lines, and a dependency less.
+All numbers are little-endian. A file consists of a header, metadata, a table of
+tensors and their data. The `gguf` package reads it too, but reading two kinds
+of quantized blocks takes ten lines and saves a dependency.
 """
 
 import mmap
@@ -15,14 +15,15 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-# Metadata types by number: formats of `struct`, but for the two below.
+# The formats of `struct` by the number of a metadata type. Strings and arrays
+# have the numbers below.
 SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"]))
 SCALARS.update({10: "Q", 11: "q", 12: "d"})
 STRING = 8
 ARRAY = 9
 
 BLOCK = 32
-# Blocks of 32 weights, which share a scale and for Q4_1 also a minimum.
+# The weights of a block share a scale, and in Q4_1 also a minimum.
 Q4_1 = np.dtype([("scale", "<f2"), ("minimum", "<f2"), ("nibbles", "u1", 16)])
 Q8_0 = np.dtype([("scale", "<f2"), ("values", "i1", 32)])
 
@@ -39,8 +40,8 @@ def read(path):
         linear layer's weight is `(outputs, inputs)`.
 
     Raises:
-        ValueError: If it is no GGUF file, or cut short, or has a tensor of a
-            type other than F32, F16, Q4_1 and Q8_0.
+        ValueError: If the file is no GGUF file, is cut short, or has a tensor
+            of a type other than F32, F16, Q4_1 and Q8_0.
     """
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
@@ -108,8 +109,8 @@ def dequantize_q4_1(blocks):
         blocks: A structured array of type `Q4_1`, shape `(blocks,)`.
 
     Returns:
-        A float32 array of shape `(blocks, 32)`: the low nibbles of the 16
-        bytes are the first half of a block, the high nibbles the second.
+        A float32 array of shape `(blocks, 32)`. The low nibbles of the 16
+        bytes are the first half of a block and the high nibbles the second.
     """
     nibbles = blocks["nibbles"]
     q = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
@@ -135,8 +136,8 @@ def _float32(values):
     return values.astype("float32")
 
 
-# By the type's number: how it lies in the file, weights a block, and how it
-# becomes float32.
+# For the number of each tensor type: the dtype in the file, the weights of a
+# block, and the conversion to float32.
 READERS = {
     0: (np.dtype("<f4"), 1, _float32),
     1: (np.dtype("<f2"), 1, _float32),

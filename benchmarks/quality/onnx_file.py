@@ -1,9 +1,9 @@
 """A reader of the weights in ONNX files.
 
-An ONNX file is a protocol buffer: fields, each a number, a type and content
-(https://protobuf.dev/programming-guides/encoding; the numbers are those of
-https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). The `onnx` package
-would bring a compiled library of 20 MB to read five of them.
+An ONNX file is a protocol buffer. It consists of fields, each of which has a
+number, a type and content (https://protobuf.dev/programming-guides/encoding).
+The numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
+The `onnx` package is a compiled library of 20 MB, while this reads few fields.
 """
 
 import mmap
@@ -39,12 +39,11 @@ def read(path):
         path: The file.
 
     Returns:
-        A list of `Node`, and a dict of NumPy arrays: the initializers.
+        A list of `Node`, and the initializers, a dict of NumPy arrays.
 
     Raises:
-        ValueError: If it is no ONNX file, or cut short, or has a tensor of
-            another type than float32 and int64, or stored in another way than
-            as raw bytes.
+        ValueError: If the file is no ONNX file or is cut short, or if a tensor
+            is not stored as raw bytes of float32 or int64.
     """
     with open(path, "rb") as file:
         try:
@@ -91,7 +90,7 @@ def _tensor(message):
         )
     shape = []
     for dims in fields.get(TENSOR_DIMS, []):
-        # One number a field, or all of them packed in one.
+        # A field has one number, or all numbers are packed in one field.
         shape += [dims] if isinstance(dims, int) else _varints(dims)
     raw, dtype = fields[TENSOR_RAW][0], DTYPES[data_type]
     if len(raw) != int(np.prod(shape)) * dtype.itemsize:
@@ -104,7 +103,7 @@ def _text(fields, number):
 
 
 def _fields(message):
-    """Splits a message: a dict from field numbers to lists of contents."""
+    """A message's fields, a dict from field numbers to lists of contents."""
     fields = {}
     position = 0
     while position < len(message):
@@ -128,7 +127,7 @@ def _fields(message):
 
 
 def _varint(message, position):
-    """Reads an integer of 7 bits a byte, the lowest first."""
+    """Reads an integer with 7 bits in each byte, the lowest bits first."""
     value = shift = 0
     while True:
         byte = message[position]

@@ -1,8 +1,9 @@
 """Pretrained weights in Python packages, converted once for KerasHub.
 
-A package that is installed without its dependencies is only read, never
-imported. What is made of it, a directory in the form of Hugging Face that
-`from_preset` takes, is kept in a cache folder, never among the packages.
+The packages are installed without their dependencies. Their files are read, but
+the packages are never imported. Each is converted to a directory in the form of
+Hugging Face, which `from_preset` takes, in a cache folder outside of the
+packages.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ REQUIREMENTS = "constraints/models-quality.txt"
 
 
 def cache_dir():
-    """The folder that converted models are kept in, by the XDG convention."""
+    """The folder of converted models, by the XDG convention."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "keras_randadapt"
 
@@ -56,7 +57,7 @@ def locate(package, version, name):
 
 
 def check_digest(path, sha256):
-    """Refuses a file of other content.
+    """Raises an error if a file has other content than expected.
 
     Args:
         path: The file.
@@ -83,7 +84,7 @@ def converted(name, convert, directory=None):
         name: The name of the directory. It must name the source's version.
         convert: A function without arguments that returns the weights, a dict
             of NumPy arrays, and the other files, a dict from names ending in
-            ".json" to their content. It is only called on the first start.
+            ".json" to their content. It is called only the first time.
         directory: The cache folder. Defaults to `cache_dir()`.
 
     Returns:
@@ -103,11 +104,11 @@ def converted(name, convert, directory=None):
         for file, content in files.items():
             text = json.dumps(content, ensure_ascii=False)
             (folder / file).write_text(text, encoding="utf-8")
-        # Renamed, so that a conversion that was cut short is never taken for
-        # a whole one.
+        # The folder is renamed at the end, so that an interrupted conversion
+        # is never taken for a whole one.
         os.rename(folder, target)
     except OSError:
-        # Another process may have been first, which is as good.
+        # Another process may have been first, and its result is equal.
         if not target.exists():
             raise
     finally:

@@ -3,9 +3,10 @@
     KERAS_BACKEND=jax python benchmarks/quality/randlora.py --quick
     KERAS_BACKEND=jax python benchmarks/quality/randlora.py
 
-DINOv2-small on photographs of sign-language digits, 10 a class: LoRA, and
-RandLoRA whose updates have rank r, d/2 and d, with about the same number of
-trained weights (9,216 to 9,600 a 384 x 384 projection).
+The model is DINOv2-small on photographs of sign-language digits, 10 of each
+class. LoRA is compared with RandLoRA whose updates have rank r, d/2 and d. All
+have about the same number of trained weights (9,216 to 9,600 for a projection
+of 384 x 384).
 """
 
 import experiment
@@ -17,7 +18,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 COLUMNS = {
     "parameters": ("trained, head apart", ",.0f", 1),
     "rank": ("rank of the update", ".0f", 1),
-    # The task says how these two are printed.
+    # The task has the format of these two.
     "test": None,
     "gap": None,
 }
@@ -26,7 +27,8 @@ ADAPTERS = {
     "RandLoRA averaged, rank r = 16": lambda seed: kra.RandLoRA(
         16, variant="averaged", seed=seed
     ),
-    # Half of twice as many bases: as many weights as the full one.
+    # It has half of twice as many bases and thus as many weights as the full
+    # one.
     "RandLoRA half, rank d/2": lambda seed: kra.RandLoRA(
         8, variant="half", seed=seed
     ),

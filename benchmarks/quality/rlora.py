@@ -3,11 +3,11 @@
     KERAS_BACKEND=jax python benchmarks/quality/rlora.py --quick
     KERAS_BACKEND=jax python benchmarks/quality/rlora.py
 
-MiniLM on SST-2 and rt_polarity with 100 and 200 examples, SmolLM2-135M on
-SST-2 as a prompt with 64 and on E2E generation with 32: the head alone (or
-zero shot), LoRA, VeRA, RLoRA, and RLoRA with the PAC-Bayes term. Query and
-value projections are adapted. What a method learns best with is searched once
-for each dataset, of the two of reviews with 200 examples.
+MiniLM is trained on SST-2 and rt_polarity with 100 and 200 examples, and
+SmolLM2-135M on SST-2 as a prompt with 64 and on E2E generation with 32. The
+methods are the head alone (or zero shot), LoRA, VeRA, RLoRA, and RLoRA with the
+PAC-Bayes penalty. Query and value projections are adapted. Hyperparameters are
+searched once for each dataset, for SST-2 and rt_polarity with 200 examples.
 """
 
 import experiment
@@ -18,7 +18,7 @@ import keras_randadapt as kra
 RANK = 384
 COLUMNS = {
     "parameters": ("trained, head apart", ",.0f", 1),
-    # The task says how these two are printed.
+    # The task has the format of these two.
     "test": None,
     "gap": None,
 }

