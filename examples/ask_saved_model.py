@@ -1,9 +1,9 @@
-"""Asks an exported SavedModel, in a process that knows TensorFlow only.
+"""Asks an exported SavedModel, in a process that imports only TensorFlow.
 
     python examples/ask_saved_model.py SAVED_MODEL QUESTIONS
 
-`QUESTIONS` is what `serve_adapter.py` writes: sentences, their tokens, and the
-probabilities that the merged model gave. The answers must equal them.
+`serve_adapter.py` writes the file `QUESTIONS`. It has sentences, their tokens,
+and the merged model's probabilities. The answers must be equal to these.
 """
 
 import json

@@ -14,21 +14,21 @@ HEAD = "logits"
 def load(preset, num_classes, sequence_length, seed=0):
     """Loads a pretrained backbone and puts a new classification head on it.
 
-    The head is a dense layer on the mean of the tokens, whatever the backbone.
-    (KerasHub's `BertTextClassifier` takes the first token through a dense layer
-    that MiniLM's embeddings do not use, and learns little from 200 examples.)
+    The head is a dense layer on the mean of the tokens, for every backbone.
+    (KerasHub's `BertTextClassifier` puts the first token through a dense layer
+    that MiniLM's embeddings do not use. It learns little from 200 examples.)
 
     Args:
-        preset: "minilm" for the weights that a Python package carries, or
-            anything that KerasHub's `from_preset` takes: a preset's name, a
-            handle of a model hub, or a directory.
+        preset: "minilm" for the weights in a Python package, or anything that
+            KerasHub's `from_preset` takes: a preset's name, a handle of a
+            model hub, or a directory.
         num_classes: The number of labels.
-        sequence_length: The length in tokens that texts are cut or padded to.
+        sequence_length: The number of tokens to which texts are cut or padded.
         seed: The seed of the head's initial weights and of dropout.
 
     Returns:
         A `keras.Model` from tokens to logits, its `keras_hub` backbone, and
-        the `keras_hub` preprocessor that makes tokens of texts.
+        the `keras_hub` preprocessor that tokenizes texts.
     """
     is_minilm = preset == DEFAULT_PRESET
     source = os.fspath(minilm.locate()) if is_minilm else preset
@@ -55,14 +55,14 @@ def load(preset, num_classes, sequence_length, seed=0):
 def _preprocessor(source, sequence_length):
     classes = (
         keras_hub.models.TextClassifierPreprocessor,
-        # Decoders such as GPT-2 and Gemma have no other.
+        # Decoders such as GPT-2 and Gemma have only this one.
         keras_hub.models.CausalLMPreprocessor,
     )
     for cls in classes:
         try:
             return cls.from_preset(source, sequence_length=sequence_length)
         except ValueError as error:
-            # Whether a preset's family has one, KerasHub says in no other way.
+            # Only this error tells that a preset's family has no such class.
             if "Unable to find a subclass" not in str(error):
                 raise
     raise ValueError(f"KerasHub has no preprocessor of texts for {source!r}.")
@@ -71,7 +71,7 @@ def _preprocessor(source, sequence_length):
 def tokenize(preprocessor, texts):
     """Turns a list of texts into the dict of arrays that the model takes."""
     if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
-        # What calling it gives is shifted by one, and its own targets.
+        # Calling it would shift the tokens and add targets.
         tokens = preprocessor.generate_preprocess(list(texts))
     else:
         tokens = preprocessor(list(texts))
@@ -79,7 +79,7 @@ def tokenize(preprocessor, texts):
 
 
 def probabilities(model, tokens):
-    """Predicts, and turns logits into probabilities in float64."""
+    """The model's predictions as probabilities in float64."""
     logits = np.asarray(model.predict(tokens, verbose=0), "float64")
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)

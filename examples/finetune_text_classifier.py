@@ -1,19 +1,18 @@
 """Few-shot sentiment with RLoRA, from training to serving.
 
-A pretrained encoder learns from 200 movie-review sentences, once with RLoRA
-and once with the LoRA that Keras has built in. The RLoRA adapter, a file of
-kilobytes, is then loaded in a second process on another backend, merged into
-the weights and exported to a TensorFlow SavedModel, which a third process asks
-without having the library.
+A pretrained encoder learns from 200 movie-review sentences, once with RLoRA and
+once with Keras's own LoRA. The RLoRA adapter is a file of kilobytes. A second
+process on another backend loads it, merges it into the weights and exports a
+TensorFlow SavedModel. A third process uses the SavedModel without this library.
 
     python examples/finetune_text_classifier.py            # 20 epochs
     python examples/finetune_text_classifier.py --quick    # 6 epochs
     python examples/finetune_text_classifier.py --preset roberta_base_en
     python examples/finetune_text_classifier.py --data reviews.csv
 
-The default model is MiniLM, which a Python package carries (see `minilm.py`),
-and the default data are sentences that another one carries (see
-`movie_reviews.py`): no account and no model hub is needed.
+The default model is MiniLM, whose weights are in a Python package (see
+`minilm.py`). The default data are sentences in another package (see
+`movie_reviews.py`). No account and no model hub is needed.
 """
 
 import argparse
@@ -34,7 +33,7 @@ COMPARED = 64
 
 
 def parse_arguments(arguments=None):
-    """Reads the command line, and fills in what `--quick` decides."""
+    """Parses the command line; `--quick` changes the defaults."""
     parser = argparse.ArgumentParser(
         description=f"{__doc__.splitlines()[0]} Defaults are in brackets."
     )
@@ -97,7 +96,7 @@ def parse_arguments(arguments=None):
 
 
 class Stages:
-    """Prints the title of each stage, and keeps how long each took."""
+    """Prints the title of each stage and records its time."""
 
     def __init__(self):
         self.seconds = {}
@@ -116,7 +115,7 @@ class Stages:
 
 
 def load_data(arguments):
-    """Reads and splits the examples: a `Split` and the names of labels."""
+    """Reads the examples and returns a `Split` and the names of labels."""
     import movie_reviews
     import text_data
 
@@ -137,7 +136,7 @@ def load_data(arguments):
 
 
 def train_both(arguments, split, label_names, stages):
-    """Trains the two ways, each from the pretrained weights.
+    """Trains with both methods, each from the pretrained weights.
 
     Returns:
         The list of two `training.Run`, and the dict that other processes need:
@@ -205,7 +204,7 @@ def train_both(arguments, split, label_names, stages):
 
 
 def run_script(script, *arguments, backend=None):
-    """Runs another example in a process of its own."""
+    """Runs another example in its own process."""
     environment = dict(os.environ)
     if backend:
         environment["KERAS_BACKEND"] = backend
@@ -214,7 +213,7 @@ def run_script(script, *arguments, backend=None):
 
 
 def serve(arguments, stages):
-    """Loads the adapter elsewhere, merges, exports and asks."""
+    """Loads, merges, exports and uses the adapter in other processes."""
     import serve_adapter
 
     folder = arguments.output_dir
@@ -230,13 +229,13 @@ def serve(arguments, stages):
         "ask_saved_model.py",
         folder / serve_adapter.SAVED_MODEL,
         folder / serve_adapter.QUESTIONS,
-        # TensorFlow looks for Keras, which would bring PyTorch along.
+        # TensorFlow imports Keras, which could import PyTorch.
         backend="tensorflow",
     )
 
 
 def summarize(arguments, runs, stages):
-    """Prints the table, what it does not show, the files and the times."""
+    """Prints the table, notes on it, the files and the times."""
     import reporting
     import serve_adapter
 
@@ -273,14 +272,14 @@ def summarize(arguments, runs, stages):
 
 def main():
     arguments = parse_arguments()
-    # Keras reads this when it is imported, which is why the functions above
-    # import what needs Keras.
+    # Keras reads this when it is imported, so the functions above import the
+    # modules that need Keras.
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import serve_adapter
 
     folder = arguments.output_dir
-    # An export into what an earlier run has left would mix the two.
+    # An export into the folder of an earlier run would mix the two.
     shutil.rmtree(folder / serve_adapter.SAVED_MODEL, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 

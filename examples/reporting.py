@@ -1,4 +1,4 @@
-"""The table and the plot that a comparison of training runs ends with."""
+"""The table and the plot at the end of a comparison of training runs."""
 
 HEADER = (
     "method",
@@ -12,14 +12,14 @@ HEADER = (
 
 
 def format_table(header, rows):
-    """Lays out rows as text: the first column to the left, others to the right.
+    """Formats rows as text, with all but the first column aligned right.
 
     Args:
         header: A sequence of strings.
         rows: A list of sequences of strings, each as long as the header.
 
     Returns:
-        A string of lines, the header underlined.
+        A string of lines with an underlined header.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows)]
 
@@ -33,7 +33,7 @@ def format_table(header, rows):
 
 
 def format_bytes(size):
-    """Writes a number of bytes for people: "512 B", "18.2 kB", "1.8 MB"."""
+    """A number of bytes with a unit, such as "512 B", "18.2 kB", "1.8 MB"."""
     if size < 1000:
         return f"{size} B"
     if size < 1000**2:

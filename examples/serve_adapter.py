@@ -1,7 +1,7 @@
 """Loads an adapter file on any backend, checks it, merges it and exports.
 
-`finetune_text_classifier.py` starts this in a process of its own, on another
-backend than the one that trained:
+`finetune_text_classifier.py` starts this in its own process, on another backend
+than the one that trained:
 
     KERAS_BACKEND=tensorflow python examples/serve_adapter.py FOLDER --export
 """
@@ -18,7 +18,7 @@ import keras_randadapt as kra
 
 TOLERANCE = 1e-4
 
-# What is handed from process to process through a folder.
+# The files that processes exchange through a folder.
 ADAPTER = "adapter.safetensors"
 TASK = "task.json"
 QUESTIONS = "questions.json"
@@ -31,13 +31,13 @@ def check(model, tokens, expected):
     Args:
         model: The classifier.
         tokens: The tokens of some texts.
-        expected: The probabilities they should get.
+        expected: The expected probabilities.
 
     Returns:
         The largest difference.
 
     Raises:
-        ValueError: If it is above `TOLERANCE`.
+        ValueError: If the difference is above `TOLERANCE`.
     """
     received = classifier.probabilities(model, tokens)
     error = float(np.max(np.abs(received - np.asarray(expected))))
@@ -50,15 +50,15 @@ def check(model, tokens, expected):
 
 
 def export(model, tokens, task, folder):
-    """Writes the merged model as a SavedModel, and questions to ask it.
+    """Writes the merged model as a SavedModel, and questions for it.
 
     Args:
         model: The classifier, after `kra.merge`.
         tokens: The tokens of the task's sentences.
         task: The dict that the training process wrote.
-        folder: The folder to write to.
+        folder: The folder for both.
     """
-    # KerasHub's position embedding needs a length that is known beforehand.
+    # KerasHub's position embedding needs a known length.
     signature = {
         name: keras.InputSpec(
             shape=(None, value.shape[1]), dtype="int32", name=name
@@ -86,7 +86,7 @@ def main():
     backend = keras.backend.backend()
 
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
-    # Another seed than in training: what matters comes from the file.
+    # The seed is another than in training, since the file has all weights.
     model, _, preprocessor = classifier.load(
         task["preset"],
         num_classes=len(task["label_names"]),

@@ -9,8 +9,8 @@ import typing
 class Split(typing.NamedTuple):
     """Disjoint lists of `(text, label)`.
 
-    `tuning` is for choosing hyperparameters, so that `validation` has been
-    looked at only once, for what is reported.
+    Hyperparameters are chosen on `tuning`, so that `validation` is used only
+    once, for the reported score.
     """
 
     train: list
@@ -35,7 +35,7 @@ def read_csv(path, text_column=None, label_column="label"):
     Raises:
         ValueError: If a column is missing, or fewer than two labels occur.
     """
-    # Spreadsheets put a mark before the first column's name.
+    # Spreadsheets write a byte-order mark before the first column's name.
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
@@ -68,19 +68,20 @@ def _number_or_word(label):
 
 
 def few_shot_split(examples, train, validation, seed=0):
-    """Splits examples into few for training and a fixed rest to judge by.
+    """Splits examples into a few for training and a fixed set for validation.
 
-    The order is that of a hash of seed and text, so the same texts fall on the
-    same side on every machine and whatever library version is installed, and a
-    text that occurs twice cannot fall on both. Validation examples are taken
-    from the front and training examples from the back: asking for more of one
-    leaves the other as it was.
+    The order is that of a hash of seed and text. The split is therefore the
+    same on every machine and with every library version, and a text that
+    occurs twice is in one part only. Validation examples are taken from the
+    front and training examples from the back, so a change of one number does
+    not change the other part.
 
     Args:
         examples: A list of `(text, label)`.
-        train: The number of training examples, an equal share of each label.
+        train: The number of training examples, with an equal share of each
+            label.
         validation: The number of examples in `validation`, and in `tuning`.
-        seed: An integer: another seed gives another split.
+        seed: An integer. Another seed gives another split.
 
     Returns:
         A `Split`.

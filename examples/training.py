@@ -1,4 +1,4 @@
-"""Training a classifier in two ways, and what is measured of each."""
+"""Trains a classifier with two methods and measures both."""
 
 import dataclasses
 import pathlib
@@ -14,7 +14,7 @@ import keras_randadapt as kra
 
 @dataclasses.dataclass
 class Run:
-    """What is reported of one training run."""
+    """The reported numbers of one training run."""
 
     name: str
     adapter_parameters: int
@@ -27,12 +27,12 @@ class Run:
 
     @property
     def seconds_per_epoch(self):
-        # The first epoch compiles, which is said apart.
+        # The first epoch compiles, so it does not count.
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
 class EpochTimer(keras.callbacks.Callback):
-    """Measures the training part of each epoch, validation left out."""
+    """Measures the time of each epoch without validation."""
 
     def __init__(self):
         super().__init__()
@@ -42,8 +42,8 @@ class EpochTimer(keras.callbacks.Callback):
         self._start = time.perf_counter()
 
     def on_test_begin(self, logs=None):
-        # JAX returns from a step before it is computed; reading a weight waits
-        # for the last one.
+        # JAX returns from a step before it is computed. Reading a weight waits
+        # for the last step.
         keras.ops.convert_to_numpy(self.model.trainable_variables[0])
         self.seconds.append(time.perf_counter() - self._start)
 
@@ -54,16 +54,16 @@ def count(weights):
 
 
 def fit(model, run, optimizer, train, validation, epochs, batch_size=32):
-    """Compiles and fits the model and writes what was measured into `run`.
+    """Compiles and fits the model and writes the measurements into `run`.
 
     Args:
-        model: The classifier, its adapters in place.
+        model: The classifier with its adapters.
         run: The `Run` to complete.
         optimizer: A Keras optimizer.
         train: A tuple of tokens and labels.
         validation: A tuple of tokens and labels, evaluated after each epoch.
         epochs: The number of epochs.
-        batch_size: The number of examples a step.
+        batch_size: The number of examples in a step.
     """
     model.compile(
         optimizer=optimizer,
@@ -97,8 +97,8 @@ def train_rlora(model, data, epochs, rank, adapter_rate, head_rate, path):
     """Fine-tunes with RLoRA on the query and value projections.
 
     Args:
-        model: The classifier as loaded. Adapters are injected into it, and are
-            there when this returns.
+        model: The classifier as loaded. Adapters are injected into it and stay
+            attached.
         data: Two tuples of tokens and labels: training and validation.
         epochs: The number of epochs.
         rank: The rank of the adapters.
@@ -112,7 +112,7 @@ def train_rlora(model, data, epochs, rank, adapter_rate, head_rate, path):
     report = kra.inject(
         model,
         kra.RLoRA(rank=rank, seed=0),
-        # The query and value projections, whatever the encoder calls them.
+        # This means the query and value projections of every encoder.
         targets=None,
         keep_trainable=[classifier.HEAD],
     )
@@ -134,14 +134,14 @@ def train_rlora(model, data, epochs, rank, adapter_rate, head_rate, path):
 def train_keras_lora(
     model, backbone, data, epochs, rank, adapter_rate, head_rate, path
 ):
-    """Fine-tunes with the LoRA that Keras and KerasHub have built in.
+    """Fine-tunes with Keras's and KerasHub's own LoRA.
 
     Args:
         model: The classifier as loaded.
         backbone: Its backbone, on which LoRA is enabled.
         data: Two tuples of tokens and labels: training and validation.
         epochs: The number of epochs.
-        rank: The rank that `enable_lora` is given.
+        rank: The argument of `enable_lora`.
         adapter_rate: The learning rate of the backbone's trainable weights.
         head_rate: The learning rate of the head.
         path: The `.lora.h5` file to write.
@@ -166,7 +166,7 @@ def train_keras_lora(
 
 
 def two_rates(adapter_weights, adapter_rate, head_rate):
-    """AdamW with one rate for some weights and another one for the rest."""
+    """AdamW with one rate for some weights and another rate for the rest."""
     paths = {weight.path for weight in adapter_weights}
     adapter = keras.optimizers.AdamW(adapter_rate)
     head = keras.optimizers.AdamW(head_rate)

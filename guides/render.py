@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python guides/render.py            # all guides
     KERAS_BACKEND=jax python guides/render.py rlora.py
 
-A guide is a Python file in the manner of keras.io: its module-level strings
-are text, and what is between them is a cell of code. The page of `rlora.py` is
-`rlora.md`; what a cell prints follows the cell, and so does what it draws.
+A guide is a Python file in the manner of keras.io. Its module-level strings are
+text, and the code between them makes cells. The page of `rlora.py` is
+`rlora.md`. The output and the pictures of a cell follow the cell.
 """
 
 import ast
@@ -47,7 +47,7 @@ def render(path, folder=HERE):
 
     Args:
         path: The guide.
-        folder: Where the page goes; pictures go into `images` within.
+        folder: The folder of the page. Pictures go into its folder `images`.
 
     Returns:
         The path of the page.
@@ -57,7 +57,7 @@ def render(path, folder=HERE):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Whatever the process drew before is no picture of this guide.
+    # Earlier figures of the process are no pictures of this guide.
     plt.close("all")
     namespace = {"__name__": "__main__", "__file__": str(path)}
     page = []
@@ -68,11 +68,11 @@ def render(path, folder=HERE):
             continue
         page.append(f"```python\n{content}\n```")
         printed = io.StringIO()
-        # Empty lines put the code where tracebacks look for it.
+        # With these empty lines, tracebacks show the right lines.
         code = compile("\n" * (line - 1) + content, str(path), "exec")
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
-        # The page is for everyone: no folders of who rendered it.
+        # The page must not show the home folder of the person who renders it.
         text = printed.getvalue().strip().replace(str(pathlib.Path.home()), "~")
         if text:
             page.append(f"```\n{text}\n```")
