@@ -6,6 +6,7 @@ The site's own checks, dead links among them, are those of `make docs`.
 import inspect
 import pathlib
 import re
+import tomllib
 
 import keras
 import numpy as np
@@ -137,6 +138,17 @@ def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
+def test_make_docs_installs_what_the_extra_names():
+    """`make docs` installs constraints/docs.txt, without the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wanted = {
+        re.match("[a-z-]+", requirement)[0]
+        for requirement in project["project"]["optional-dependencies"]["docs"]
+    }
+    pins = (ROOT / "constraints/docs.txt").read_text("utf-8")
+    assert wanted <= set(re.findall("^(.+)==", pins, re.MULTILINE))
+
+
 def _pages():
     """The pages take turns at the backends."""
     for i, page in enumerate(PAGES):
@@ -243,6 +255,8 @@ def test_api_example(code, tmp_path, monkeypatch):
 def test_public_name_is_documented(name, value):
     """It has a docstring and an example, there or in docs/api_examples.md."""
     doc = inspect.getdoc(value)
-    assert doc
+    assert doc, f"{name} has no docstring."
     examples = API_EXAMPLES.read_text(encoding="utf-8")
-    assert "Example:" in doc or f"## `{name}`\n" in examples
+    assert "Example:" in doc or f"## `{name}`\n" in examples, (
+        f"Put an example of {name} into its docstring or {API_EXAMPLES.name}."
+    )
