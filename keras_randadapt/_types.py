@@ -21,7 +21,7 @@ Data: TypeAlias = Any
 #: A Matplotlib axis. Its class is not named, since Matplotlib is optional.
 Axis: TypeAlias = Any
 
-#: What `get_config` returns and `from_config` takes.
+#: A config, which `get_config` returns and `from_config` takes.
 Config: TypeAlias = dict[str, Any]
 
 #: The initializer of a weight: a name, a name with arguments, or Keras's own.

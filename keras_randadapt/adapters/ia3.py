@@ -115,7 +115,7 @@ class IA3(base.Adapter):
 
     def build(self, site: Site) -> None:
         self._scales_input = site.address in (self.feedforward or ())
-        # The second form leaves the bias as it is.
+        # The second form does not change the bias.
         self.adapts_bias = not self._scales_input
         if self.adapts_bias:
             self.check_bias_of_outputs(site)

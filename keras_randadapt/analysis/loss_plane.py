@@ -135,7 +135,7 @@ def mode_connectivity(
         model: A compiled Keras model.
         points: Three points of one kind. They may be copies of kernels, see
             `kernels`, which may come from different methods; adapters of
-            `model` are disabled while these are evaluated. Or they may be
+            `model` are disabled while these are evaluated. They may also be
             values of `model.trainable_variables`, given as lists of arrays or
             as paths of adapter files that fit the one active adapter.
         x: Inputs, as `model.evaluate` takes them, but no generator, because

@@ -412,8 +412,8 @@ class PACBayes(keras.callbacks.Callback):
             history.head_rows.append(np.full(len(self.heads), np.nan))
             history.totals.append(float("nan"))
             warnings.warn(
-                "The gradients of some training examples are not finite: the "
-                "estimate of information is left as it was. Has training "
+                "The gradients of some training examples are not finite, so "
+                "the estimate of information is not updated. Has training "
                 "diverged, or does the loss overflow in half precision?",
                 AdapterWarning,
                 stacklevel=2,

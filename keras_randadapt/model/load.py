@@ -27,7 +27,7 @@ def load_adapter(
     A file loads on every backend, and a file that was trained on a task also
     loads into its backbone. Loading is strict, and every check is made before
     anything changes. The base model must have the same layers with the same
-    shapes as the model of the file, not only the same sites. Of a KerasHub
+    shapes as the model of the file, not only the same sites. In a KerasHub
     task only the backbone is compared. Layers that were kept trainable are
     compared weight by weight. Kernels may be float, int8 or int4.
 

@@ -186,7 +186,7 @@ def check_site(address, layer):
     ):
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' has an attribute `adapter` "
-            "of its own, the name that adapters are kept under."
+            "of its own, but adapters are stored under this name. Rename it."
         )
     if isinstance(layer, keras.layers.EinsumDense):
         plan = dense.einsum_plan_of(layer)
