@@ -1,12 +1,12 @@
 /* Transforms on a CPU, see native.py.
 
-A program of native.py is applied to a few rows at a time, so that they stay in
-the nearest cache from the first operation to the last: memory is read once and
-written once. Rows are shared out to threads.
+A program of native.py is applied to a few rows at a time, so that these stay in
+the first-level cache through all operations: memory is read once and written
+once. Rows are distributed to threads.
 
-Nothing of Python is used, and Python cannot import it: native.py calls
-`randadapt_apply` by ctypes, XLA calls `randadapt_xla_handler`, and TensorFlow is
-given an operation of its own when it loads this.
+This file does not use Python, and Python cannot import it. native.py calls
+`randadapt_apply` by ctypes, XLA calls `randadapt_xla_handler`, and TensorFlow
+gets an operation when it loads this library.
 */
 
 #include <dlfcn.h>
@@ -17,11 +17,12 @@ given an operation of its own when it loads this.
 #include <stdlib.h>
 #include <string.h>
 
-/* Of what native.py and this file have agreed on. */
+/* The version of the format that native.py and this file share. */
 #define FORMAT 1
 
-/* Versions for more than the oldest processors, chosen when it is loaded. What
-   Clang makes of it chooses the oldest always. */
+/* This compiles a function for several generations of processors, and one is
+   chosen when the library is loaded. Clang's version always chooses the
+   oldest, so it is not used there. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
     __GNUC__ >= 12
 #define FOR_EVERY_PROCESSOR                                       \
@@ -33,27 +34,28 @@ given an operation of its own when it loads this.
 #define INLINE static inline __attribute__((always_inline))
 
 #define LANES 8
-/* Floats of a block of rows: with a copy, a part of the nearest cache. */
+/* The floats of a block of rows. With a copy, they fill a part of the
+   first-level cache. */
 #define BLOCK 2048
 #define CACHE_LINE 64
-/* Rows of a product whose sums are in registers at a time. */
+/* The rows of a product whose sums are in registers at a time. */
 #define DENSE_ROWS 6
-/* Floats that a thread takes at a time. */
+/* The floats that a thread takes at a time. */
 #define SHARE 65536
-/* Shares for which a thread is worth its start. */
+/* The least number of shares for which starting a thread pays. */
 #define SHARES_OF_THREAD 4
 #define MAX_THREADS 256
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-/* The same in memory, where nothing is aligned. */
+/* The same in memory, where it need not be aligned. */
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4),
                                    may_alias));
-/* Two of them, or one where the processor has such. */
+/* Two vectors, or one on processors with longer ones. */
 typedef float wide __attribute__((vector_size(8 * LANES)));
 typedef float loose_wide __attribute__((vector_size(8 * LANES), aligned(4),
                                         may_alias));
 
-/* As in native.py. */
+/* The operations have the same numbers in native.py. */
 enum kind { RADIX, RUN, DENSE, GATHER, SCATTER, RESIZE, SCALE };
 
 typedef struct {
@@ -65,12 +67,12 @@ typedef struct {
   int32_t rows;
   int32_t columns;
   int32_t right;
-  /* Where its numbers are: among the floats, or for an index, the integers.
-  -1 for none. */
+  /* The place of its numbers among the floats, or of its index among the
+     integers. It is -1 if there are none. */
   int32_t numbers;
-  /* What is multiplied by first: a vector among the floats, or -1. */
+  /* The place of a vector that the input is multiplied by first, or -1. */
   int32_t vector;
-  /* And if there is none, a number. */
+  /* The place of a number for the same purpose, or -1. */
   int32_t scale;
 } operation;
 
@@ -82,7 +84,7 @@ typedef struct {
   operation operations[];
 } program;
 
-/* The rows of a matrix, shared out to threads as they come for more. */
+/* The rows of a matrix, of which each thread takes a share at a time. */
 typedef struct {
   const program *program;
   const float *floats;
@@ -96,7 +98,7 @@ typedef struct {
   atomic_int status;
 } work;
 
-/* Of OpenMP: runs a function in a number of threads, and waits for them. */
+/* OpenMP's function that runs a function in some threads and waits. */
 typedef void parallel(void (*function)(void *), void *argument,
                       unsigned threads, unsigned flags);
 
@@ -135,8 +137,9 @@ INLINE vec within(vec v) {
   return v * by4 + SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
 }
 
-/* Order `size` along an axis of which `right`, a multiple of 8, lie behind, or
-   with `last`, order `8 * size` along that axis and the 8 behind. */
+/* The Hadamard transform of order `size` along an axis. `right` is the distance
+   of its coordinates, a multiple of 8. With `last`, the order is `8 * size`,
+   along that axis and the 8 coordinates behind it. */
 INLINE void radix(const float *x, float *y, const float *vector, float scale,
                   int64_t outer, int size, int64_t right, int last) {
   for (int64_t o = 0; o < outer; o++) {
@@ -158,7 +161,7 @@ INLINE void radix(const float *x, float *y, const float *vector, float scale,
   }
 }
 
-/* `height` rows of a product, of 16 columns. */
+/* Computes `height` rows and 16 columns of a product. */
 INLINE void dense_part(const float *x, float *y, const float *matrix,
                        int columns, int64_t right, int height) {
   wide sums[DENSE_ROWS];
@@ -206,7 +209,8 @@ INLINE void dense(const float *x, float *y, const float *matrix, int64_t outer,
   }
 }
 
-/* Along the last axis. The matrix is transposed, its rows padded to 8. */
+/* A product along the last axis. The matrix is transposed, and its rows are
+   padded to a multiple of 8. */
 INLINE void dense_last(const float *x, float *y, const float *matrix,
                        int64_t outer, int rows, int columns) {
   const int padded = (rows + LANES - 1) / LANES * LANES;
@@ -232,7 +236,7 @@ INLINE void multiply(const float *x, float *y, const float *vector, float scale,
   for (int64_t i = 0; i < dim; i++) y[i] = x[i] * (vector ? vector[i] : scale);
 }
 
-/* One operation on one row. */
+/* Applies one operation to one row. */
 INLINE void apply_operation(const operation *op, const program *p,
                             const float *floats, const float *x, float *y) {
   const float *vector = op->vector < 0 ? NULL : floats + op->vector;
@@ -296,15 +300,15 @@ INLINE int in_place(int32_t kind) {
   return kind == RADIX || kind == RUN || kind == SCALE;
 }
 
-/* Asks for a part of some memory before it is needed. What a row's operations
-   do to what is in cache leaves memory idle otherwise. */
+/* Prefetches a part of some memory. Otherwise memory would be idle while a
+   row's operations work in cache. */
 INLINE void fetch(const void *memory, int64_t bytes, int64_t part,
                   int64_t parts, const int writing) {
   const int64_t end = bytes * (part + 1) / parts;
   int64_t at = bytes * part / parts / CACHE_LINE * CACHE_LINE;
   for (; at < end; at += CACHE_LINE) {
     const char *line = (const char *)memory + at;
-    /* Clang takes nothing but literals. */
+    /* Clang allows only literals as arguments. */
     if (writing) {
       __builtin_prefetch(line, 1, 3);
     } else {
@@ -386,10 +390,11 @@ static void *thread(void *argument) {
 
 int32_t randadapt_format(void) { return FORMAT; }
 
-/* Applies a program to the rows of a matrix; 0, or -1 for lack of memory.
+/* Applies a program to the rows of a matrix. It returns 0, or -1 if there is
+   not enough memory.
 
-   `before` and `after` may be NULL. So may `run_parallel`, to start threads
-   here. */
+   `before` and `after` may be NULL. If `run_parallel` is NULL, threads are
+   started here. */
 int randadapt_apply(const int32_t *integers, const float *floats,
                     const float *x, const float *before, const float *after,
                     float *y, int64_t rows, int32_t threads,
@@ -422,8 +427,8 @@ int randadapt_apply(const int32_t *integers, const float *floats,
   return w.status;
 }
 
-/* XLA's typed interface for foreign functions: what is used of its C ABI, whose
-   structures all begin with their size. */
+/* The parts of XLA's typed interface for foreign functions that are used here.
+   All structures of its C ABI begin with their size. */
 
 typedef struct extension {
   size_t size;
@@ -509,7 +514,8 @@ typedef struct {
 } xla_call;
 
 enum { METADATA = 1, EXECUTE = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
-/* The newest that these structures are known to be of. */
+/* The newest version of XLA's interface that is known to have these
+   structures. */
 enum { XLA_MAJOR = 0, XLA_MINOR = 3 };
 
 static void *xla_failure(const xla_call *call, const char *message, int code) {
@@ -517,14 +523,14 @@ static void *xla_failure(const xla_call *call, const char *message, int code) {
   return call->interface->create_error(&error);
 }
 
-/* As many as XLA may use, so that what limits XLA limits this. */
+/* The number of threads that XLA may use. Limits of XLA thus hold here too. */
 static int32_t xla_thread_count(const xla_call *call) {
   int64_t count = 1;
   xla_threads threads = {sizeof threads, NULL, call->context, &count};
   if (call->interface->size < sizeof(xla_interface)) return 1;
   void *error = call->interface->count_threads(&threads);
   if (error) {
-    /* It was told to have none beside the one that is here. */
+    /* XLA has no thread pool, so only the calling thread is used. */
     xla_deletion deletion = {sizeof deletion, NULL, error};
     call->interface->delete_error(&deletion);
     return 1;
@@ -532,12 +538,13 @@ static int32_t xla_thread_count(const xla_call *call) {
   return count < MAX_THREADS ? (int32_t)count : MAX_THREADS;
 }
 
-/* Of the rows of a matrix, the integers and the floats of a program. */
+/* XLA's call. Its arguments are a matrix, and the integers and the floats of a
+   program. */
 void *randadapt_xla_handler(xla_call *call) {
   for (extension *e = call->extensions; e; e = e->next) {
     if (e->type == METADATA) {
       xla_metadata *metadata = ((metadata_extension *)e)->metadata;
-      /* Old versions of XLA have none here. */
+      /* Old versions of XLA have no interface here. */
       const xla_interface *interface = call->interface;
       const int older = interface && interface->version.major == XLA_MAJOR &&
                         interface->version.minor < XLA_MINOR;
@@ -565,8 +572,8 @@ void *randadapt_xla_handler(xla_call *call) {
   return NULL;
 }
 
-/* An operation for TensorFlow, by what is used of its C interface for operations
-   and kernels (tensorflow/c/ops.h and kernels.h). */
+/* An operation for TensorFlow, with the parts of its C interface for operations
+   and kernels that are used here (tensorflow/c/ops.h and kernels.h). */
 
 #define FOR_EVERY_FUNCTION(DO)                                               \
   DO(void *, TF_NewOpDefinitionBuilder, (const char *name))                  \
@@ -608,7 +615,7 @@ static struct { FOR_EVERY_FUNCTION(MEMBER) } tf;
 enum { TF_FLOAT = 1 };
 enum { TF_OK, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8 };
 
-/* A kernel is the number of threads that it may use. */
+/* The state of a kernel is the number of threads that it may use. */
 static void *tensorflow_create(void *context) {
   void *status = tf.TF_NewStatus();
   int32_t *threads = malloc(sizeof *threads);
@@ -664,8 +671,9 @@ static void tensorflow_compute(void *kernel, void *context) {
   tf.TF_DeleteStatus(status);
 }
 
-/* TensorFlow takes what registers itself while it loads a library. Twice would
-   end the process, so tensorflow.py says when. */
+/* TensorFlow takes operations that register themselves while it loads a
+   library. A second registration would end the process, so tensorflow.py says
+   when to register. */
 __attribute__((constructor)) static void tensorflow_register(void) {
   if (!getenv("_KERAS_RANDADAPT_REGISTER")) return;
   void *library = dlopen("libtensorflow_framework.so.2", RTLD_NOLOAD | RTLD_LAZY);
@@ -676,7 +684,7 @@ __attribute__((constructor)) static void tensorflow_register(void) {
   complete = complete && tf.name;
   FOR_EVERY_FUNCTION(FIND)
 #undef FIND
-  /* It stays in memory, the count of its users as it was. */
+  /* The library stays in memory; this only restores its reference count. */
   dlclose(library);
   if (!complete) return;
   void *status = tf.TF_NewStatus();
@@ -684,7 +692,8 @@ __attribute__((constructor)) static void tensorflow_register(void) {
   tf.TF_OpDefinitionBuilderAddInput(op, "x: float");
   tf.TF_OpDefinitionBuilderAddInput(op, "integers: int32");
   tf.TF_OpDefinitionBuilderAddInput(op, "floats: float");
-  /* For its gradient, which is the same operation with these first. */
+  /* These are for the gradient, which is the same operation with these as
+     `integers` and `floats`. */
   tf.TF_OpDefinitionBuilderAddInput(op, "transposed_integers: int32");
   tf.TF_OpDefinitionBuilderAddInput(op, "transposed_floats: float");
   tf.TF_OpDefinitionBuilderAddOutput(op, "y: float");
