@@ -49,7 +49,7 @@ def apply(x, program, before=None, after=None):
 
     Args:
         x: Tensor `(..., input_dim)`.
-        program: `steps.Program`.
+        program: A `program.Program`.
         before: Optional tensor `(input_dim,)` to multiply by first.
         after: Optional tensor `(output_dim,)` to multiply by last.
     """

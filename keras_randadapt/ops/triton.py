@@ -128,7 +128,7 @@ def tiled_program(program, dtype, room):
     whose tile does not fit on chip. A program and its transpose share one.
 
     Args:
-        program: `steps.Program`.
+        program: A `program.Program`.
         dtype: String.
         room: Bytes of shared memory that a program of the kernel may have.
     """
