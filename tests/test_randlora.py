@@ -72,7 +72,7 @@ def _hadamard(dim, rank, seed, role, stages, expand):
 
 
 def dense_delta(adapter, view, lambdas, gamma):
-    """Equation 2, as an update of the kernel view."""
+    """Equation 4, as an update of the kernel view."""
     small, large = sorted(view)
     rank, terms = adapter.rank, len(lambdas)
     a, b = _bases(adapter.basis, small, large, rank, terms, adapter.seed)

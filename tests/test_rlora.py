@@ -41,7 +41,7 @@ def dense_basis(dim, rank, seed, role, stages, rows, padded):
 
 
 def dense_delta(adapter, view, alpha, beta):
-    """Equation 5, transposed to a Keras kernel: `(input_dim, output_dim)`."""
+    """Equation 3, transposed to a Keras kernel: `(input_dim, output_dim)`."""
     arguments = (adapter.seed,)
     options = (adapter.stages, adapter.rows, adapter.hadamard == "pad")
     role = adapter.site.role

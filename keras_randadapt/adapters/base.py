@@ -343,7 +343,7 @@ class Adapter(AdapterVariables):
         """
         raise TypeError(
             f"`{type(self).__name__}` does not order its ranks: `truncate` is "
-            "for methods that train every rank for itself, such as `DyLoRA`."
+            "for methods that train all smaller ranks too, such as `DyLoRA`."
         )
 
     def basis_digest(self) -> str:

@@ -89,7 +89,7 @@ class RandLoRA(base.Adapter):
     ```
 
     References:
-        - Albert et al., "RandLoRA", ICLR 2025, equation 2. The frozen
+        - Albert et al., "RandLoRA", ICLR 2025, equation 4. The frozen
           matrices of a site depend on its shape only, not on which other
           sites are adapted.
         - Achlioptas, 2003, and Li, Hastie and Church, 2006: sparse bases. The

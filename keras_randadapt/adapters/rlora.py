@@ -75,8 +75,8 @@ class RLoRA(base.Adapter):
     ```
 
     References:
-        - Lei, Qian and Cheung, "RLoRA", Findings of ACL 2024, equations 4
-          and 5. Each transform is orthonormal here, and rows are subsampled
+        - Lei, Qian and Cheung, "RLoRA", Findings of ACL 2024, equations 3
+          and 4. Each transform is orthonormal here, and rows are subsampled
           without rescaling.
     """
 

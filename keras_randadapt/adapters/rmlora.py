@@ -123,7 +123,7 @@ class RMLoRA(lora.LoRA):
         if self.update_rank > smallest:
             raise ValueError(
                 f"`update_rank` must be at most {smallest}, the smallest rank "
-                "of a site; equal to the rank, nothing is masked. "
+                "of a site. If it is equal to the rank, nothing is masked. "
                 f"Received: update_rank={self.update_rank}"
             )
         self.mask_updates = bool(mask_updates)

@@ -93,7 +93,7 @@ def _check_source(address, site_address, layers):
         if _compat.may_rematerialize(one):
             raise ValueError(
                 f"It gets the input of '{address}', and '{one.name}' was made "
-                "in a `keras.RematScope`, which lets nothing else out of a "
-                "layer than its output. Build the model outside of the scope, "
-                "or leave the site out with `exclude`."
+                "in a `keras.RematScope`, in which a layer can pass on only "
+                "its output. Build the model outside of the scope, or leave "
+                "the site out with `exclude`."
             )

@@ -221,8 +221,8 @@ def _check_overlap(model, addresses, kept):
         if nested:
             raise ValueError(
                 f"'{nested[0]}' and '{address}', which contains it, would be "
-                "kept trainable by different adapters. Keep the same layer, "
-                "or layers apart from each other."
+                "kept trainable by different adapters. Let them keep the same "
+                "layer, or layers that do not contain each other."
             )
         inside = [
             a for a in all_sites if a == address or a.startswith(f"{address}/")
@@ -260,11 +260,11 @@ def check_called(template, address, layers):
         return
     missed = None
     if template.adapts_output:
-        missed = "what is added to its output"
+        missed = "the change of its output"
     elif template.dropout:
         missed = "the adapter's `dropout`"
     elif _has_training_delta(template):
-        missed = "what the method does in training only"
+        missed = "the method's changes that apply only in training"
     if missed:
         raise ValueError(
             f"KerasHub's {type(parent).__name__} does not call "
@@ -289,8 +289,8 @@ def warn_of_inference_in_fit(model, template):
         warnings.warn(
             f"`{type(model).__name__}.call` takes no `training` argument, so "
             "Keras's `fit` runs the model as in inference: without dropout, "
-            "and without what a method does in training only. Add the "
-            "argument to `call`.",
+            "and without the method's changes that apply only in training. "
+            "Add the argument to `call`.",
             AdapterWarning,
             stacklevel=3,
         )

@@ -160,7 +160,7 @@ def _check_mergeable(state):
                 f"The adapter '{name}' is a `{type(template).__name__}`, which "
                 "computes something between the layers that no kernel can "
                 "hold: it can't be merged. Save it with `save_adapter`, or "
-                "export the adapted model as it is."
+                "export the adapted model without a merge."
             )
 
 

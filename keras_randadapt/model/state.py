@@ -176,8 +176,8 @@ def check_has_values(model):
         raise RuntimeError(
             f"The variables of model '{model.name}' have no values. In JAX "
             "Keras loses them when `fit`, `evaluate` or `predict` fails "
-            "in its first step, on data of a wrong shape for one. Build the "
-            "model anew."
+            "in its first step, for example on data of a wrong shape. Build "
+            "the model again."
         )
 
 

@@ -93,14 +93,14 @@ class GaLore(wrapper.OptimizerWrapper):
         for one in wrapper.walk(self.inner_optimizer):
             if isinstance(one, GaLore):
                 raise ValueError(
-                    "`optimizer` must not hold another `GaLore`: what is "
-                    "projected has no gradient of full size to project again."
+                    "`optimizer` must not hold another `GaLore`: a gradient "
+                    "that is projected already can't be projected again."
                 )
             if type(one).__name__ in _ABSOLUTE:
                 raise ValueError(
-                    f"`{type(one).__name__}` sets variables to values of its "
-                    "own reckoning instead of changing them by a step, which "
-                    "is what `GaLore` projects back. Use another optimizer."
+                    f"`{type(one).__name__}` sets variables to new values "
+                    "instead of changing them by a step, but `GaLore` can "
+                    "project back only a step. Use another optimizer."
                 )
         self.rank = arguments.check_rank(rank)
         self.update_interval = arguments.check_rank(

@@ -376,7 +376,7 @@ def leaf_of(optimizer, variable):
         if not _inner_optimizers(one):
             if any(v is variable for v in _compat.trained_variables(one)):
                 return one
-    raise ValueError(f"'{variable.path}' is trained by none of {optimizer}.")
+    raise ValueError(f"No optimizer in {optimizer} trains '{variable.path}'.")
 
 
 def _inner_optimizers(optimizer):
