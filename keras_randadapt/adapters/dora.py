@@ -98,8 +98,8 @@ class DoRA(base.Adapter):
             )
         if adapter.built or not adapter.additive or adapter.adapts_bias:
             raise ValueError(
-                "`adapter` must be an unbuilt adapter whose update of the "
-                "kernel does not depend on the kernel, such as `LoRA(8)`. "
+                "`adapter` must be an unbuilt adapter that adds a delta which "
+                "does not depend on the base kernel, such as `LoRA(8)`. "
                 f"Received: adapter={adapter!r}"
             )
         super().__init__(seed=adapter.seed, dtype=dtype, name=name)
