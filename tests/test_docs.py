@@ -39,7 +39,12 @@ NAMED_BLOCK = re.compile(
 )
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 
-pytestmark = pytest.mark.one_backend("torch")
+pytestmark = [
+    pytest.mark.one_backend("torch"),
+    pytest.mark.cpu_seconds(
+        20, reason="JAX and TensorFlow compile on days that are theirs"
+    ),
+]
 
 NEEDS_MULTI_OPTIMIZER = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
@@ -150,14 +155,13 @@ def test_make_docs_installs_what_the_extra_names():
 
 
 def _pages():
-    """The pages take turns at the backends."""
-    for i, page in enumerate(PAGES):
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = _blocks(text)
         assert len(blocks) == text.count("```python"), page
         if not blocks:
             continue
-        marks = [pytest.mark.one_backend(i)]
+        marks = []
         if "learning_rate_groups(" in text:
             marks.append(NEEDS_MULTI_OPTIMIZER)
         yield pytest.param(page, blocks, id=page.stem, marks=marks)
@@ -238,12 +242,10 @@ def test_docstring(value, tmp_path, monkeypatch):
 
 def _api_examples():
     found = NAMED_BLOCK.findall(API_EXAMPLES.read_text(encoding="utf-8"))
-    for i, (name, code) in enumerate(found):
-        marks = [pytest.mark.one_backend(i)]
-        yield pytest.param(code, id=name, marks=marks)
+    return [pytest.param(code, id=name) for name, code in found]
 
 
-@pytest.mark.parametrize("code", list(_api_examples()))
+@pytest.mark.parametrize("code", _api_examples())
 def test_api_example(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_example(code, "docs/api_examples.md")
