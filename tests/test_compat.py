@@ -475,6 +475,25 @@ def test_shows_moving_average():
     assert len(averages) == len(model.variables)
 
 
+def test_unrounded():
+    seen = {}
+
+    class Reads(layers.Layer):
+        def build(self, shape):
+            self.one = self.add_weight(shape=(), initializer="ones")
+            self.one.assign(1e-8)
+
+        def call(self, x):
+            seen["rounded"] = self.one + 0.0
+            seen["unrounded"] = _compat.unrounded(self.one) + 0.0
+            return x
+
+    Reads(dtype="mixed_float16")(np.ones((1, 1)))
+    values = {k: float(keras.ops.convert_to_numpy(v)) for k, v in seen.items()}
+    assert values["rounded"] == 0 and values["unrounded"] > 0.9e-8
+    assert _compat.unrounded(3.0) == 3.0
+
+
 def test_kernel_of():
     dense = _model().get_layer("d")
     assert _compat.kernel_of(dense) is dense.trainable_weights[0]

@@ -381,3 +381,33 @@ class TestPaperCounts:
         model = methods.roberta()
         report = kra.inject(model, template(), ["query", "value"])
         assert report.adapter_parameters == count
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_columns_that_16_bits_round_to_zero(policy, kind):
+    """A float32 kernel is read as it is, also inside a 16-bit layer."""
+    if kind == "dense":
+        layer = keras.layers.Dense(6, dtype=policy, name="site")
+        x = zoo.normal(16, 8)
+    else:
+        layer = keras.layers.Conv2D(6, 3, dtype=policy, name="site")
+        x = zoo.normal(16, 4, 4, 8)
+    inputs = keras.Input(x.shape[1:])
+    y = keras.layers.Flatten(dtype="float32")(layer(inputs))
+    model = zoo.set_weights(
+        keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(y))
+    )
+    kernel = methods.numpy(layer._kernel)
+    # Zero, below what 16 bits hold, and below what float32 holds normally.
+    kernel[..., :3] = 0.0, 1e-8, 1e-39
+    layer._kernel.assign(kernel)
+    base = zoo.outputs(model, x)
+    kra.inject(model, kra.DoRA(kra.LoRA(2)), "site")
+    np.testing.assert_allclose(
+        zoo.outputs(model, x), base, rtol=1e-2, atol=1e-2
+    )
+    losses = zoo.fit(model, x, steps=4).history["loss"]
+    assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
+    assert all(np.all(np.isfinite(methods.numpy(w))) for w in model.weights)

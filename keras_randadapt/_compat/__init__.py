@@ -38,6 +38,7 @@ from keras_randadapt._compat.layers import sync_jax_state
 from keras_randadapt._compat.layers import trainable_by_nature
 from keras_randadapt._compat.layers import training_phase
 from keras_randadapt._compat.layers import unpickle_model
+from keras_randadapt._compat.layers import unrounded
 from keras_randadapt._compat.layers import values_of_jax_state
 from keras_randadapt._compat.layers import walk_attributes
 from keras_randadapt._compat.optimizers import ShowsMovingAverage
@@ -94,6 +95,7 @@ __all__ = [
     "trained_variables",
     "training_phase",
     "unpickle_model",
+    "unrounded",
     "values_of_jax_state",
     "variable_index",
     "walk_attributes",

@@ -7,6 +7,7 @@ import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.saving_lib import _walk_saveable
@@ -48,6 +49,7 @@ __all__ = [
     "trainable_by_nature",
     "training_phase",
     "unpickle_model",
+    "unrounded",
     "values_of_jax_state",
     "walk_attributes",
 ]
@@ -334,6 +336,23 @@ def kernel_of(layer):
     if isinstance(layer, keras.layers.Embedding):
         return layer._embeddings
     return getattr(layer, "_kernel", None)
+
+
+def unrounded(value):
+    """A variable's value in its own dtype, also where Keras casts it.
+
+    Inside the `call` of a layer that computes in 16 bits, Keras casts every
+    variable on the way to a tensor, and a later cast to float32 does not bring
+    the lost bits back.
+
+    Args:
+        value: A variable, or a tensor, which is returned as it is.
+    """
+    if not isinstance(value, keras.Variable):
+        return value
+    with AutocastScope(None):
+        # `convert_to_tensor` returns the variable itself on TensorFlow.
+        return value.value
 
 
 def kernel_shape(layer):

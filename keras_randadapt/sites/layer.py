@@ -70,7 +70,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
 
     def _merged_kernel_view(self, kernel):
         """The kernel view with every active adapter folded in, float32."""
-        base = ops.cast(self.to_view(kernel), "float32")
+        base = ops.cast(self.to_view(_compat.unrounded(kernel)), "float32")
         return product.fold(self.adapter.active(), base)
 
     def bias_to_view(self, bias):
@@ -94,7 +94,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         adapters = [a for a in self.adapter.active() if a.adapts_bias]
         if bias is None or not adapters:
             return bias
-        base = ops.cast(self.bias_to_view(bias), "float32")
+        base = ops.cast(self.bias_to_view(_compat.unrounded(bias)), "float32")
         vector = base
         for adapter in adapters:
             vector = adapter.merged_bias(vector, base)
@@ -141,7 +141,8 @@ def kernel_space_product(site, inputs, training):
 
 def _delta_view(site, adapter, training):
     if not adapter.additive:
-        base = ops.cast(site.to_view(_compat.kernel_of(site)), "float32")
+        kernel = _compat.unrounded(_compat.kernel_of(site))
+        base = ops.cast(site.to_view(kernel), "float32")
         return adapter.merged(base, base, training) - base
     if training:
         return adapter.training_delta_kernel()

@@ -70,9 +70,10 @@ class Product:
     def _kernel(self, dtype):
         if self._site.quantization_mode is not None:
             return None
-        return self._site.to_view(
-            ops.cast(_compat.kernel_of(self._site), dtype)
-        )
+        kernel = _compat.kernel_of(self._site)
+        if dtype == "float32":
+            kernel = _compat.unrounded(kernel)
+        return self._site.to_view(ops.cast(kernel, dtype))
 
 
 def adapt_all(adapters, x, linear, training):
