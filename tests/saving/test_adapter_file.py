@@ -643,7 +643,7 @@ class TestBadFiles:
             (_wide_head, "float64 of shape .* weight 1 .* must be float32"),
             (
                 _unknown_source,
-                "inputs of sites .*'layers/nowhere', 'nonsense#0'",
+                "input layers of sites .*'layers/nowhere', 'nonsense#0'",
             ),
             (_other_layers, "was trained on a BertBackbone with other layers"),
             (_no_layers, "lacks the metadata \\['model.layers'\\]"),
