@@ -544,3 +544,41 @@ def test_fresh_step():
             seen.append(model.train_step)
     assert seen[0] != seen[1] and own not in seen
     assert model.train_step == own
+
+
+def test_is_tracing():
+    assert not _compat.is_tracing()
+    with keras.StatelessScope():
+        assert _compat.is_tracing()
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        seen = []
+        tf.function(lambda: seen.append(_compat.is_tracing()))()
+        assert seen == [True]
+
+
+@pytest.mark.parametrize("is_in_scope", [False, True])
+def test_substituted_values(is_in_scope):
+    """Some variables have other values; updates of others come through."""
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    norm = model.layers[0]
+    before = np.array(keras.ops.convert_to_numpy(norm.beta))
+    pairs = [(norm.beta, np.full(3, 5.0, "float32"))]
+    x = np.arange(6, dtype="float32").reshape(2, 3)
+
+    def step():
+        with _compat.substituted_values(model, pairs):
+            y = model(x, training=True)
+            assert keras.ops.convert_to_numpy(y).mean() > 4
+        return norm.moving_mean + 0.0
+
+    if is_in_scope:
+        mapping = [(v, v.value + 0.0) for v in model.variables]
+        with keras.StatelessScope(mapping):
+            mean = step()
+        assert not keras.ops.convert_to_numpy(norm.moving_mean).any()
+    else:
+        mean = step()
+    assert keras.ops.convert_to_numpy(mean).any()
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(norm.beta), before)

@@ -10,12 +10,8 @@ from keras_randadapt._compat.layers import alias_registered_class
 from keras_randadapt._compat.layers import attach_sublayer
 from keras_randadapt._compat.layers import calls_in_graph
 from keras_randadapt._compat.layers import causal_padding
-from keras_randadapt._compat.layers import compiled_functions
 from keras_randadapt._compat.layers import detach_sublayer
 from keras_randadapt._compat.layers import flatten_layers
-from keras_randadapt._compat.layers import forget_jax_state
-from keras_randadapt._compat.layers import fresh_step
-from keras_randadapt._compat.layers import has_values
 from keras_randadapt._compat.layers import instance_attributes
 from keras_randadapt._compat.layers import is_nnx_enabled
 from keras_randadapt._compat.layers import is_saveable
@@ -28,18 +24,15 @@ from keras_randadapt._compat.layers import open_name_scope
 from keras_randadapt._compat.layers import owned_variables
 from keras_randadapt._compat.layers import paired_quantized_variables
 from keras_randadapt._compat.layers import refresh_torch_parameters
-from keras_randadapt._compat.layers import reset_compiled_functions
 from keras_randadapt._compat.layers import restore_sublayer
 from keras_randadapt._compat.layers import set_keras_mask
 from keras_randadapt._compat.layers import set_layer_trainable_flag
 from keras_randadapt._compat.layers import snake_case
 from keras_randadapt._compat.layers import sublayers
-from keras_randadapt._compat.layers import sync_jax_state
 from keras_randadapt._compat.layers import trainable_by_nature
 from keras_randadapt._compat.layers import training_phase
 from keras_randadapt._compat.layers import unpickle_model
 from keras_randadapt._compat.layers import unrounded
-from keras_randadapt._compat.layers import values_of_jax_state
 from keras_randadapt._compat.layers import walk_attributes
 from keras_randadapt._compat.optimizers import ShowsMovingAverage
 from keras_randadapt._compat.optimizers import check_variables_are_known
@@ -52,6 +45,15 @@ from keras_randadapt._compat.optimizers import trained_variables
 from keras_randadapt._compat.optimizers import variable_index
 from keras_randadapt._compat.optimizers import weight_decay
 from keras_randadapt._compat.optimizers import weight_decay_exclusions
+from keras_randadapt._compat.steps import compiled_functions
+from keras_randadapt._compat.steps import forget_jax_state
+from keras_randadapt._compat.steps import fresh_step
+from keras_randadapt._compat.steps import has_values
+from keras_randadapt._compat.steps import is_tracing
+from keras_randadapt._compat.steps import reset_compiled_functions
+from keras_randadapt._compat.steps import substituted_values
+from keras_randadapt._compat.steps import sync_jax_state
+from keras_randadapt._compat.steps import values_of_jax_state
 
 __all__ = [
     "alias_registered_class",
@@ -70,6 +72,7 @@ __all__ = [
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
+    "is_tracing",
     "iterations",
     "KeepsTrainingFlag",
     "kernel_of",
@@ -89,6 +92,7 @@ __all__ = [
     "ShowsMovingAverage",
     "snake_case",
     "sublayers",
+    "substituted_values",
     "sync_jax_state",
     "track_optimizer_variable",
     "trainable_by_nature",

@@ -6,7 +6,6 @@ import functools
 import keras
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
@@ -20,12 +19,8 @@ __all__ = [
     "attach_sublayer",
     "calls_in_graph",
     "causal_padding",
-    "compiled_functions",
     "detach_sublayer",
     "flatten_layers",
-    "forget_jax_state",
-    "fresh_step",
-    "has_values",
     "instance_attributes",
     "is_nnx_enabled",
     "is_saveable",
@@ -39,18 +34,15 @@ __all__ = [
     "owned_variables",
     "paired_quantized_variables",
     "refresh_torch_parameters",
-    "reset_compiled_functions",
     "restore_sublayer",
     "set_keras_mask",
     "set_layer_trainable_flag",
     "snake_case",
     "sublayers",
-    "sync_jax_state",
     "trainable_by_nature",
     "training_phase",
     "unpickle_model",
     "unrounded",
-    "values_of_jax_state",
     "walk_attributes",
 ]
 
@@ -214,102 +206,6 @@ def alias_registered_class(cls, name):
     class for every class of model.
     """
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
-
-
-_COMPILED_FUNCTIONS = (
-    "train_function",
-    "test_function",
-    "predict_function",
-    "generate_function",
-    # Gemma 4 has this one for speculative decoding.
-    "_cached_spec_generate_fn",
-)
-
-
-def compiled_functions(model):
-    """A model's traced step functions, by attribute."""
-    # `vars` is used, because not every model has all of these attributes.
-    return {
-        attribute: vars(model)[attribute]
-        for attribute in _COMPILED_FUNCTIONS
-        if attribute in vars(model)
-    }
-
-
-def reset_compiled_functions(model):
-    """Drops a model's traced step functions, which Keras then builds again."""
-    for attribute in compiled_functions(model):
-        setattr(model, attribute, None)
-
-
-@contextlib.contextmanager
-def fresh_step(model, name):
-    """Makes Keras compile a new step in this block, on JAX.
-
-    Keras gives the bound method to JAX, which compares functions by equality.
-    As long as an older function compiled from the method lives, JAX would
-    reuse its program, although other adapters are active now.
-    """
-    if keras.config.backend() != "jax":
-        yield
-        return
-    method = getattr(model, name)
-
-    def step(*args, **kwargs):
-        return method(*args, **kwargs)
-
-    with instance_attributes(model, **{name: step}):
-        yield
-
-
-def sync_jax_state(model):
-    """Gives the variables their current values, on JAX, inside `fit`."""
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
-
-
-@contextlib.contextmanager
-def values_of_jax_state(model, state):
-    """Gives variables, during a block, the values of a JAX step's input.
-
-    Args:
-        model: A model in `fit`, whose variables have no values.
-        state: The trainer's state: lists of the values of the trainable and
-            the non-trainable variables come first.
-    """
-    trainable, non_trainable = state[0], state[1]
-    pairs = [
-        *zip(model.trainable_variables, trainable, strict=True),
-        *zip(model.non_trainable_variables, non_trainable, strict=True),
-    ]
-    try:
-        for variable, value in pairs:
-            variable._value = value
-        yield
-    finally:
-        for variable, _ in pairs:
-            variable._value = None
-
-
-def has_values(model):
-    """Whether a model's variables have values; JAX's `fit` removes them."""
-    if keras.config.backend() != "jax" or in_stateless_scope():
-        # In a traced step the scope has the values.
-        return True
-    for layer in flatten_layers(model):
-        for variable in owned_variables(layer):
-            return variable._value is not None
-    return True
-
-
-def forget_jax_state(model):
-    """Drops, on JAX, the state of a step that an error interrupted.
-
-    Otherwise Keras would later write it into the model's variables. After a
-    successful step there is no such state.
-    """
-    if getattr(model, "_jax_state", None) is not None:
-        model._jax_state = None
 
 
 def refresh_torch_parameters(model):

@@ -53,6 +53,30 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
             training_lib.release(self)
             training_lib.apply_trainable(self)
 
+    @property
+    def losses(self):
+        state = self._randadapt
+        if state.block is None:
+            return super().losses
+        # An adapter that is off has no penalty, nor has one that is folded
+        # into the kernels.
+        weights = state.penalized_weights
+        with _compat.instance_attributes(self, _penalized_weights=weights):
+            return super().losses
+
+    @property
+    def trainable_weights(self):
+        weights = vars(self).get("_penalized_weights")
+        return super().trainable_weights if weights is None else weights
+
+    def train_step(self, *args, **kwargs):
+        state = self._randadapt
+        try:
+            state.in_step = True
+            return super().train_step(*args, **kwargs)
+        finally:
+            state.in_step = False
+
     def make_train_function(self, force=False):
         transaction.recover(self)
         # The end of a block discards what was trained in it, and momentum

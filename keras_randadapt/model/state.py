@@ -65,6 +65,7 @@ class AdaptedState:
         attachments: list of functions that remove what callbacks attached to
             the model during `fit`.
         fitting: Whether `fit` is running.
+        in_step: Whether a training step is running, or being traced.
         between_steps: `BetweenSteps`, which runs functions of other threads
             during `fit`.
         parts: list of the models that it claimed: itself and those inside.
@@ -82,6 +83,7 @@ class AdaptedState:
         self.base_values = {}
         self.attachments = []
         self.fitting = False
+        self.in_step = False
         self.between_steps = between_steps.BetweenSteps()
         self.parts = parts
 
@@ -96,6 +98,36 @@ class AdaptedState:
     @property
     def site_layers(self):
         return [self.layers[address] for address in self.site_addresses]
+
+    @property
+    def penalized_weights(self):
+        """The weights whose penalties count inside a block.
+
+        They are those of the adapters that the block computes with, or what
+        was trainable before injection where it computes with none.
+        """
+        if self.shown:
+            layers = [
+                layer
+                for name in self.shown
+                for layer in (
+                    *self.adapters(name).values(),
+                    *(self.layers[a] for a in self.records[name].kept),
+                )
+            ]
+            return [
+                weight
+                for layer in layers
+                for weight in _compat.trainable_by_nature(layer)
+            ]
+        flags = {id(variable): flag for variable, flag in self.variable_flags}
+        return [
+            variable
+            for layer, flag in self.layer_flags
+            if flag
+            for variable in _compat.owned_variables(layer)
+            if flags.get(id(variable))
+        ]
 
     @property
     def changed_layers(self):

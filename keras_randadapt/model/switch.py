@@ -83,10 +83,16 @@ def remove(change, before, names):
 def disabled(model: keras.Model) -> Iterator[keras.Model]:
     """For a block, the model computes what the base model does.
 
-    Callbacks may use it in the middle of `fit`.
+    Its losses are those of the base model as well. Callbacks may use the block
+    in the middle of `fit`. Inside a training step, in `compute_loss` for
+    example, gradients of what the block computes are as always, and the values
+    of kept layers are those of the base model.
 
     Args:
         model: An adapted model.
+
+    Yields:
+        The model.
 
     Raises:
         ValueError: If the model has no adapter.
@@ -98,60 +104,194 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
         base_logits = model.predict(x)
     ```
     """
-    state = state_lib.state_of(model)
-    outer = state.block
-    if outer == "merged":
-        state_lib.check_no_block(model)
-    functions = attach.functions_of_fit(model)
-    active = state.active
-
-    def enter(change):
-        attach.record_common(change)
-        change.set(state, "block", "disabled")
-        attach.activate(change, (), freeze=False)
-        _compat.refresh_torch_parameters(model)
-        state.functions.bring_back(model, state.shown)
-        return functools.partial(_enable, model, active, outer, functions, {})
-
-    with transaction.block(model, enter):
+    with _computing_with(model, (), "disabled"):
         yield model
 
 
-def _enable(model, active, outer, functions, found):
-    """Ends a `disabled` block; it may be repeated after an interruption.
+@contextlib.contextmanager
+def active(
+    model: keras.Model, names: str | Sequence[str]
+) -> Iterator[keras.Model]:
+    """For a block, the model computes with other adapters.
+
+    It may be used wherever `disabled` may, also inside a training step: another
+    adapter is the reference of preference tuning then.
 
     Args:
         model: An adapted model.
-        active: Names of the adapters that were active before.
+        names: A name, or a list of names. See `set_active`.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: If the model has no adapter, if a name is unknown or given
+            twice, or if two adapters keep the same layer trainable.
+
+    Example:
+
+    ```python
+    kra.inject(model, kra.LoRA(8), name="reference")
+    with kra.active(model, "reference"):
+        logits = model.predict(x)
+    ```
+    """
+    state = state_lib.state_of(model)
+    names = _check_active(state, names)
+    with _computing_with(model, names, "active"):
+        yield model
+
+
+@contextlib.contextmanager
+def _computing_with(model, names, block):
+    """For a block, the model computes with adapters of these names.
+
+    Args:
+        model: An adapted model.
+        names: tuple of names.
+        block: What `AdaptedState.block` is meanwhile.
+    """
+    state = state_lib.state_of(model)
+    if state.block == "merged":
+        state_lib.check_no_block(model)
+    if state.in_step or _compat.is_tracing():
+        with _in_a_step(model, names, block):
+            yield
+        return
+    outer = state.block
+    functions = attach.functions_of_fit(model)
+    before = state.active
+
+    def enter(change):
+        attach.record_common(change)
+        change.set(state, "block", block)
+        attach.activate(change, names, freeze=False)
+        _compat.refresh_torch_parameters(model)
+        state.functions.bring_back(model, state.shown)
+        return functools.partial(
+            _leave, model, before, names, outer, functions, {}
+        )
+
+    with transaction.block(model, enter):
+        yield
+
+
+def _leave(model, before, names, outer, functions, found):
+    """Ends a block; it may be repeated after an interruption.
+
+    Args:
+        model: An adapted model.
+        before: Names of the adapters that were active before.
+        names: Names of the adapters that the block computes with.
         outer: What `AdaptedState.block` was before.
         functions: What `attach.functions_of_fit` gave.
         found: dict that keeps what the block left, for a repetition.
     """
     state = model._randadapt
-    records = [state.records[name] for name in active]
+    inside, outside = _held(state, names), _held(state, before)
     if not found:
         # A step that broke off in the block may have left no values.
-        base = {
+        now = {
             address: state_lib.kept_layer_values(state.layers[address])
-            for record in records
-            for address in record.kept
+            for address in {**inside, **outside}
             if _compat.has_values(model)
         }
-        kept = [dict(record.kept_values or {}) for record in records]
-        found.update(base=base, kept=kept)
-    for values in found["kept"]:
+        kept = {
+            name: dict(state.records[name].kept_values or {})
+            for name in before
+            if name not in names
+        }
+        found.update(now=now, kept=kept)
+    now = found["now"]
+    base = dict(state.base_values)
+    base.update({a: now[a] for a in outside if a not in inside and a in now})
+    state.base_values = base
+    for name in names:
+        if name not in before:
+            record = state.records[name]
+            record.kept_values = {a: now[a] for a in record.kept if a in now}
+    for address in inside:
+        if address not in outside:
+            state_lib.assign_kept_layer_values(
+                state.layers[address], base[address]
+            )
+    for name, values in found["kept"].items():
         for address, arrays in values.items():
             state_lib.assign_kept_layer_values(state.layers[address], arrays)
-    state.base_values = {**state.base_values, **found["base"]}
-    for record in records:
-        record.kept_values = None
-    state.active = active
-    attach.show(model, active)
+        state.records[name].kept_values = None
+    state.active = before
+    attach.show(model, before)
     state.block = outer
     _compat.refresh_torch_parameters(model)
     state.functions.bring_back(model, state.shown)
     training.wrap_optimizer(model)
     attach.restore_functions(functions)
+
+
+def _held(state, names):
+    """dict from the addresses of kept layers to the adapter that keeps them."""
+    return {a: name for name in names for a in state.records[name].kept}
+
+
+@contextlib.contextmanager
+def _in_a_step(model, names, block):
+    """A block inside a training step, in which no variable can be assigned.
+
+    Kept layers get the values that they have with these adapters as constants
+    of the step.
+    """
+    state = model._randadapt
+    outer, shown = state.block, state.shown
+    inside, outside = _held(state, names), _held(state, state.active)
+    values = []
+    for address in {**inside, **outside}:
+        name = inside.get(address)
+        if name is not None and name == outside.get(address):
+            continue
+        arrays = state.base_values[address]
+        if name is not None:
+            arrays = state.records[name].kept_values[address]
+        values += zip(state.layers[address].weights, arrays, strict=True)
+
+    def enter(change):
+        leave = functools.partial(_show_in_a_step, state, shown, outer)
+        change.on_undo(leave)
+        _show_in_a_step(state, names, block)
+        return leave
+
+    with transaction.block(model, enter):
+        with _compat.substituted_values(model, values):
+            yield
+
+
+def _show_in_a_step(state, names, block):
+    # The functions stay: the step that is running belongs to one of them.
+    for layer in state.changed_layers:
+        layer.adapter.active_names = names
+    state.shown = names
+    state.block = block
+
+
+def _check_active(state, names):
+    """Validates names of adapters that are to be active together.
+
+    Returns:
+        tuple of names.
+    """
+    names = checks.check_names(state, names)
+    if len(set(names)) != len(names):
+        raise ValueError(f"`names` repeats a name. Received: names={names}")
+    owner = {}
+    for name in names:
+        for address in state.records[name].kept:
+            if address in owner:
+                raise ValueError(
+                    f"Adapters '{owner[address]}' and '{name}' both keep "
+                    f"'{address}' trainable, each with weights of its own: "
+                    f"only one can be active. Received: names={names}"
+                )
+            owner[address] = name
+    return names
 
 
 def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
@@ -171,19 +311,7 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
-    names = checks.check_names(state, names)
-    if len(set(names)) != len(names):
-        raise ValueError(f"`names` repeats a name. Received: names={names}")
-    owner: dict[str, str] = {}
-    for name in names:
-        for address in state.records[name].kept:
-            if address in owner:
-                raise ValueError(
-                    f"Adapters '{owner[address]}' and '{name}' both keep "
-                    f"'{address}' trainable, each with weights of its own: "
-                    f"only one can be active. Received: names={names}"
-                )
-            owner[address] = name
+    names = _check_active(state, names)
     before = attach.before_change(model)
     training.release(model)
     with transaction.change(model) as change:

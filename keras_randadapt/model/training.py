@@ -59,7 +59,7 @@ def wrapped_optimizer(model, optimizer, names):
 def wrap_optimizer(model):
     """Puts a model's optimizer inside the wrappers of the active adapters."""
     state = model._randadapt
-    if state.block == "disabled":
+    if state.block in ("disabled", "active"):
         # The end of the block restores the former optimizer.
         return
     optimizer = getattr(model, "optimizer", None)
