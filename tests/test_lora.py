@@ -203,8 +203,36 @@ class TestInitializations:
 
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
     def test_olora(self, view):
-        """A's columns are orthonormal, and A B a leading part of Q R."""
+        """Algorithm 1, of the weight `(output_dim, input_dim)`.
+
+        Q's leading columns are B and R's leading rows are A: orthonormal
+        columns, by Gram and Schmidt, whose product with A is the projection of
+        the weight on them.
+        """
         template = kra.LoRA(3, initialization="olora")
+        model, adapter, kernel = _dense_model(view, template)
+        a, b = (_numpy(v).astype("float64") for v in adapter.weights[:2])
+        weight = kernel.astype("float64").T
+        columns = []
+        for column in weight.T[:3]:
+            for other in columns:
+                column = column - other * (other @ column)
+            columns.append(column / np.linalg.norm(column))
+        q = np.stack(columns, axis=1)
+        signs = np.sign(np.sum(q * b.T, axis=0))
+        np.testing.assert_allclose(b.T, q * signs, atol=1e-5)
+        np.testing.assert_allclose(a.T, (q * signs).T @ weight, atol=1e-5)
+        self._check_delta(model, adapter, kernel, 1.0)
+
+    @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
+    def test_olora_of_earlier_versions(self, view):
+        """Files name it "olora"; A's columns are orthonormal in it."""
+        template = kra.LoRA(3, initialization="olora_v1")
+        assert template.get_config()["initialization"] == "olora"
+        again = kra.LoRA.from_config(template.get_config())
+        assert again.initialization == "olora_v1"
+        new = kra.LoRA(3, initialization="olora")
+        assert kra.LoRA.from_config(new.get_config()).initialization == "olora"
         model, adapter, kernel = _dense_model(view, template)
         a, b = (_numpy(v).astype("float64") for v in adapter.weights[:2])
         np.testing.assert_allclose(a.T @ a, np.eye(3), atol=1e-6)

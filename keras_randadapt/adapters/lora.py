@@ -19,7 +19,12 @@ from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites.site import Site
 
-_FROM_KERNEL = ("pissa", "olora")
+_FROM_KERNEL = ("pissa", "olora", "olora_v1")
+
+# How configs spell initializations. Files of earlier versions say "olora" and
+# mean the decomposition that is "olora_v1" now.
+_SPELLINGS = {"olora": "olora_v2", "olora_v1": "olora"}
+_READ = {spelling: name for name, spelling in _SPELLINGS.items()}
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -45,8 +50,11 @@ class LoRA(base.Adapter):
             both are nonzero and `A B = 0` up to rounding; the rank must be
             even. With `"pissa"` `scaling * A B` is the kernel's best
             approximation of that rank, from its singular value
-            decomposition. With `"olora"` `A` and `B` are the leading columns
-            and rows of its QR decomposition. With the last two, the delta is
+            decomposition. With `"olora"` they come from the QR decomposition
+            of the kernel's transpose, the weight in the papers' orientation:
+            `B'` is the leading columns of `Q`, which are orthonormal, and `A'`
+            the leading rows of `R`. `"olora_v1"` decomposes the kernel itself,
+            as earlier versions did. With these, the delta is
             `scaling * (A B - A_0 B_0)`: it is zero at first, and the base
             kernel does not change. `A_0` and `B_0` are computed from the
             kernel whenever the adapter is attached, so an adapter file fits
@@ -224,6 +232,9 @@ class LoRA(base.Adapter):
             u, s, v = np.linalg.svd(kernel, full_matrices=False)
             root = np.sqrt(s[:rank])
             a, b = u[:, :rank] * root, root[:, None] * v[:rank]
+        elif self.initialization == "olora":
+            q, r = np.linalg.qr(kernel.T)
+            a, b = r[:rank].T, q[:, :rank].T
         else:
             q, r = np.linalg.qr(kernel)
             a, b = q[:, :rank], r[:rank]
@@ -295,6 +306,16 @@ class LoRA(base.Adapter):
         b = ops.cast(self.lora_b, "float32")
         return self.lora_a, b if self.scaling == 1 else b * self.scaling
 
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        config = dict(config)
+        if "initialization" in config:
+            name = config["initialization"]
+            # Damaged files hold what is no name.
+            if isinstance(name, str):
+                config["initialization"] = _READ.get(name, name)
+        return cls(**config)
+
     def get_config(self) -> Config:
         config = {
             "rank": self.rank,
@@ -308,7 +329,9 @@ class LoRA(base.Adapter):
             **super().get_config(),
         }
         if self.initialization != "default":
-            config["initialization"] = self.initialization
+            config["initialization"] = _SPELLINGS.get(
+                self.initialization, self.initialization
+            )
         if self.site_ranks:
             config["site_ranks"] = dict(self.site_ranks)
         if self.regularizer is not None:

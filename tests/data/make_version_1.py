@@ -15,6 +15,10 @@ import keras_randadapt as kra
 from tests import zoo
 from tests.test_matrix import METHODS
 
+#: What the matrix has no row for.
+OTHERS = {
+    "lora_olora": lambda seed: kra.LoRA(2, initialization="olora", seed=seed),
+}
 #: Whole-model files are larger, so there are a few.
 WHOLE_MODELS = ("lora", "rlora", "dora_randlora")
 
@@ -35,7 +39,7 @@ def main(folder):
     folder.mkdir(exist_ok=True)
     x = zoo.normal(5, 6)
     outputs = {}
-    for name, make in METHODS.items():
+    for name, make in {**METHODS, **OTHERS}.items():
         one = model()
         kra.inject(one, make(7), "hidden", keep_trainable="head")
         zoo.randomize(one, seed=3)
