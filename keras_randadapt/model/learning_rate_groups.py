@@ -8,6 +8,7 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.optimizers.global_clip import ClipByGlobalNorm
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
 Rate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
@@ -32,7 +33,8 @@ def learning_rate_groups(
     to `model.compile`.
 
     `MultiOptimizer` has no `learning_rate` attribute. Schedules are therefore
-    given here, and `optimizer.optimizers` lists the inner optimizers.
+    given here. Keras's callbacks for learning rates change every group, and
+    `optimizer.optimizers` lists the inner optimizers.
 
     Args:
         model: An adapted model. Its other trainable weights, those of
@@ -49,7 +51,9 @@ def learning_rate_groups(
             times as large, because `B` starts at zero and `A` does not.
 
     Returns:
-        A `keras.optimizers.MultiOptimizer`.
+        A `keras.optimizers.MultiOptimizer` of optimizers called "head",
+        "adapter" and, with `lora_b`, "lora_b", or a `ClipByGlobalNorm` around
+        it if `optimizer` has a `global_clipnorm`.
 
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
@@ -113,22 +117,26 @@ def learning_rate_groups(
     # saving and loading. No path matches two groups.
     _check_paths(model, state)
     if lora_b is None:
-        rates = {_ADAPTER: adapter}
+        rates = {_ADAPTER: ("adapter", adapter)}
     else:
         _check_has_lora_b(model)
         rates = {
-            r"(.*/)?adapter/.*(?<!/lora_b)$": adapter,
-            _LORA_B: lora_b,
+            r"(.*/)?adapter/.*(?<!/lora_b)$": ("adapter", adapter),
+            _LORA_B: ("lora_b", lora_b),
         }
-    return keras.optimizers.MultiOptimizer(
+    groups = keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(
-            _with_rate(optimizer, head, model),
+            _group(optimizer, "head", head, model),
             {
-                path: _with_rate(optimizer, rate, model)
-                for path, rate in rates.items()
+                path: _group(optimizer, name, rate, model)
+                for path, (name, rate) in rates.items()
             },
         )
     )
+    if optimizer.global_clipnorm is None:
+        return groups
+    # Each group would clip by its own norm, and turn the step.
+    return ClipByGlobalNorm(groups, optimizer.global_clipnorm)
 
 
 def _checked(rate, argument):
@@ -176,8 +184,9 @@ def _recommended_rate(state):
     return rates.pop()
 
 
-def _with_rate(optimizer, learning_rate, model):
-    config = optimizer.get_config()
+def _group(optimizer, name, learning_rate, model):
+    """An optimizer of one group; Keras's logs show its rate by its name."""
+    config = {**optimizer.get_config(), "name": name, "global_clipnorm": None}
     if isinstance(
         learning_rate, keras.optimizers.schedules.LearningRateSchedule
     ):

@@ -3,12 +3,14 @@
 import importlib
 
 from keras_randadapt.optimizers.galore import GaLore
+from keras_randadapt.optimizers.global_clip import ClipByGlobalNorm
 from keras_randadapt.optimizers.masked_gradient import MaskedGradient
 from keras_randadapt.optimizers.proximal_l1 import ProximalL1
 from keras_randadapt.optimizers.rank_allocation import RankAllocation
 from keras_randadapt.optimizers.wrapper import OptimizerWrapper
 
 __all__ = [
+    "ClipByGlobalNorm",
     "GaLore",
     "learning_rate_groups",
     "MaskedGradient",

@@ -232,3 +232,61 @@ def test_older_keras():
     model, _ = _model()
     with pytest.raises(NotImplementedError, match="Upgrade Keras"):
         learning_rate_groups(model, "adam", adapter=0.1, head=0.01)
+
+
+@needs_multi
+@pytest.mark.every_backend
+@pytest.mark.parametrize("rates", [{}, {"lora_b": 1.0}], ids=str)
+def test_global_clipnorm_is_one_norm_of_all_groups(rates):
+    """One step is that of a plain optimizer that clips all gradients."""
+    model, _ = _model()
+    gradients = [
+        keras.ops.ones(v.shape) * (3.0 if "/adapter/" in v.path else 0.5)
+        for v in model.trainable_variables
+    ]
+    steps = []
+    for groups in (False, True):
+        optimizer = keras.optimizers.SGD(1.0, global_clipnorm=0.7)
+        if groups:
+            optimizer = learning_rate_groups(
+                model, optimizer, adapter=1.0, head=1.0, **rates
+            )
+        before = _values(model)
+        optimizer.build(model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        after = _values(model)
+        steps.append(
+            np.concatenate([np.ravel(after[p] - before[p]) for p in before])
+        )
+    assert np.linalg.norm(steps[0]) == pytest.approx(0.7, rel=1e-4)
+    np.testing.assert_allclose(steps[1], steps[0], rtol=1e-4, atol=1e-6)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert isinstance(again, kra.optimizers.ClipByGlobalNorm)
+    assert again.norm == 0.7 and len(again.optimizers) == 2 + len(rates)
+
+
+def test_small_gradients_and_absent_ones_are_not_clipped():
+    clip = kra.optimizers.ClipByGlobalNorm("sgd", 5.0)
+    gradients = [keras.ops.ones((2, 2)), None, keras.ops.ones((3,))]
+    got = clip.transform_gradients(gradients, [None] * 3, 0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(got[0]), 1.0)
+    assert got[1] is None
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), "one"])
+def test_bad_norm(norm):
+    with pytest.raises(ValueError, match="`global_clipnorm` must be"):
+        kra.optimizers.ClipByGlobalNorm("sgd", norm)
+
+
+@needs_multi
+def test_logs_show_the_rate_of_every_group():
+    model, x = _model()
+    optimizer = learning_rate_groups(
+        model, "sgd", adapter=0.1, lora_b=0.2, head=0.01
+    )
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=9)
+    logs = zoo.fit(model, x, optimizer=optimizer, callbacks=[plateau]).history
+    for name, rate in (("adapter", 0.1), ("lora_b", 0.2), ("head", 0.01)):
+        rates = logs[f"learning_rate_{name}"]
+        assert rates[0] == pytest.approx(rate) and rates[-1] < rate
