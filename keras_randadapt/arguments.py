@@ -59,9 +59,10 @@ def check_initializer(initializer, argument):
             },
         }
     try:
+        _check_origin(initializer, keras.initializers.Initializer)
         found = keras.initializers.get(initializer)
-        if found is None:
-            raise ValueError("Keras would take its own default.")
+        if not isinstance(found, keras.initializers.Initializer):
+            raise ValueError("It is no initializer.")
         return found
     except (ValueError, TypeError) as error:
         raise ValueError(
@@ -69,6 +70,48 @@ def check_initializer(initializer, argument):
             "such as {'name': 'normal', 'stddev': 0.1}, or a Keras "
             f"initializer. Received: {argument}={initializer!r}"
         ) from error
+
+
+def _check_origin(identifier, base):
+    """Raises `ValueError` for what a file must not make Keras call.
+
+    A name or a config, which may come from a file, can mean any function or
+    class that is registered, and Keras would call it.
+
+    Args:
+        identifier: The argument: a name, a config, or an object of the user's.
+        base: `keras.initializers.Initializer` or
+            `keras.regularizers.Regularizer`.
+    """
+    if isinstance(identifier, dict):
+        registered = identifier.get("registered_name")
+        if not _is_plain(identifier.get("config")):
+            raise ValueError("Its config holds more than numbers and names.")
+        if str(registered).startswith("keras_randadapt>"):
+            return
+        if registered not in (None, identifier.get("class_name")):
+            raise ValueError("It is none of Keras's own.")
+        identifier = identifier.get("class_name")
+    elif not isinstance(identifier, str):
+        return
+    if str(identifier).startswith("keras_randadapt>"):
+        return
+    known = {
+        name
+        for module in (keras.initializers, keras.regularizers)
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base)
+    }
+    if identifier not in known:
+        raise ValueError(f"It is none of Keras's own: {sorted(known)}")
+
+
+def _is_plain(value):
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values())) and "class_name" not in value
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def serialize_initializer(initializer):
@@ -81,6 +124,7 @@ def serialize_initializer(initializer):
 def check_regularizer(regularizer, argument="regularizer"):
     """Validates a regularizer argument."""
     try:
+        _check_origin(regularizer, keras.regularizers.Regularizer)
         regularizer = keras.regularizers.get(regularizer)
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -10,17 +10,12 @@ import safetensors
 
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import file_format
+from keras_randadapt.model import paths
 from keras_randadapt.sites import supported
 
 
 def read(filepath):
-    filepath = os.fspath(filepath)
-    if not os.path.exists(filepath):
-        raise FileNotFoundError(f"There is no file '{filepath}'.")
-    if os.path.isdir(filepath):
-        raise ValueError(
-            f"'{filepath}' is a folder; give the path of an adapter file."
-        )
+    paths.check_readable(filepath)
     try:
         with safetensors.safe_open(filepath, framework="np") as file:
             header = file.metadata() or {}
@@ -43,7 +38,12 @@ def read(filepath):
                     "Upgrade keras_randadapt."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (
+        safetensors.SafetensorError,
+        json.JSONDecodeError,
+        # Metadata that is nested a thousand deep.
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"'{filepath}' is no adapter file, or is damaged or cut short: "
             f"{error}"
@@ -93,6 +93,7 @@ def _are_runs(value):
 # The form of the metadata. For each key: whether it is required, the value in
 # words, and the function that checks it.
 _FORM = {
+    "version": (True, "a number", lambda value: type(value) is int),
     "name": (True, "a string", _is_string),
     "adapter": (True, "an object", _is_object),
     "model": (True, "an object", _is_object),
@@ -119,6 +120,12 @@ def _check_form(filepath, content, form, prefix=""):
     if missing:
         raise ValueError(
             f"'{filepath}' lacks the metadata {missing}; it is damaged."
+        )
+    unknown = sorted(prefix + key for key in set(content) - set(form))
+    if unknown:
+        raise ValueError(
+            f"'{filepath}' holds metadata that this release does not know: "
+            f"{reprlib.repr(unknown)}. It is damaged, or of a newer release."
         )
     for key, (_, words, holds) in form.items():
         if key in content and not holds(content[key]):

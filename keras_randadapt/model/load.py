@@ -9,6 +9,7 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import file_checks
+from keras_randadapt.model import paths
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
@@ -17,7 +18,7 @@ from keras_randadapt.model import transaction
 
 def load_adapter(
     model: keras.Model,
-    filepath: str | os.PathLike,
+    filepath: str | bytes | os.PathLike,
     name: str | None = None,
     *,
     preset: str | None = None,
@@ -61,6 +62,7 @@ def load_adapter(
     kra.load_adapter(model, "sentiment.safetensors")
     ```
     """
+    filepath = paths.check_path(filepath)
     tensors, metadata = file_checks.read(filepath)
     try:
         template = configs.deserialize(metadata["adapter"])

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tempfile
 import warnings
 
 import keras
@@ -12,12 +11,13 @@ from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
+from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
 
 
 def save_adapter(
     model: keras.Model,
-    filepath: str | os.PathLike,
+    filepath: str | bytes | os.PathLike,
     name: str | None = None,
     *,
     preset: str | None = None,
@@ -33,14 +33,20 @@ def save_adapter(
 
     Args:
         model: An adapted model.
-        filepath: Path of the file, by convention `*.safetensors`.
+        filepath: Path of the file, by convention `*.safetensors`. A file that
+            is there is replaced and keeps its mode; symbolic links are
+            followed.
         name: Optional string. The adapter's name; by default the only one.
         preset: Optional string. The name of the KerasHub preset of the base
             model. Loading can then check it.
 
     Raises:
-        ValueError: If the model has no adapter, or several and no `name`.
+        TypeError: If `filepath` is no path.
+        ValueError: If the model has no adapter, or several and no `name`, or
+            if `filepath` is empty, has the ending of another format or leads
+            to what is no regular file.
         FileNotFoundError: If there is no folder for the file.
+        OSError: If the file can't be written.
 
     Example:
 
@@ -52,10 +58,11 @@ def save_adapter(
     if not state_lib.is_adapted(model):
         # It raises the error for models without adapters.
         state_lib.state_of(model)
+    target = paths.check_writable(paths.check_path(filepath))
     data = model._randadapt.between_steps.run(
         functools.partial(_file_of, model, name, preset)
     )
-    _write(filepath, data)
+    paths.replace(target, data)
 
 
 def _file_of(model, name, preset):
@@ -94,29 +101,3 @@ def _warn_of_others(model, state):
             AdapterWarning,
             stacklevel=5,
         )
-
-
-def _write(filepath, data):
-    filepath = os.fspath(filepath)
-    folder = os.path.dirname(os.path.abspath(filepath))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"There is no folder '{folder}' to put the file into. "
-            f"Received: filepath={filepath!r}"
-        )
-    handle, temporary = tempfile.mkstemp(
-        dir=folder, prefix=f".{os.path.basename(filepath)}."
-    )
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, filepath)
-    except BaseException:
-        os.unlink(temporary)
-        raise
