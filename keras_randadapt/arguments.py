@@ -61,8 +61,8 @@ def check_initializer(initializer, argument):
     try:
         _check_origin(initializer, keras.initializers.Initializer)
         found = keras.initializers.get(initializer)
-        if not isinstance(found, keras.initializers.Initializer):
-            raise ValueError("It is no initializer.")
+        if found is None:
+            raise ValueError("Keras would take its own default.")
         return found
     except (ValueError, TypeError) as error:
         raise ValueError(

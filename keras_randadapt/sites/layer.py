@@ -39,6 +39,24 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         # A config describes the layer without adapters.
         return cls._site_base.from_config(config)
 
+    @property
+    def trainable(self):
+        return self._site_base.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        self._site_base.trainable.fset(self, value)
+        adapters = getattr(self, "adapter", None)
+        if not value or adapters is None:
+            return
+        # Only the active adapters are trained here: the base layer stays
+        # frozen, the statistics of a normalization included.
+        for variable in _compat.owned_variables(self):
+            variable.trainable = False
+        if self.kind == "norm":
+            _compat.set_layer_trainable_flag(self, False)
+        adapters.train_active()
+
     def save_own_variables(self, store):
         # Keras stores the `kernel` property, which here is the merged kernel.
         with as_base_class(self):

@@ -4,6 +4,8 @@ import threading
 
 import keras
 
+from keras_randadapt import _compat
+
 
 class Relay:
     """Hands a layer's input to an adapter of a layer that is called later."""
@@ -77,6 +79,12 @@ class AdapterStack(keras.layers.Layer):
                     )
             y = adapter.adapt_output(y, source, training)
         return y
+
+    def train_active(self):
+        """Lets the active adapters be trained, and no other."""
+        active = {id(adapter) for adapter in self.active()}
+        for adapter in _compat.sublayers(self):
+            adapter.trainable = id(adapter) in active
 
     def get(self, name):
         return getattr(self, attribute(name), None)

@@ -17,9 +17,14 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt.adapter_warning import AdapterWarning
 
-_backend = importlib.import_module(
-    f"keras_randadapt.callbacks.per_example_gradients.{keras.config.backend()}"
-)
+if keras.config.backend() == "numpy":
+    # It has no gradients, so Keras can't train there: nothing asks for these.
+    _backend = None
+else:
+    _backend = importlib.import_module(
+        "keras_randadapt.callbacks.per_example_gradients."
+        + keras.config.backend()
+    )
 
 #: The bytes that a chunk's gradients and intermediates may take.
 MEMORY = 256 << 20
