@@ -62,23 +62,22 @@ def load_adapter(
     kra.load_adapter(model, "sentiment.safetensors")
     ```
     """
-    filepath = paths.check_path(filepath)
-    tensors, metadata = file_checks.read(filepath)
+    path = paths.check_path(filepath)
+    tensors, metadata = file_checks.read(path)
     try:
         template = configs.deserialize(metadata["adapter"])
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"'{filepath}' describes an adapter that can't be made here: "
-            f"{error}"
+            f"'{path}' describes an adapter that can't be made here: {error}"
         ) from error
     name = metadata["name"] if name is None else name
     checks.check_model(model)
     layers = state_lib.layers_of(model)
     rename, added, removed = file_checks.relocation(
-        filepath, metadata, tensors, model, layers
+        path, metadata, tensors, model, layers
     )
     template = template.relocated(rename)
-    file_checks.check_base(filepath, metadata, model, preset)
+    file_checks.check_base(path, metadata, model, preset)
 
     addresses = [rename(key) for key in file_checks.site_keys(tensors)]
     kept = [rename(key) for key in metadata["kept"]]
@@ -91,26 +90,26 @@ def load_adapter(
         rename(key): tensors[key] for key in file_checks.site_keys(tensors)
     }
     file_checks.check_views(
-        filepath, metadata, addresses, layers, template.site_kinds
+        path, metadata, addresses, layers, template.site_kinds
     )
     file_checks.check_layers(
-        filepath, metadata, model, addresses, kept, added, removed
+        path, metadata, model, addresses, kept, added, removed
     )
     addresses.sort(key=order.get)
     checks.check_attachable(model, layers, addresses, kept)
     present = state_lib.is_adapted(model) and name in model._randadapt.records
     if present:
         file_checks.check_same(
-            filepath, model, name, template, addresses, kept, sources
+            path, model, name, template, addresses, kept, sources
         )
         built = model._randadapt.adapters(name)
     else:
         checks.check_new_name(model, name)
         built = build.build_adapters(template, name, layers, addresses, sources)
-    file_checks.check_bases(filepath, metadata, built)
-    values = file_checks.adapter_values(filepath, built, by_address)
+    file_checks.check_bases(path, metadata, built)
+    values = file_checks.adapter_values(path, built, by_address)
     kept_values = file_checks.kept_values(
-        filepath, metadata, tensors, rename, layers
+        path, metadata, tensors, rename, layers
     )
 
     # From here on, nothing in the file can cause an error.
