@@ -1,5 +1,7 @@
 """Smaller adapters that compute the same."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -207,7 +209,9 @@ class TestSiteRanks:
     )
     def test_key_that_means_no_site(self, template):
         model, _, targets = zoo.dense()
-        with pytest.raises(ValueError, match="mean no site: .'layers/qurey'"):
+        with pytest.raises(
+            ValueError, match="matches no layer: 'layers/qurey'"
+        ):
             kra.inject(model, template, targets)
         assert kra.sites(model) == {}
 
@@ -223,3 +227,60 @@ class TestSiteRanks:
     def test_bad_ranks(self):
         with pytest.raises(ValueError, match=r"`site_ranks\['x'\]` must be"):
             kra.LoRA(3, site_ranks={"x": 0})
+
+
+class TestNamesInSiteRanks:
+    """Keys of `site_ranks` are what `targets` takes, and layers."""
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "query",
+            re.compile("que"),
+            lambda model: model.get_layer("query"),
+            lambda model: kra.sites(model) or "query",
+        ],
+        ids=["name", "pattern", "layer", "nothing else"],
+    )
+    def test_keys(self, key, tmp_path):
+        model, x, _ = zoo.classifier()
+        key = key(model) if callable(key) else key
+        template = kra.LoRA(3, site_ranks={key: 1})
+        kra.inject(model, template, ["query", "value"])
+        ranks = {
+            a.path.partition("/")[0]: a.rank
+            for a in model._randadapt.adapters("default").values()
+        }
+        assert ranks == {"query": 1, "value": 3}
+        zoo.randomize(model)
+        kra.save_adapter(model, tmp_path / "a")
+        other, _, _ = zoo.classifier()
+        kra.load_adapter(other, tmp_path / "a")
+        np.testing.assert_array_equal(
+            zoo.outputs(other, x), zoo.outputs(model, x)
+        )
+
+    @pytest.mark.parametrize("wrap", [lambda a: a, kra.DoRA])
+    def test_clip(self, wrap):
+        """A head of three classes takes no rank above three."""
+        model, _, _ = zoo.classifier()
+        with pytest.raises(ValueError, match="`rank` must be at most 3"):
+            kra.inject(model, wrap(kra.LoRA(5)), "all-linear")
+        kra.inject(model, wrap(kra.LoRA(5, site_ranks="clip")), "all-linear")
+        adapters = model._randadapt.adapters("default").values()
+        ranks = [getattr(a, "inner", a).rank for a in adapters]
+        assert ranks == [5, 5, 3]
+
+    @pytest.mark.parametrize(
+        ("ranks", "error", "match"),
+        [
+            ("all", TypeError, 'names, patterns or layers to ranks, "clip"'),
+            ({"no_such": 2}, ValueError, "`site_ranks` matches no layer"),
+            ({"logits": 2}, ValueError, "a key that means no site: 'logits'"),
+        ],
+    )
+    def test_bad_keys(self, ranks, error, match):
+        model, _, _ = zoo.classifier()
+        with pytest.raises(error, match=match):
+            kra.inject(model, kra.LoRA(3, site_ranks=ranks), "query")
+        assert kra.sites(model) == {}

@@ -12,11 +12,14 @@ from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt._types import Config
 from keras_randadapt._types import Initializer
+from keras_randadapt._types import Layers
 from keras_randadapt._types import Rename
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites import selection
+from keras_randadapt.sites import supported
 from keras_randadapt.sites.site import Site
 
 _FROM_KERNEL = ("pissa", "olora", "olora_v1")
@@ -67,9 +70,12 @@ class LoRA(base.Adapter):
         regularizer: Optional Keras regularizer of both factors, such as
             `keras_randadapt.regularizers.Orthogonality(0.1)`. It is part of
             the model's losses, so plain `fit` applies it.
-        site_ranks: Optional dict from structural addresses, the keys of
-            `keras_randadapt.sites(model)`, to the ranks of these sites.
-            `scaling` is the same for all sites.
+        site_ranks: Optional dict to the ranks of some sites, from what
+            `targets` of `inject` takes: the name of a layer, the end of its
+            path or a `re.Pattern`, or from the layer itself. A later key wins
+            over an earlier one, and `scaling` is the same for all sites.
+            `"clip"` lowers the rank at sites whose kernel view has a smaller
+            dimension than that, such as a head of three classes.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -112,19 +118,23 @@ class LoRA(base.Adapter):
         a_initializer: Initializer = "kaiming_uniform",
         b_initializer: Initializer = "zeros",
         regularizer: keras.regularizers.Regularizer | None = None,
-        site_ranks: dict[str, int] | None = None,
+        site_ranks: dict[Any, int] | str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
+        #: Whether the rank is lowered at sites that are too small for it.
+        self.clips_ranks = isinstance(site_ranks, str) and site_ranks == "clip"
+        if self.clips_ranks:
+            site_ranks = {}
         if not isinstance(site_ranks, (dict, type(None))):
             raise TypeError(
-                "`site_ranks` must be a dict from structural addresses to "
-                f"ranks, or `None`. Received: site_ranks={site_ranks!r}"
+                "`site_ranks` must be a dict from names, patterns or layers to "
+                f'ranks, "clip", or `None`. Received: site_ranks={site_ranks!r}'
             )
         self.site_ranks = {
-            address: arguments.check_rank(one, f"site_ranks[{address!r}]")
-            for address, one in (site_ranks or {}).items()
+            key: arguments.check_rank(one, f"site_ranks[{key!r}]")
+            for key, one in (site_ranks or {}).items()
         }
         self.scaling = arguments.check_alpha(alpha, scaling, self.rank, rslora)
         self.initialization = self._check_initialization(initialization)
@@ -168,6 +178,34 @@ class LoRA(base.Adapter):
                 for address, rank in self.site_ranks.items()
             }
         return type(self).from_config(config)
+
+    def resolved(self, layers: Layers, addresses: Collection[str]) -> Self:
+        if not self.site_ranks and not self.clips_ranks:
+            return self
+        ranks: dict[str, int] = {}
+        for key, rank in self.site_ranks.items():
+            if isinstance(key, str) and key in addresses:
+                # The address of a site, as `keras_randadapt.sites` gives it.
+                meant = [key]
+            elif isinstance(key, keras.layers.Layer):
+                meant = [a for a in layers if layers[a] is key]
+            else:
+                meant = selection.match(layers, key, "site_ranks")
+            chosen = [address for address in meant if address in addresses]
+            if not chosen:
+                raise ValueError(
+                    "`site_ranks` has a key that means no site: "
+                    f"{key!r}. Sites: {list(addresses)[:5]}"
+                )
+            ranks.update(dict.fromkeys(chosen, rank))
+        if self.clips_ranks:
+            for address in addresses:
+                smaller = min(supported.view_of(layers[address]))
+                if smaller < self.rank:
+                    ranks[address] = smaller
+        config = self.get_config()
+        config.pop("site_ranks", None)
+        return type(self).from_config({**config, "site_ranks": ranks})
 
     def check_addresses(self, addresses: Collection[str]) -> None:
         unused = [key for key in self.site_ranks if key not in addresses]
@@ -332,7 +370,9 @@ class LoRA(base.Adapter):
             config["initialization"] = _SPELLINGS.get(
                 self.initialization, self.initialization
             )
-        if self.site_ranks:
+        if self.clips_ranks:
+            config["site_ranks"] = "clip"
+        elif self.site_ranks:
             config["site_ranks"] = dict(self.site_ranks)
         if self.regularizer is not None:
             config["regularizer"] = keras.regularizers.serialize(

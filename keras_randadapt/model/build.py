@@ -25,7 +25,7 @@ def build_adapters(template, name, layers, addresses, sources):
         ValueError: If the method does not take one of the sites.
     """
     template.check_addresses(addresses)
-    sites = {}
+    clones = {}
     for number, address in enumerate(addresses):
         source = sources.get(address, address)
         try:
@@ -33,26 +33,25 @@ def build_adapters(template, name, layers, addresses, sources):
             checks.check_called(template, address, layers)
             if address in sources:
                 _check_source(source, address, layers)
-            sites[address] = supported.site_of(
+            site = supported.site_of(
                 address, layers[address], layers[source], number
             )
-            template.check(sites[address])
+            # The clone is checked, since its rank may be one of its own.
+            clones[address] = template.for_site(site, name)
+            clones[address].check(site)
         except ValueError as error:
             raise ValueError(f"At '{address}': {error}") from error
     paths = [layers[address].path for address in addresses]
-    built = {}
     with adapter_variables.shared_bases():
-        for address, site in sites.items():
+        for address, clone in clones.items():
             # Two layers of one path would have variables of one path, which
             # torch's parameter lists confuse.
             path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address
-            clone = template.for_site(site, name)
             with keras.name_scope("adapter", override_parent=path):
-                clone.build_at(site)
-            built[address] = clone
-    return built
+                clone.build_at(clone.site)
+    return clones
 
 
 def _check_kind(template, layer):

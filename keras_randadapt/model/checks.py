@@ -95,6 +95,10 @@ def check_adapter(adapter):
     for part in _compat.flatten_layers(adapter):
         if isinstance(part, Adapter):
             _check_registered(type(part))
+
+
+def check_storable(adapter):
+    """Raises `TypeError` if no file can hold an adapter's config."""
     try:
         configs.canonical(configs.serialize(adapter))
     except TypeError as error:

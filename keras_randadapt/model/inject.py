@@ -108,6 +108,7 @@ def inject(
     checks.warn_of_inference_in_fit(model, adapter)
     checks.warn_of_frozen_in_kept(layers, kept)
     adapter = adapter.resolved(layers, chosen)
+    checks.check_storable(adapter)
     sources = adapter.sources(layers, chosen)
     built = build.build_adapters(adapter, name, layers, chosen, sources)
     attachment = attach.Attachment(
