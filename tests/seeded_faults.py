@@ -749,8 +749,8 @@ FAULTS = [
     Fault(
         "temporary_file_left",
         "forgotten restore",
-        "model/save.py",
-        "_write",
+        "model/paths.py",
+        "replace",
         "os.unlink(temporary)",
         "pass",
         ("saving/test_adapter_file.py",),
@@ -870,7 +870,7 @@ FAULTS = [
         "group_decays_what_is_excluded",
         "lost setting",
         "model/learning_rate_groups.py",
-        "_with_rate",
+        "_group",
         "_compat.copy_weight_decay_exclusions"
         "(optimizer, result, model.variables)",
         "pass",

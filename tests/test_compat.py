@@ -375,6 +375,14 @@ def test_open_name_scope():
     assert variable.path == "outer/one/v"
 
 
+def test_name_scope():
+    with pytest.raises(KeyError):
+        with _compat.name_scope("inner", "some/path"):
+            assert keras.Variable(0.0, name="v").path == "some/path/inner/v"
+            raise KeyError
+    assert keras.Variable(0.0, name="v").path == "v"
+
+
 def test_sublayers_and_restore_sublayer():
     """From every state that an interruption can leave."""
     layer = layers.Layer()

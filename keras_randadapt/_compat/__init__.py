@@ -19,6 +19,7 @@ from keras_randadapt._compat.layers import kernel_of
 from keras_randadapt._compat.layers import kernel_shape
 from keras_randadapt._compat.layers import layer_trainable_flag
 from keras_randadapt._compat.layers import may_rematerialize
+from keras_randadapt._compat.layers import name_scope
 from keras_randadapt._compat.layers import no_automatic_dependency_tracking
 from keras_randadapt._compat.layers import open_name_scope
 from keras_randadapt._compat.layers import owned_variables
@@ -79,6 +80,7 @@ __all__ = [
     "kernel_shape",
     "layer_trainable_flag",
     "may_rematerialize",
+    "name_scope",
     "no_automatic_dependency_tracking",
     "open_name_scope",
     "owned_variables",

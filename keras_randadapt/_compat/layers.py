@@ -29,6 +29,7 @@ __all__ = [
     "kernel_shape",
     "layer_trainable_flag",
     "may_rematerialize",
+    "name_scope",
     "no_automatic_dependency_tracking",
     "open_name_scope",
     "owned_variables",
@@ -76,7 +77,46 @@ def set_layer_trainable_flag(layer, value):
 
 def open_name_scope(layer):
     """The scope in which Keras names the variables of a layer it builds."""
-    return layer._open_name_scope()
+    return _entered(layer._open_name_scope())
+
+
+def name_scope(name, parent):
+    """Keras's `name_scope` below another path.
+
+    Keras's own stays open if an exception is raised on the way out of its
+    block, and all later variables have it in their paths.
+
+    Args:
+        name: The scope's name.
+        parent: The path that it is below.
+    """
+    return _entered(keras.name_scope(name, override_parent=parent))
+
+
+@contextlib.contextmanager
+def _entered(scope):
+    before = list(_name_scopes())
+    try:
+        try:
+            scope.__enter__()
+            yield
+        finally:
+            _leave_name_scope(scope, before)
+    finally:
+        # Leaving may have been interrupted.
+        _leave_name_scope(scope, before)
+
+
+def _leave_name_scope(scope, before):
+    if any(one is scope for one in _name_scopes()):
+        scope.__exit__(None, None, None)
+    _name_scopes()[:] = before
+
+
+def _name_scopes():
+    return global_state.get_global_attribute(
+        "name_scope_stack", default=[], set_to_default=True
+    )
 
 
 def attach_sublayer(layer, name, sublayer):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_randadapt import _compat
 from keras_randadapt.callbacks import example_source
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.regularizers import pac_bayes
@@ -106,7 +107,7 @@ def new_penalty(callback, weights, heads):
         heads: `FlatWeights` of the kept layers.
     """
     owner = weights.variables[0].path.rpartition("/adapter/")[0]
-    with keras.name_scope("pac_bayes", override_parent=f"{owner}/adapter"):
+    with _compat.name_scope("pac_bayes", f"{owner}/adapter"):
         return pac_bayes.PACBayesPenalty(
             weights,
             heads,

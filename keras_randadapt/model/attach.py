@@ -7,6 +7,7 @@ whoever holds a reference to one goes on working. Every function here that
 changes something gets the `transaction.Change` that the step belongs to.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -48,12 +49,29 @@ class Attachment:
     built: dict[str, Adapter]
 
 
-def attach(change, before, attachment):
+@contextlib.contextmanager
+def changing(model):
+    """A change of the adapters of a model, in a block: all of it, or none.
+
+    Args:
+        model: A model that was checked.
+
+    Yields:
+        A `transaction.Change` whose `before` is what `refresh` has to know.
+    """
+    before = _before(model)
+    # What callbacks attached was for the weights that were trained so far.
+    training.release(model)
+    with transaction.change(model) as change:
+        change.before = before
+        yield change
+
+
+def attach(change, attachment):
     """Attaches built adapters at checked sites.
 
     Args:
-        change: A `transaction.Change`.
-        before: What `before_change` gave.
+        change: What `changing` gave.
         attachment: An `Attachment`.
     """
     model = change.model
@@ -87,7 +105,7 @@ def attach(change, before, attachment):
         activate(change, (name,))
     else:
         training.apply_trainable(model)
-    refresh(change, before)
+    refresh(change)
 
 
 def record_common(change):
@@ -288,8 +306,8 @@ def restore_functions(functions):
             setattr(part, attribute, function)
 
 
-def before_change(model):
-    """What `refresh` has to know of the model as it was.
+def _before(model):
+    """The variables of a model and those it trains, and a fresh optimizer.
 
     A fresh optimizer is made now: where its config can't be read back, the
     error comes before anything has changed.
@@ -309,16 +327,15 @@ def forget_compiled(model):
         _compat.reset_compiled_functions(part)
 
 
-def refresh(change, before):
+def refresh(change):
     """Makes Keras see the model as it is now.
 
     Args:
         change: A `transaction.Change`.
-        before: What `before_change` gave.
     """
     model = change.model
     state = model._randadapt
-    variables_before, trained_before, fresh = before
+    variables_before, trained_before, fresh = change.before
     forget_compiled(model)
     _compat.refresh_torch_parameters(model)
     if list(map(id, model.variables)) == list(map(id, variables_before)):

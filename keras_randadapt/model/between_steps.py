@@ -5,6 +5,9 @@ import threading
 
 from keras_randadapt import _compat
 
+# Seconds after which a thread looks whether `fit` is still running.
+_WAIT = 0.05
+
 
 class BetweenSteps:
     """Runs functions of other threads between two training steps.
@@ -16,7 +19,6 @@ class BetweenSteps:
     """
 
     def __init__(self):
-        self._lock = threading.Lock()
         self._requests = collections.deque()
         #: The identifier of the thread that is in `fit`, or `None`.
         self.thread = None
@@ -30,29 +32,32 @@ class BetweenSteps:
         Returns:
             What the function returns. What it raises is raised here.
         """
-        with self._lock:
-            is_own = self.thread in (None, threading.get_ident())
-            if not is_own:
-                request = _Request(function)
-                self._requests.append(request)
-        if is_own:
+        if self.thread in (None, threading.get_ident()):
             return function()
+        request = _Request(function)
+        self._requests.append(request)
+        while not request.done.wait(_WAIT):
+            if self.thread is None:
+                # `fit` ended after the question above, or broke off.
+                self._serve()
         return request.result()
 
     def begin(self):
         """Says that this thread is in `fit` from now on."""
-        with self._lock:
-            self.thread = threading.get_ident()
+        self.thread = threading.get_ident()
 
     def end(self):
         """Says that `fit` is over, and runs what is still asked for."""
-        with self._lock:
-            self.thread = None
+        self.thread = None
         self._serve()
 
     def _serve(self):
-        while self._requests:
-            self._requests.popleft().answer()
+        while True:
+            try:
+                request = self._requests.popleft()
+            except IndexError:
+                return
+            request.answer()
 
     def around(self, model, step):
         """A step function of JAX that runs what is asked for before a step.
@@ -75,9 +80,11 @@ class BetweenSteps:
 
 
 class _Request:
+    """A function that another thread is to call, and what came of it."""
+
     def __init__(self, function):
         self._function = function
-        self._done = threading.Event()
+        self.done = threading.Event()
         self._value = None
         self._error = None
 
@@ -88,10 +95,9 @@ class _Request:
             # It belongs to the thread that asked.
             self._error = error
         finally:
-            self._done.set()
+            self.done.set()
 
     def result(self):
-        self._done.wait()
         if self._error is not None:
             raise self._error
         return self._value

@@ -1,7 +1,5 @@
 """Checks the sites of a model and builds adapters without attaching them."""
 
-import keras
-
 from keras_randadapt import _compat
 from keras_randadapt.adapters import variables as adapter_variables
 from keras_randadapt.model import checks
@@ -49,7 +47,7 @@ def build_adapters(template, name, layers, addresses, sources):
             path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address
-            with keras.name_scope("adapter", override_parent=path):
+            with _compat.name_scope("adapter", path):
                 clone.build_at(clone.site)
     return clones
 

@@ -9,8 +9,6 @@ from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model import state as state_lib
-from keras_randadapt.model import training
-from keras_randadapt.model import transaction
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -107,19 +105,16 @@ def _replace(model, name, low_rank):
         a, b, _ = found[address]
         built[address].lora_a.assign(a)
         built[address].lora_b.assign(b)
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
-        _put(change, before, name, template, built)
+    with attach.changing(model) as change:
+        _put(change, name, template, built)
     return report_lib.Report(model, name)
 
 
-def _put(change, before, name, template, built):
+def _put(change, name, template, built):
     """Replaces an attached adapter by other built adapters.
 
     Args:
         change: A `transaction.Change`.
-        before: The result of `attach.before_change`.
         name: The adapter's name.
         template: The template of which the new adapters are clones.
         built: dict from address to adapter. Sites that it lacks are removed.
@@ -141,4 +136,4 @@ def _put(change, before, name, template, built):
         if address not in built:
             attach.leave_unused_site(change, address)
     attach.activate(change, state.active)
-    attach.refresh(change, before)
+    attach.refresh(change)

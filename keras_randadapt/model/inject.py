@@ -11,8 +11,6 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import report as report_lib
-from keras_randadapt.model import training
-from keras_randadapt.model import transaction
 from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
@@ -119,10 +117,8 @@ def inject(
         sources=sources,
         built=built,
     )
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
-        attach.attach(change, before, attachment)
+    with attach.changing(model) as change:
+        attach.attach(change, attachment)
     return report_lib.Report(model, name)
 
 

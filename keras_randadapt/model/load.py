@@ -12,7 +12,6 @@ from keras_randadapt.model import file_checks
 from keras_randadapt.model import paths
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
-from keras_randadapt.model import training
 from keras_randadapt.model import transaction
 
 
@@ -126,10 +125,8 @@ def load_adapter(
         sources=sources,
         built=built,
     )
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
-        attach.attach(change, before, attachment)
+    with attach.changing(model) as change:
+        attach.attach(change, attachment)
         # The values are assigned after attaching, because some adapters then
         # get their first values from the kernel.
         _assign(change, built, values)

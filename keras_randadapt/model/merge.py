@@ -11,7 +11,6 @@ from keras_randadapt import _compat
 from keras_randadapt.model import attach
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
-from keras_randadapt.model import training
 from keras_randadapt.model import transaction
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
@@ -41,9 +40,7 @@ def merge(model: keras.Model) -> keras.Model:
     state_lib.check_not_fitting(model)
     _check_mergeable(state)
     _check_finite_merge(state)
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
+    with attach.changing(model) as change:
         for layer in state.site_layers:
             if layer.adapter.active():
                 _write_merged(change, layer)
@@ -54,7 +51,7 @@ def merge(model: keras.Model) -> keras.Model:
             for address in state.records[name].kept
         }
         change.set(state, "base_values", {**state.base_values, **learned})
-        switch.remove(change, before, tuple(state.records))
+        switch.remove(change, tuple(state.records))
     return model
 
 

@@ -35,19 +35,16 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
     names = checks.check_names(state, state.records if name is None else [name])
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
-        remove(change, before, names)
+    with attach.changing(model) as change:
+        remove(change, names)
     return model
 
 
-def remove(change, before, names):
+def remove(change, names):
     """Removes adapters of some names in a change.
 
     Args:
-        change: A `transaction.Change`.
-        before: What `attach.before_change` gave.
+        change: What `attach.changing` gave.
         names: tuple of names.
     """
     model = change.model
@@ -70,7 +67,7 @@ def remove(change, before, names):
     )
     if not state.records:
         attach.leave_model(change)
-    attach.refresh(change, before)
+    attach.refresh(change)
     if not state.records:
         # The class is taken back first, and changed last: see
         # `transaction.recover`.
@@ -312,12 +309,10 @@ def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
     names = _check_active(state, names)
-    before = attach.before_change(model)
-    training.release(model)
-    with transaction.change(model) as change:
+    with attach.changing(model) as change:
         attach.record_common(change)
         attach.activate(change, names)
-        attach.refresh(change, before)
+        attach.refresh(change)
 
 
 def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:

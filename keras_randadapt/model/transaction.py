@@ -6,11 +6,16 @@ it is made, as a function that puts an absolute value back. Taking back is
 therefore idempotent: when it is interrupted itself, it begins again. A change
 that is still open when the model is used next, because the code that should
 have taken it back was cut short, is taken back then; see `recover`.
+
+There is no lock, because an exception on the way out of a `with` block could
+leave it locked. A thread that finds another thread's open change waits for its
+end.
 """
 
 import contextlib
 import functools
 import threading
+import time
 
 import keras
 import numpy as np
@@ -20,9 +25,8 @@ from keras_randadapt import _compat
 # The attribute that is a model's open `Change`.
 _OPEN = "_randadapt_change"
 
-# Held while a model changes, so that another thread waits for the end of a
-# change instead of taking it for one that was cut short.
-_LOCK = threading.RLock()
+# Seconds between two looks at the change of another thread.
+_WAIT = 0.001
 
 _MISSING = object()
 
@@ -34,15 +38,20 @@ class Change:
         model: The model.
         outer: The change that this one is made inside of, which is a block
             whose body is running, or `None`.
+        thread: The identifier of the thread that makes the change.
         settled: Whether the change is a block whose body is running.
         leave: Once a block has been entered, the function that ends it.
+        before: What the change has to know of the model as it was, if it asks
+            for that; see `attach.changing`.
     """
 
     def __init__(self, model):
         self.model = model
         self.outer = None
+        self.thread = threading.get_ident()
         self.settled = False
         self.leave = None
+        self.before = None
         self._undo = []
 
     def on_undo(self, undo):
@@ -107,8 +116,17 @@ class Change:
         return one is self
 
     def begin(self):
-        self.outer = vars(self.model).get(_OPEN)
-        vars(self.model)[_OPEN] = self
+        """Opens the change, once no other thread has one open."""
+        while True:
+            recover(self.model)
+            self.outer = vars(self.model).get(_OPEN)
+            if self.outer is not None:
+                # A block of this model, whose body is running.
+                vars(self.model)[_OPEN] = self
+                return
+            # Of two threads that come here at once, one finds the other's.
+            if vars(self.model).setdefault(_OPEN, self) is self:
+                return
 
     def settle(self, leave):
         """Begins the body of a block.
@@ -152,21 +170,19 @@ def change(model):
     Yields:
         A `Change`, by which the block makes its steps.
     """
-    with _LOCK:
-        recover(model)
-        this = Change(model)
+    this = Change(model)
+    try:
         try:
-            try:
-                this.begin()
-                yield this
-                this.end()
-            except BaseException:
-                this.take_back()
-                raise
+            this.begin()
+            yield this
+            this.end()
         except BaseException:
-            # Taking back may have been interrupted.
             this.take_back()
             raise
+    except BaseException:
+        # Taking back may have been interrupted.
+        this.take_back()
+        raise
 
 
 @contextlib.contextmanager
@@ -178,43 +194,44 @@ def block(model, enter):
         enter: Function of a `Change` that makes the change and returns the
             function that ends the block; see `Change.settle`.
     """
-    recover(model)
     this = Change(model)
     try:
         try:
-            with _LOCK:
-                this.begin()
-                this.settle(enter(this))
+            this.begin()
+            this.settle(enter(this))
             yield
         finally:
-            with _LOCK:
-                this.take_back()
+            this.take_back()
     finally:
         # Taking back may have been interrupted.
-        with _LOCK:
-            this.take_back()
+        this.take_back()
 
 
 def recover(model):
     """Takes back a change that was cut short, if there is one.
 
-    Every public function and every call of an adapted model begins with it.
+    Every public function and every call of an adapted model begins with it. It
+    waits for a change that another thread is making.
 
     Args:
         model: A Keras model.
     """
-    if _OPEN not in vars(model):
-        return
-    with _LOCK:
+    while True:
         this = vars(model).get(_OPEN)
-        while this is not None and not this.settled:
-            if getattr(type(model), "_own_class", None) is None:
-                # The class is the first thing that injection changes and the
-                # last that removal does, so nothing or all was done.
-                vars(model).pop(_OPEN, None)
-                return
+        if this is None or this.settled:
+            return
+        if this.thread != threading.get_ident() and _is_alive(this.thread):
+            time.sleep(_WAIT)
+        elif getattr(type(model), "_own_class", None) is None:
+            # The class is the first thing that injection changes and the last
+            # that removal does, so nothing or all was done.
+            vars(model).pop(_OPEN, None)
+        else:
             this.take_back()
-            this = vars(model).get(_OPEN)
+
+
+def _is_alive(identifier):
+    return any(thread.ident == identifier for thread in threading.enumerate())
 
 
 def restore_flags(layers, variables):

@@ -8,7 +8,6 @@ from keras_randadapt.model import attach as attach_lib
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import switch
-from keras_randadapt.model import transaction
 from keras_randadapt.model.state import layers_of
 
 _PACKAGE, _, _NAME = adapted_model.REGISTERED_NAME.partition(">")
@@ -47,6 +46,5 @@ def _attach(model, config):
         sources=sources,
         built=built,
     )
-    before = attach_lib.before_change(model)
-    with transaction.change(model) as change:
-        attach_lib.attach(change, before, attachment)
+    with attach_lib.changing(model) as change:
+        attach_lib.attach(change, attachment)

@@ -1,6 +1,7 @@
 """Whatever breaks a change off, the model is as before or as completed."""
 
 import random
+import threading
 import zlib
 
 import keras
@@ -155,6 +156,11 @@ def _equal(a, b):
 
 def _check_usable(model, base):
     """Trains a step, removes all adapters, and finds the base model again."""
+    # Another thread need not wait for a change that was broken off.
+    other = threading.Thread(target=kra.sites, args=[model])
+    other.start()
+    other.join(timeout=30)
+    assert not other.is_alive()
     x = zoo.normal(4, 6)
     model.fit(x, zoo.normal(4, 3), epochs=1, verbose=0)
     model.predict(x, verbose=0)
@@ -200,6 +206,8 @@ def _check_interruptions(operation, number):
         with pytest.raises(KeyboardInterrupt):
             with Interruption(place):
                 operate(model)
+        # Nothing that all models share is left behind.
+        assert keras.Variable(0.0, name="probe").path == "probe", place
         now = _summary(model)
         to_before = _differences(now, before)
         to_after = _differences(now, after)
