@@ -119,9 +119,14 @@ def _check_registered(cls):
         )
 
 
+def is_name(value):
+    """Whether an adapter can be called so."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def check_new_name(model, name):
     """Raises `ValueError` if an adapter can't be given this name."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError(
             "`name` must consist of letters, digits, `_` and `-`, and start "
             f"with a letter or digit. Received: name={name!r}"

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 
 from keras_randadapt.adapters import configs
+from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
 from keras_randadapt.model import paths
 from keras_randadapt.sites import supported
@@ -94,7 +95,7 @@ def _are_runs(value):
 # words, and the function that checks it.
 _FORM = {
     "version": (True, "a number", lambda value: type(value) is int),
-    "name": (True, "a string", _is_string),
+    "name": (True, "an adapter's name", checks.is_name),
     "adapter": (True, "an object", _is_object),
     "model": (True, "an object", _is_object),
     "kernel_views": (True, "a list of shapes with their counts", _are_runs),

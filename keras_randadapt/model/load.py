@@ -104,7 +104,15 @@ def load_adapter(
         built = model._randadapt.adapters(name)
     else:
         checks.check_new_name(model, name)
-        built = build.build_adapters(template, name, layers, addresses, sources)
+        try:
+            built = build.build_adapters(
+                template, name, layers, addresses, sources
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}' describes an adapter that does not fit its sites: "
+                f"{error}"
+            ) from error
     file_checks.check_bases(path, metadata, built)
     values = file_checks.adapter_values(path, built, by_address)
     kept_values = file_checks.kept_values(
