@@ -95,7 +95,7 @@ def _are_runs(value):
 # words, and the function that checks it.
 _FORM = {
     "version": (True, "a number", lambda value: type(value) is int),
-    "name": (True, "an adapter's name", checks.is_name),
+    "name": (True, "a string that can be an adapter's name", checks.is_name),
     "adapter": (True, "an object", _is_object),
     "model": (True, "an object", _is_object),
     "kernel_views": (True, "a list of shapes with their counts", _are_runs),
