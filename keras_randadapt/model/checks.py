@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable
+from collections.abc import Mapping
 
 import keras
 
@@ -154,6 +155,13 @@ def check_names(state, names):
         ValueError: If one of these adapters is not attached.
     """
     given = names
+    if isinstance(names, Mapping):
+        # A silent 1 would be a wrong result.
+        raise TypeError(
+            "Names of adapters must be a string or a list of strings. Adapters "
+            "can't be weighted: their updates are summed as they are. "
+            f"Received: {given!r}"
+        )
     names = (names,) if isinstance(names, str) else names
     names = tuple(names) if isinstance(names, Iterable) else (names,)
     if not all(isinstance(name, str) for name in names):
