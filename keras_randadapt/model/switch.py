@@ -34,7 +34,9 @@ def eject(model: keras.Model, name: str | None = None) -> keras.Model:
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
-    names = checks.check_names(state, state.records if name is None else [name])
+    names = checks.check_names(
+        state, list(state.records) if name is None else [name]
+    )
     with attach.changing(model) as change:
         remove(change, names)
     return model
