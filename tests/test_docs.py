@@ -218,7 +218,7 @@ def _public():
             value = getattr(module, name)
             if name.startswith("_") or inspect.ismodule(value):
                 continue
-            # Of a module without `__all__`, what it defines itself.
+            # A module without `__all__` shows what it defines itself.
             home = getattr(value, "__module__", None) or ""
             if home.startswith("keras_randadapt"):
                 yield ".".join(filter(None, [prefix, name])), value

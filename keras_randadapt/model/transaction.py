@@ -124,7 +124,7 @@ class Change:
                 # A block of this model, whose body is running.
                 vars(self.model)[_OPEN] = self
                 return
-            # Of two threads that come here at once, one finds the other's.
+            # If two threads come here at once, one finds the other's change.
             if vars(self.model).setdefault(_OPEN, self) is self:
                 return
 
