@@ -50,6 +50,9 @@ class Adapter(AdapterVariables):
     #: If not, `merged` depends on the base kernel and `delta` is undefined.
     additive = True
 
+    #: Whether a file of the method is refused on other base weights.
+    depends_on_base: bool = False
+
     #: Whether `merge` can fold the method into the site's own weights.
     mergeable = True
 
@@ -345,10 +348,6 @@ class Adapter(AdapterVariables):
             f"`{type(self).__name__}` does not order its ranks: `truncate` is "
             "for methods that train all smaller ranks too, such as `DyLoRA`."
         )
-
-    def basis_digest(self) -> str:
-        """A short hash of the frozen bases, or `""` where there are none."""
-        return ""
 
     # The following is the same for all methods.
 

@@ -81,6 +81,7 @@ class DoRA(base.Adapter):
     """
 
     additive = False
+    depends_on_base = True
     site_kinds = ("product", "convolution")
 
     def __init__(

@@ -70,6 +70,7 @@ class Hydra(base.Adapter):
 
     recommended_learning_rate = 5e-4
     additive = False
+    depends_on_base = True
     site_kinds = ("product", "convolution")
     adapts_bias = True
 

@@ -158,6 +158,8 @@ class LoRA(base.Adapter):
                 '`initialization="orthogonal"` needs even ranks. '
                 f"Received: {odd[0]}"
             )
+        # The update is the difference to factors of the base kernel.
+        self.depends_on_base = initialization in _FROM_KERNEL
         if initialization in _FROM_KERNEL and self.scaling == 0:
             raise ValueError(
                 f"`initialization={initialization!r}` divides by the scaling, "

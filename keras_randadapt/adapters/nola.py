@@ -89,18 +89,18 @@ class NOLA(base.Adapter):
 
     def build(self, site: Site) -> None:
         self.check(site)
-        first = bases.Uniform(
-            self.input_dim, self.rank, self.seed, f"NOLA/{self.site.role}/A0"
-        )
-        self.first_a = self.add_frozen("first_a", first)
-        self.bases_a = self._bases("A", self.input_dim)
-        self.bases_b = self._bases("B", self.output_dim)
         self.nola_alpha = self.add_trainable(
             "nola_alpha", (self.num_bases,), "zeros"
         )
         self.nola_beta = self.add_trainable(
             "nola_beta", (self.num_bases,), "zeros"
         )
+        first = bases.Uniform(
+            self.input_dim, self.rank, self.seed, f"NOLA/{self.site.role}/A0"
+        )
+        self.first_a = self.add_frozen("first_a", first)
+        self.bases_a = self._bases("A", self.input_dim)
+        self.bases_b = self._bases("B", self.output_dim)
 
     def _bases(self, side, dim):
         return bases.RegeneratedUniform(

@@ -125,6 +125,14 @@ class RandLoRA(base.Adapter):
         if self.variant == "half":
             self.terms = -(-self.terms // 2)
         self._wide = self.input_dim <= self.output_dim
+        self.randlora_lambda = self.add_trainable(
+            "randlora_lambda", (self.terms, self.rank), "zeros"
+        )
+        self.randlora_gamma = self.add_trainable(
+            "randlora_gamma",
+            (self.terms, small),
+            keras.initializers.Constant(1.0 / small),
+        )
         self.basis_a = self._add_basis("A", small, self.rank, expand=False)
         # B_1 ... B_n side by side.
         self.basis_b = self._add_basis(
@@ -137,14 +145,6 @@ class RandLoRA(base.Adapter):
             self.basis_a,
             self.terms,
             self.scaling * self.basis_a.scale * self.basis_b.scale,
-        )
-        self.randlora_lambda = self.add_trainable(
-            "randlora_lambda", (self.terms, self.rank), "zeros"
-        )
-        self.randlora_gamma = self.add_trainable(
-            "randlora_gamma",
-            (self.terms, small),
-            keras.initializers.Constant(1.0 / small),
         )
 
     def _add_basis(self, side, dim, rank, expand):

@@ -115,14 +115,14 @@ class RLoRA(base.Adapter):
         )
 
     def build(self, site: Site) -> None:
-        self.basis_a = self._basis(self.input_dim, "A", expand=False)
-        self.basis_b = self._basis(self.output_dim, "B", expand=True)
         self.alpha = self.add_trainable(
             "alpha", (self.rank,), self.alpha_initializer
         )
         self.beta = self.add_trainable(
             "beta", (self.output_dim,), self.beta_initializer
         )
+        self.basis_a = self._basis(self.input_dim, "A", expand=False)
+        self.basis_b = self._basis(self.output_dim, "B", expand=True)
 
     def _basis(self, dim, side, expand):
         return bases.RandomizedHadamard(

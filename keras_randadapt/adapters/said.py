@@ -71,6 +71,8 @@ class SAID(base.Adapter):
         self.dim = arguments.check_rank(dim, "dim")
 
     def build(self, site: Site) -> None:
+        self.theta = self.add_shared_trainable("theta", (self.dim,), "zeros")
+        self.said_scale = self.add_trainable("said_scale", (), "ones")
         self._size = self.input_dim * self.output_dim
         largest = max(self._size, self.dim)
         # Kernels of similar size get one length, as in the paper.
@@ -88,8 +90,6 @@ class SAID(base.Adapter):
         self.add_frozen_values("signs", draws["signs"])
         self.add_frozen_values("factors", draws["factors"])
         self.add_frozen_values("order", draws["order"].astype("int32"))
-        self.theta = self.add_shared_trainable("theta", (self.dim,), "zeros")
-        self.said_scale = self.add_trainable("said_scale", (), "ones")
 
     def project(self, vector: Tensor) -> Tensor:
         """`P(vector)`: float32 tensors, `(dim,)` to `(input * output,)`."""

@@ -3,6 +3,8 @@
 import contextlib
 import contextvars
 import hashlib
+import json
+import math
 from typing import Any
 from typing import TypeVar
 
@@ -24,6 +26,10 @@ _Basis = TypeVar("_Basis", bound=Any)
 # key that describes their content.
 _shared = contextvars.ContextVar("keras_randadapt_shared_bases", default=None)
 
+# How many stored values the adapter that is being built may have, and how many
+# it has so far: a list of two ints. `None` where there is no limit.
+_limit = contextvars.ContextVar("keras_randadapt_limit", default=None)
+
 
 @contextlib.contextmanager
 def shared_bases():
@@ -38,6 +44,27 @@ def shared_bases():
         yield
     finally:
         _shared.set(before)
+
+
+@contextlib.contextmanager
+def at_most(count):
+    """An adapter that is built in this block may store only so many values.
+
+    The config of a file may claim a rank of millions. The weights in the file
+    bound what is built for it: a method adds its trainable weights before it
+    draws its bases, and a weight beyond the limit is an error before it is
+    made.
+
+    Args:
+        count: int, the number of values that the file holds for the adapter,
+            or `None` for no limit.
+    """
+    before = _limit.get()
+    try:
+        _limit.set(None if count is None else [count, 0])
+        yield
+    finally:
+        _limit.set(before)
 
 
 class SharedVariable:
@@ -83,6 +110,7 @@ class AdapterVariables(keras.layers.Layer):
             regularizer: Optional Keras regularizer. Its penalty on the weight
                 is among the model's losses while the adapter is trained.
         """
+        self._check_limit(name, shape)
         own = arguments.own_initializer(initializer)
         if own is not None:
             kind, options = own
@@ -144,7 +172,36 @@ class AdapterVariables(keras.layers.Layer):
         )
         self._keep_frozen(name, variable)
 
+    def _check_limit(self, name, shape):
+        """Raises `ValueError` if a file does not hold a weight's values."""
+        limit = _limit.get()
+        if limit is None:
+            return
+        allowed, so_far = limit
+        limit[1] = so_far + math.prod(shape)
+        if limit[1] > allowed:
+            raise ValueError(
+                f"its weight '{name}' would have the shape {tuple(shape)}, and "
+                f"the file holds {allowed - so_far} values for it."
+            )
+
+    def _check_frozen_limit(self, name, shape):
+        """Raises `ValueError` if a basis is out of proportion to a file."""
+        limit = _limit.get()
+        if limit is None:
+            return
+        kernel = self.site.input_dim * self.site.output_dim
+        # A basis has a dimension of the kernel, one that the trained weights
+        # have too, and at most another one of the kernel.
+        if math.prod(shape) > 4 * max(limit[0], 1) * max(kernel, 1):
+            raise ValueError(
+                f"its basis '{name}' would have the shape {tuple(shape)}, and "
+                f"the file holds {limit[0]} values."
+            )
+
     def _frozen_variable(self, name, values, shape, dtype):
+        self._check_frozen_limit(name, shape)
+
         def initializer(shape, dtype=None):
             return ops.convert_to_tensor(values(), dtype=dtype)
 
@@ -271,25 +328,69 @@ class AdapterVariables(keras.layers.Layer):
                 )
         return [w for w in self.weights if id(w) not in left_out]
 
+    def description(self) -> dict[str, Any]:
+        """What the adapter is, for Keras's weights files.
+
+        Two adapters with equal descriptions have weights of one meaning.
+        """
+        # A round trip through JSON makes tuples of a config lists, as a file's.
+        return json.loads(
+            json.dumps(
+                {
+                    "name": self.name,
+                    "address": self.site.address,
+                    "class": keras.saving.get_registered_name(type(self)),
+                    "config": self.get_config(),
+                    "bases": self.basis_digest(),
+                },
+                sort_keys=True,
+            )
+        )
+
+    def basis_digest(self) -> str:
+        """A short hash of the frozen bases, or `""` where there are none."""
+        return ""
+
     def save_own_variables(self, store: Store) -> None:
         for i, variable in enumerate(self._own_stored_variables()):
             store[str(i)] = variable
+        text = json.dumps(self.description(), sort_keys=True)
+        store["description"] = np.frombuffer(text.encode(), "uint8")
 
     def load_own_variables(self, store: Store) -> None:
         # A file of the model without adapters has no variables here, and it
         # must still load.
-        if not len(store.keys()):
+        keys = set(store.keys())
+        if not keys:
             return
+        if "description" in keys:
+            self._check_description(store["description"])
         variables = self._own_stored_variables()
-        if len(store.keys()) != len(variables):
+        if len(keys - {"description"}) != len(variables):
             raise ValueError(
-                f"The file holds {len(store.keys())} variables for the "
+                f"The file holds {len(keys)} variables for the "
                 f"adapter '{self.path}', which has {len(variables)}: "
                 f"{[v.name for v in variables]}. It was written with another "
                 "adapter on this layer."
             )
         for i, variable in enumerate(variables):
             variable.assign(store[str(i)])
+
+    def _check_description(self, stored):
+        """Raises `ValueError` if a file's adapter is another one.
+
+        `model.weights_file` compares whole models before anything is loaded.
+        This is for files of a part of a model, and for `skip_mismatch`.
+        """
+        theirs = json.loads(bytes(np.asarray(stored, "uint8")))
+        ours = self.description()
+        for key in ("class", "config", "bases"):
+            if theirs.get(key) != ours[key]:
+                raise ValueError(
+                    f"The file holds the weights of another adapter than "
+                    f"'{self.path}': its {key} is {theirs.get(key)!r} in the "
+                    f"file, and {ours[key]!r} here."
+                )
 
     def _own_stored_variables(self):
         frozen = {id(getattr(self, name)) for name in self._frozen_names}

@@ -87,14 +87,14 @@ class VeRA(base.Adapter):
         self.scaling = arguments.check_scaling(scaling)
 
     def build(self, site: Site) -> None:
-        self.basis_a = self._add_basis("A", self.input_dim, expand=False)
-        self.basis_b = self._add_basis("B", self.output_dim, expand=True)
         self.vera_d = self.add_trainable(
             "vera_d",
             (self.rank,),
             keras.initializers.Constant(self.d_initial),
         )
         self.vera_b = self.add_trainable("vera_b", (self.output_dim,), "zeros")
+        self.basis_a = self._add_basis("A", self.input_dim, expand=False)
+        self.basis_b = self._add_basis("B", self.output_dim, expand=True)
 
     def _add_basis(self, side, dim, expand):
         basis = bases.make_basis(

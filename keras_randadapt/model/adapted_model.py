@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.adapters import configs
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import save as save_lib
 from keras_randadapt.model import training as training_lib
 from keras_randadapt.model import transaction
@@ -150,7 +151,10 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
     def load_weights(self, filepath, *args, **kwargs):
         transaction.recover(self)
         state = self._randadapt
-        plain = weights_file.has_adapters(filepath) is False
+        found = weights_file.has_adapters(filepath)
+        plain = found is False
+        if found and not kwargs.get("skip_mismatch"):
+            weights_file.check(filepath, state)
         held = {
             address
             for name in state.active
@@ -167,6 +171,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
             for address in state.base_values:
                 layer = state.layers[address]
                 state.base_values[address] = kept_layer_values(layer)
+            state.base_moving = None
             return
         # The file's heads belong to an inactive adapter.
         for address, values in base.items():
@@ -236,6 +241,9 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 for i, tensor in enumerate(tensors):
                     key = json.dumps([owner, address, i])
                     arrays[key] = tensor.astype(_portable_dtype(tensor))
+        for owner, key, tensor in _moved_values(state):
+            key = json.dumps([owner, key, None])
+            arrays[key] = tensor.astype(_portable_dtype(tensor))
         if arrays:
             # Keys may not be file names, so the archive numbers the arrays.
             buffer = io.BytesIO()
@@ -257,12 +265,14 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         state = self._randadapt
         with np.load(path, allow_pickle=False) as archive:
             for i, key in enumerate(archive["keys"]):
-                owner, address, _ = json.loads(str(key))
+                owner, address, index = json.loads(str(key))
+                if index is None:
+                    _set_moved(state, owner, address, archive[f"a{i}"])
+                    continue
                 if owner:
                     values = state.records[owner].kept_values
                 else:
                     values = state.base_values
-                _, _, index = json.loads(str(key))
                 values[address][index] = archive[f"a{i}"]
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
@@ -279,6 +289,31 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 os.path.join(preset_dir, f"{name}.adapter.safetensors"),
                 name=name,
             )
+
+
+def _moved_values(state):
+    """What the weights do not hold of the state that training moves.
+
+    Yields:
+        `(owner, key, array)`. The owner is the name of an inactive adapter, or
+        `""` for the base model.
+    """
+    if not state.moving:
+        return
+    for key, value in moving_state.base_values(state).items():
+        yield "", key, value
+    for name, record in state.records.items():
+        if name not in state.active:
+            for key, value in (record.moving or {}).items():
+                yield name, key, value
+
+
+def _set_moved(state, owner, key, value):
+    if owner:
+        record = state.records[owner]
+        record.moving = {**(record.moving or {}), key: value}
+    else:
+        state.base_moving = {**(state.base_moving or {}), key: value}
 
 
 def _portable_dtype(array):

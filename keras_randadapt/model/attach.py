@@ -17,6 +17,7 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import adapted_model
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
@@ -162,7 +163,13 @@ def _become_adapted(change, layers):
     change.set(
         model,
         "_randadapt",
-        state_lib.AdaptedState(layers, layer_flags, variable_flags, parts),
+        state_lib.AdaptedState(
+            layers,
+            layer_flags,
+            variable_flags,
+            parts,
+            moving_state.find(layers),
+        ),
     )
     change.set(model, "__class__", adapted_model.adapted_class(type(model)))
     change.record_flags()
@@ -245,6 +252,7 @@ def activate(change, names, freeze=True):
     """
     model = change.model
     state = model._randadapt
+    moving_state.switch(change, names)
     base_values = dict(state.base_values)
     for name in state.active:
         if name not in names:

@@ -6,7 +6,7 @@ from keras_randadapt.model import checks
 from keras_randadapt.sites import supported
 
 
-def build_adapters(template, name, layers, addresses, sources):
+def build_adapters(template, name, layers, addresses, sources, counts=None):
     """Adapters by address, built but not attached.
 
     Args:
@@ -15,6 +15,8 @@ def build_adapters(template, name, layers, addresses, sources):
         layers: dict from structural address to layer.
         addresses: Structural addresses of the sites.
         sources: See `Adapter.sources`.
+        counts: Optional dict from address to the number of values that a file
+            holds for the adapter there. An adapter of more is an error.
 
     Returns:
         dict from address to adapter.
@@ -47,7 +49,11 @@ def build_adapters(template, name, layers, addresses, sources):
             path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address
-            with _compat.name_scope("adapter", path):
+            count = None if counts is None else counts[address]
+            with (
+                _compat.name_scope("adapter", path),
+                adapter_variables.at_most(count),
+            ):
                 clone.build_at(clone.site)
     return clones
 

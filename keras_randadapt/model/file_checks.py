@@ -1,143 +1,17 @@
-"""Reads an adapter file and checks it before any of it is used."""
+"""Checks of an adapter file against the model that it is to be loaded into."""
 
-import json
 import math
 import os
-import reprlib
+import warnings
 
 import numpy as np
-import safetensors
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
-from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
-from keras_randadapt.model import paths
+from keras_randadapt.model import fingerprint
+from keras_randadapt.model.file_format import site_keys
 from keras_randadapt.sites import supported
-
-
-def read(filepath):
-    paths.check_readable(filepath)
-    try:
-        with safetensors.safe_open(filepath, framework="np") as file:
-            header = file.metadata() or {}
-            if file_format.METADATA_KEY not in header:
-                raise ValueError(
-                    f"'{filepath}' is a safetensors file, but not one that "
-                    "`keras_randadapt.save_adapter` wrote."
-                )
-            metadata = json.loads(header[file_format.METADATA_KEY])
-            if not isinstance(metadata, dict):
-                raise ValueError(
-                    f"'{filepath}' is damaged: its metadata must be an "
-                    f"object. Received: {reprlib.repr(metadata)}"
-                )
-            if metadata.get("version") != file_format.VERSION:
-                raise ValueError(
-                    f"'{filepath}' has format version "
-                    f"{metadata.get('version')!r}; this release of "
-                    f"keras_randadapt reads version {file_format.VERSION}. "
-                    "Upgrade keras_randadapt."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-        # Metadata that is nested a thousand deep.
-        RecursionError,
-    ) as error:
-        raise ValueError(
-            f"'{filepath}' is no adapter file, or is damaged or cut short: "
-            f"{error}"
-        ) from error
-    _check_form(filepath, metadata, _FORM)
-    _check_form(filepath, metadata["model"], _FORM_OF_MODEL, "model.")
-    unknown = sorted(set(metadata.get("sources", {})) - set(site_keys(tensors)))
-    if unknown:
-        raise ValueError(
-            f"'{filepath}' is damaged: it names input layers of sites that it "
-            f"does not hold: {unknown[:5]}"
-            + (" and more." if len(unknown) > 5 else ".")
-        )
-    return tensors, metadata
-
-
-def _is_string(value):
-    return isinstance(value, str)
-
-
-def _is_object(value):
-    return isinstance(value, dict)
-
-
-def _are_strings(value):
-    return isinstance(value, dict) and all(map(_is_string, value.values()))
-
-
-def _are_distinct_strings(value):
-    return (
-        isinstance(value, list)
-        and all(map(_is_string, value))
-        and len(set(value)) == len(value)
-    )
-
-
-def _are_runs(value):
-    # Types are compared, because `True` is an instance of `int`.
-    return isinstance(value, list) and all(
-        isinstance(run, list)
-        and [type(part) for part in run] == [str, int]
-        and run[1] > 0
-        for run in value
-    )
-
-
-# The form of the metadata. For each key: whether it is required, the value in
-# words, and the function that checks it.
-_FORM = {
-    "version": (True, "a number", lambda value: type(value) is int),
-    "name": (True, "a string that can be an adapter's name", checks.is_name),
-    "adapter": (True, "an object", _is_object),
-    "model": (True, "an object", _is_object),
-    "kernel_views": (True, "a list of shapes with their counts", _are_runs),
-    "bases": (True, "an object of strings", _are_strings),
-    "kept": (True, "a list of distinct strings", _are_distinct_strings),
-    "sources": (False, "an object of strings", _are_strings),
-    "preset": (False, "a string", _is_string),
-}
-_FORM_OF_MODEL = {
-    "class": (True, "a string", _is_string),
-    "layers": (True, "a string", _is_string),
-    "backbone": (False, "a string", _is_string),
-    "parts": (False, "an object of strings", _are_strings),
-}
-
-
-def _check_form(filepath, content, form, prefix=""):
-    missing = sorted(
-        prefix + key
-        for key, (required, _, _) in form.items()
-        if required and key not in content
-    )
-    if missing:
-        raise ValueError(
-            f"'{filepath}' lacks the metadata {missing}; it is damaged."
-        )
-    unknown = sorted(prefix + key for key in set(content) - set(form))
-    if unknown:
-        raise ValueError(
-            f"'{filepath}' holds metadata that this release does not know: "
-            f"{reprlib.repr(unknown)}. It is damaged, or of a newer release."
-        )
-    for key, (_, words, holds) in form.items():
-        if key in content and not holds(content[key]):
-            raise ValueError(
-                f"'{filepath}' is damaged: its metadata '{prefix}{key}' must "
-                f"be {words}. Received: {reprlib.repr(content[key])}"
-            )
-
-
-def site_keys(tensors):
-    return sorted(key for key in tensors if "#" not in key)
 
 
 def relocation(filepath, metadata, tensors, model, layers):
@@ -151,8 +25,9 @@ def relocation(filepath, metadata, tensors, model, layers):
         *site_keys(tensors),
         *metadata["kept"],
         *metadata.get("sources", {}).values(),
+        *(key.rpartition("#")[0] for key in metadata.get("moved", ())),
     ]
-    if not keys:
+    if not site_keys(tensors):
         raise ValueError(f"'{filepath}' holds no site.")
     if all(key in layers for key in keys):
         return lambda key: key, "", ""
@@ -257,6 +132,56 @@ def check_layers(filepath, metadata, model, addresses, kept, added, removed):
     )
 
 
+def check_base_weights(filepath, metadata, tensors, layers, rename, wanted):
+    """Raises an error or warns if the base weights are others than the file's.
+
+    Args:
+        filepath: The file.
+        metadata: Its metadata.
+        tensors: Its tensors.
+        layers: dict from address to layer; those of the file are sites.
+        rename: See `relocation`.
+        wanted: `"error"`, `"warn"` or `"ignore"`.
+    """
+    if wanted == "ignore":
+        return
+    keys = site_keys(tensors)
+    if file_format.BASE_KEY not in tensors:
+        _object(
+            wanted,
+            f"'{filepath}' was written by an earlier version and has no "
+            "fingerprint of the base weights, so it is not known whether this "
+            "model has the weights that the adapter was trained on. Save it "
+            "again with this version.",
+        )
+        return
+    names = [name for name, n in metadata["precisions"] for _ in range(n)]
+    sites = [layers[rename(key)] for key in keys]
+    precisions = [
+        (name, fingerprint.precision(site)) for name, site in zip(names, sites)
+    ]
+    ours = np.stack([fingerprint.of_site(site) for site in sites])
+    theirs = tensors[file_format.BASE_KEY]
+    wrong = fingerprint.differing(ours, theirs, precisions)
+    if wrong:
+        i, distance = wrong[0]
+        _object(
+            wanted,
+            f"'{filepath}' was trained on other base weights: the kernels of "
+            f"{len(wrong)} of its {len(keys)} sites differ, that of "
+            f"'{rename(keys[i])}' by {100 * distance:.3g} %. Give the model "
+            "the weights that the adapter was trained on, or pass "
+            '`check_base="ignore"`.',
+        )
+
+
+def _object(wanted, message):
+    if wanted == "error":
+        raise ValueError(message)
+    # The warning is for the caller of `load_adapter`.
+    warnings.warn(message, AdapterWarning, stacklevel=4)
+
+
 def check_same(filepath, model, name, template, addresses, kept, sources):
     record = model._randadapt.records[name]
     ours = configs.serialize(record.template)
@@ -316,6 +241,7 @@ def adapter_values(filepath, built, tensors):
 
 def kept_values(filepath, metadata, tensors, rename, layers):
     unknown = {key for key in tensors if "#" in key}
+    unknown -= {file_format.BASE_KEY, *metadata.get("moved", ())}
     values = {}
     for key in metadata["kept"]:
         weights = layers[rename(key)].weights
@@ -340,6 +266,37 @@ def kept_values(filepath, metadata, tensors, rename, layers):
             f"layers: {sorted(unknown)[:5]}"
             + (f" and {len(unknown) - 5} more." if len(unknown) > 5 else ".")
         )
+    return values
+
+
+def moved_values(filepath, metadata, tensors, rename, moving):
+    """The state that training moved, by key of this model.
+
+    Args:
+        filepath: The file, for errors.
+        metadata: Its metadata.
+        tensors: Its tensors.
+        rename: See `relocation`.
+        moving: dict from key to variable of this model; see `moving_state`.
+    """
+    values = {}
+    for key in metadata.get("moved", ()):
+        address, _, number = key.rpartition("#")
+        renamed = f"{rename(address)}#{number}"
+        variable = moving.get(renamed)
+        ours = "no such state"
+        if variable is not None:
+            dtype = file_format.stored_dtype(variable)
+            ours = _kind(dtype, variable.shape)
+        found = "nothing"
+        if key in tensors:
+            found = _kind(tensors[key].dtype, tensors[key].shape)
+        if found != ours:
+            raise ValueError(
+                f"'{filepath}' holds {found} for the state '{key}' that "
+                f"training moved, and this model has {ours} there."
+            )
+        values[renamed] = tensors[key]
     return values
 
 

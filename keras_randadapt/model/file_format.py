@@ -1,11 +1,15 @@
 """Adapter files: a safetensors file of one adapter's trained weights.
 
 Each site has one float32 tensor with its weights one after the other, whose key
-is the site's structural address. Each weight of a kept layer has a tensor of
-its own. Everything else is rebuilt from the metadata, a JSON text under the key
-`keras_randadapt`: it has the adapter's class and config, a description of the
-base model, and a hash of each basis. Keys are sorted and the JSON is canonical,
-so every backend writes the same bytes.
+is the site's structural address. Each weight of a kept layer, and each variable
+of the base model that training moved, has a tensor of its own, `address#i`.
+The tensor `#base` has the fingerprints of the sites' base kernels. Everything
+else is rebuilt from the metadata, a JSON text under the key `keras_randadapt`:
+it has the adapter's class and config, a description of the base model, a hash
+of each basis, and a digest of the tensors and of the other metadata. Keys are
+sorted and the JSON is canonical, so every backend writes the same bytes.
+
+Files of version 1 have neither fingerprints nor a digest.
 """
 
 import hashlib
@@ -18,15 +22,20 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.adapters import configs
+from keras_randadapt.model import fingerprint
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import supported
 
-VERSION = 1
+VERSION = 2
 METADATA_KEY = "keras_randadapt"
 
 # A stand-in for digests of layers, which all have this length. The size of a
 # file depends only on the length.
 _SOME_DIGEST = "0" * 16
+
+#: The key of the tensor of fingerprints. No address is empty.
+BASE_KEY = "#base"
 
 _ALL_KINDS = (*supported.KERNEL_KINDS, "norm")
 
@@ -42,10 +51,14 @@ def size(model, name):
     for address in record.kept:
         for i, weight in enumerate(state.layers[address].weights):
             array = np.zeros(0, stored_dtype(weight))
-            kind = "F" if array.dtype.kind == "f" else "I"
-            dtype = f"{kind}{8 * array.dtype.itemsize}"
+            dtype = _safetensors_dtype(array)
             shapes[f"{address}#{i}"] = (dtype, tuple(weight.shape))
+    for key, value in moving_state.moved_by(state, name).items():
+        shapes[key] = _safetensors_dtype(_stored(value)), value.shape
+    rows = len(record.addresses)
+    shapes[BASE_KEY] = ("F32", (rows, fingerprint.SIZE))
     metadata = describe(model, name, None, lambda prefix="": _SOME_DIGEST)
+    metadata["digest"] = "0" * 64
     header = {"__metadata__": {METADATA_KEY: configs.canonical(metadata)}}
     offset = 0
     # safetensors orders tensors by decreasing alignment and then by name.
@@ -64,6 +77,12 @@ def size(model, name):
     return 8 + (length + 7) // 8 * 8 + offset
 
 
+def _safetensors_dtype(array):
+    if array.dtype.kind == "b":
+        return "BOOL"
+    return f"{array.dtype.kind.upper()}{8 * array.dtype.itemsize}"
+
+
 def count(adapter):
     return sum(math.prod(w.shape) for w in adapter.stored_weights())
 
@@ -75,6 +94,10 @@ def site_tensors(state, name):
         )
         for address, a in state.adapters(name).items()
     }
+
+
+def site_keys(tensors):
+    return sorted(key for key in tensors if "#" not in key)
 
 
 def kept_tensors(state, name):
@@ -91,6 +114,47 @@ def kept_tensors(state, name):
                 stored_dtype(weight), order="C"
             )
     return tensors
+
+
+def moved_tensors(state, name):
+    """The state of the base model that the adapter's training moved."""
+    moved = moving_state.moved_by(state, name)
+    return {key: _stored(value) for key, value in moved.items()}
+
+
+def base_tensor(state, name):
+    """The fingerprints of the base kernels, in the order of sorted addresses.
+
+    Args:
+        state: An `AdaptedState`.
+        name: The adapter's name.
+    """
+    addresses = sorted(state.records[name].addresses)
+    return fingerprint.of_sites(state.layers, addresses)
+
+
+def digest(tensors, metadata):
+    """The SHA-256 digest of a file's tensors and metadata.
+
+    Args:
+        tensors: dict from key to NumPy array.
+        metadata: dict. Its entry `"digest"` is left out.
+    """
+    told = {key: v for key, v in metadata.items() if key != "digest"}
+    total = hashlib.sha256(configs.canonical(told).encode())
+    for key in sorted(tensors):
+        array = tensors[key]
+        header = json.dumps([key, array.dtype.str, list(array.shape)])
+        total.update(header.encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _stored(value):
+    """A value in the dtype that a file has it in."""
+    if value.dtype.name in ("float16", "bfloat16"):
+        return value.astype("float32")
+    return value
 
 
 def stored_dtype(weight):
@@ -120,7 +184,8 @@ def describe(model, name, preset, digest_of):
     record = state.records[name]
     adapters = state.adapters(name)
     described = {**describe_model(model), "layers": digest_of()}
-    parts = {p: digest_of(f"{p}/") for p in _parts(model, record)}
+    moved = sorted(moving_state.moved_by(state, name))
+    parts = {p: digest_of(f"{p}/") for p in _parts(model, record, moved)}
     if parts:
         described["parts"] = parts
     shapes = [
@@ -132,19 +197,28 @@ def describe(model, name, preset, digest_of):
         "name": name,
         "adapter": configs.serialize(record.template),
         "model": described,
-        # The shapes are run-length encoded in the order of sorted addresses.
-        "kernel_views": [
-            [shape, len(list(group))]
-            for shape, group in itertools.groupby(shapes)
-        ],
+        "kernel_views": _runs(shapes),
         "bases": basis_hashes(adapters),
         "kept": sorted(record.kept),
+        "precisions": _runs(
+            fingerprint.precision(state.layers[a])
+            for a in sorted(record.addresses)
+        ),
     }
     if record.sources:
         metadata["sources"] = record.sources
+    if moved:
+        metadata["moved"] = moved
     if preset is not None:
         metadata["preset"] = preset
     return metadata
+
+
+def _runs(values):
+    """Values of the sites in the order of addresses, run-length encoded."""
+    return [
+        [value, len(list(group))] for value, group in itertools.groupby(values)
+    ]
 
 
 def describe_model(model):
@@ -158,7 +232,7 @@ def describe_model(model):
     return description
 
 
-def _parts(model, record):
+def _parts(model, record, moved):
     """Addresses of inner models that contain all layers of an adapter's file.
 
     The file can be loaded into each of these. The list is empty for models
@@ -167,6 +241,7 @@ def _parts(model, record):
     if _backbone(model) is not None:
         return []
     told = [*record.addresses, *record.kept, *record.sources.values()]
+    told += [key.rpartition("#")[0] for key in moved]
     return [
         address
         for address, layer in state_lib.layers_of(model).items()

@@ -9,6 +9,9 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import file_checks
+from keras_randadapt.model import file_format
+from keras_randadapt.model import file_reading
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import paths
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
@@ -21,6 +24,8 @@ def load_adapter(
     name: str | None = None,
     *,
     preset: str | None = None,
+    check_base: str | None = None,
+    allow_non_finite: bool = False,
 ) -> report.Report:
     """Loads a saved adapter into a model and attaches it if necessary.
 
@@ -44,13 +49,23 @@ def load_adapter(
         preset: Optional string. The preset of this model. If the file has one
             too, the two must be equal.
 
+        check_base: What to do if the kernels of the sites are not those that
+            the adapter was trained on, or if the file does not tell. It is
+            `"error"`, `"warn"`, `"ignore"` or `None`, which is `"error"` for
+            methods that compute their update from the base kernels (PiSSA,
+            OLoRA, DoRA, Hydra) and `"warn"` for the others. A file of an
+            earlier version, which does not tell, is then a warning for all.
+            Copies of the same weights in 16, 8 or 4 bits count as the same.
+        allow_non_finite: Whether to load a file with NaN or infinity.
+
     Returns:
         A `Report` of the adapter.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, foreign, of a newer format, or
-            holds tensors that its metadata does not describe; if the model is
+            holds tensors that its metadata does not describe, NaN or infinity;
+            if the base weights are others and matter; if the model is
             of another class, has other layers or lacks a site; if a shape or
             dtype differs; if a basis can't be rebuilt with the same values;
             or if another adapter has the name. The model is then unchanged.
@@ -61,8 +76,15 @@ def load_adapter(
     kra.load_adapter(model, "sentiment.safetensors")
     ```
     """
+    if check_base not in (None, "error", "warn", "ignore"):
+        raise ValueError(
+            '`check_base` must be "error", "warn", "ignore" or `None`. '
+            f"Received: check_base={check_base!r}"
+        )
     path = paths.check_path(filepath)
-    tensors, metadata = file_checks.read(path)
+    tensors, metadata = file_reading.read(path)
+    if not allow_non_finite:
+        file_reading.check_finite(path, tensors)
     try:
         template = configs.deserialize(metadata["adapter"])
     except (AttributeError, TypeError, KeyError, ValueError) as error:
@@ -78,7 +100,7 @@ def load_adapter(
     template = template.relocated(rename)
     file_checks.check_base(path, metadata, model, preset)
 
-    addresses = [rename(key) for key in file_checks.site_keys(tensors)]
+    addresses = [rename(key) for key in file_format.site_keys(tensors)]
     kept = [rename(key) for key in metadata["kept"]]
     sources = {
         rename(key): rename(source)
@@ -86,7 +108,7 @@ def load_adapter(
     }
     order = {address: i for i, address in enumerate(layers)}
     by_address = {
-        rename(key): tensors[key] for key in file_checks.site_keys(tensors)
+        rename(key): tensors[key] for key in file_format.site_keys(tensors)
     }
     file_checks.check_views(
         path, metadata, addresses, layers, template.site_kinds
@@ -105,8 +127,9 @@ def load_adapter(
     else:
         checks.check_new_name(model, name)
         try:
+            counts = {address: t.size for address, t in by_address.items()}
             built = build.build_adapters(
-                template, name, layers, addresses, sources
+                template, name, layers, addresses, sources, counts
             )
         except ValueError as error:
             raise ValueError(
@@ -119,11 +142,21 @@ def load_adapter(
         path, metadata, tensors, rename, layers
     )
 
-    # From here on, nothing in the file can cause an error.
+    moving = moving_state.find(layers)
     if present:
+        moving = model._randadapt.moving
+    moved = file_checks.moved_values(path, metadata, tensors, rename, moving)
+    wanted = check_base
+    if wanted is None:
+        matters = file_format.BASE_KEY in tensors and template.depends_on_base
+        wanted = "error" if matters else "warn"
+    told = path, metadata, tensors, layers, rename, wanted
+    if present:
+        file_checks.check_base_weights(*told)
         with transaction.change(model) as change:
             _assign(change, built, values)
             _assign_kept(change, name, kept_values)
+            _assign_moved(change, name, moved, metadata)
         return report.Report(model, name)
     attachment = attach.Attachment(
         template=template,
@@ -135,10 +168,14 @@ def load_adapter(
     )
     with attach.changing(model) as change:
         attach.attach(change, attachment)
+        # Quantized kernels can be read now that their layers are sites. An
+        # error takes back what was attached.
+        file_checks.check_base_weights(*told)
         # The values are assigned after attaching, because some adapters then
         # get their first values from the kernel.
         _assign(change, built, values)
         _assign_kept(change, name, kept_values)
+        _assign_moved(change, name, moved, metadata)
     return report.Report(model, name)
 
 
@@ -146,6 +183,23 @@ def _assign(change, built, values):
     for address, arrays in values.items():
         for weight, array in zip(built[address].stored_weights(), arrays):
             change.assign(weight, array)
+
+
+def _assign_moved(change, name, moved, metadata):
+    """Gives the model, or an inactive adapter, the state of a file."""
+    state = change.model._randadapt
+    if not state.moving or metadata["version"] < 2:
+        # The files of version 1 do not tell what training moved.
+        return
+    base = moving_state.base_values(state)
+    if name not in state.active:
+        change.set(
+            state.records[name], "moving", {**base, **moved} if moved else None
+        )
+        return
+    for key, variable in moving_state.movable(state).items():
+        if key in moved or key in base:
+            change.assign(variable, moved.get(key, base.get(key)))
 
 
 def _assign_kept(change, name, kept_values):

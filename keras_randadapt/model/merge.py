@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.model import attach
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 from keras_randadapt.model import transaction
@@ -51,6 +52,8 @@ def merge(model: keras.Model) -> keras.Model:
             for address in state.records[name].kept
         }
         change.set(state, "base_values", {**state.base_values, **learned})
+        # So does what their training moved.
+        change.set(state, "base_moving", moving_state.values_now(state))
         switch.remove(change, tuple(state.records))
     return model
 

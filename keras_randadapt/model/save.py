@@ -5,6 +5,7 @@ import os
 import warnings
 
 import keras
+import numpy as np
 import safetensors.numpy
 
 from keras_randadapt.adapter_warning import AdapterWarning
@@ -25,8 +26,10 @@ def save_adapter(
     """Saves one adapter: its trained weights, config and seed.
 
     The file holds nothing that a seed rebuilds, and of the base model only the
-    layers that are kept trainable. It identifies the base model by its class
-    and a hash of its layers' addresses and shapes. It is written beside its
+    layers that are kept trainable and the state that training moved, such as
+    running means. It identifies the base model by its class, a hash of its
+    layers' addresses and shapes, and a fingerprint of each site's kernel. A
+    digest tells damage. The file is written beside its
     destination and then moved there, so it is never incomplete. Another thread
     may call this function during `fit`; on JAX it then waits for the end of
     the batch.
@@ -68,19 +71,42 @@ def save_adapter(
 def _file_of(model, name, preset):
     """The bytes of an adapter file."""
     state = state_lib.state_of(model)
+    if state.block == "merged":
+        # The kernels hold the deltas, so they have another fingerprint.
+        state_lib.check_no_block(model)
     name = checks.one_name(state, name)
     _warn_of_others(model, state)
     tensors = file_format.site_tensors(state, name)
     tensors.update(file_format.kept_tensors(state, name))
+    tensors.update(file_format.moved_tensors(state, name))
+    _warn_of_not_finite(name, tensors)
+    tensors[file_format.BASE_KEY] = file_format.base_tensor(state, name)
     record = state.records[name]
     digest_of = functools.partial(
         file_format.layers_digest, model, record.addresses, record.kept
     )
     metadata = file_format.describe(model, name, preset, digest_of)
+    metadata["digest"] = file_format.digest(tensors, metadata)
     return safetensors.numpy.save(
         tensors,
         metadata={file_format.METADATA_KEY: configs.canonical(metadata)},
     )
+
+
+def _warn_of_not_finite(name, tensors):
+    """Warns of NaN and infinity, which `load_adapter` refuses."""
+    wrong = [
+        key for key, array in tensors.items() if not np.all(np.isfinite(array))
+    ]
+    if wrong:
+        warnings.warn(
+            f"The adapter '{name}' has NaN or infinity in {len(wrong)} of its "
+            f"{len(tensors)} tensors: {sorted(wrong)[:5]}. Training diverged, "
+            "most likely: lower the learning rate. `load_adapter` refuses the "
+            "file unless it is given `allow_non_finite=True`.",
+            AdapterWarning,
+            stacklevel=5,
+        )
 
 
 def _warn_of_others(model, state):

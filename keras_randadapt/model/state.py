@@ -25,6 +25,9 @@ class AdapterRecord:
         kept_values: dict from address to list of arrays, the values of its
             kept layers while the adapter is inactive. `None` while it is
             active and the layers have them.
+        moving: dict from key to array, the values of state that its training
+            moved, while it is inactive; see `moving_state`. `None` if nothing
+            was moved.
     """
 
     def __init__(self, template, addresses, kept, sources):
@@ -33,6 +36,7 @@ class AdapterRecord:
         self.addresses = list(addresses)
         self.kept = list(kept)
         self.kept_values = None
+        self.moving = None
 
     @property
     def changed(self):
@@ -62,6 +66,10 @@ class AdaptedState:
             values in the base model, which `disabled` and `eject` restore. An
             entry is used only while an active adapter keeps the layer;
             otherwise the layer itself has the values.
+        moving: dict from key to variable, the state that training may move;
+            see `moving_state`.
+        base_moving: dict from key to array, the base model's values of that
+            state. `None` where they are the present ones, but not yet copied.
         attachments: list of functions that remove what callbacks attached to
             the model during `fit`.
         fitting: Whether `fit` is running.
@@ -71,7 +79,7 @@ class AdaptedState:
         parts: list of the models that it claimed: itself and those inside.
     """
 
-    def __init__(self, layers, layer_flags, variable_flags, parts):
+    def __init__(self, layers, layer_flags, variable_flags, parts, moving):
         self.layers = layers
         self.records = {}
         self.active = ()
@@ -81,6 +89,8 @@ class AdaptedState:
         self.layer_flags = layer_flags
         self.variable_flags = variable_flags
         self.base_values = {}
+        self.moving = moving
+        self.base_moving = None
         self.attachments = []
         self.fitting = False
         self.in_step = False

@@ -10,6 +10,7 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt.model import attach
 from keras_randadapt.model import checks
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
 from keras_randadapt.model import transaction
@@ -218,6 +219,7 @@ def _leave(model, before, names, outer, functions, found):
         for address, arrays in values.items():
             state_lib.assign_kept_layer_values(state.layers[address], arrays)
         state.records[name].kept_values = None
+    moving_state.restore(state, before)
     state.active = before
     attach.show(model, before)
     state.block = outer
@@ -251,6 +253,10 @@ def _in_a_step(model, names, block):
         if name is not None:
             arrays = state.records[name].kept_values[address]
         values += zip(state.layers[address].weights, arrays, strict=True)
+    moved = moving_state.values_with(state, names)
+    if moved is not None:
+        variables = moving_state.movable(state)
+        values += [(v, moved[k]) for k, v in variables.items() if k in moved]
 
     def enter(change):
         leave = functools.partial(_show_in_a_step, state, shown, outer)

@@ -1,10 +1,25 @@
-"""Looks for adapters in Keras's own weights files."""
+"""What Keras's weights files hold of adapters, and whether it fits a model.
+
+Keras loads what it finds at a path and ignores the rest. The weights of an
+adapter with another seed or at another site would therefore load without a
+word. Each adapter writes a description beside its weights, and this module
+compares all of them before anything is loaded.
+"""
 
 import contextlib
+import json
 import os
+import re
+import warnings
 import zipfile
 
 import h5py
+import numpy as np
+
+from keras_randadapt.adapter_warning import AdapterWarning
+
+_ADAPTERS = "/adapter/named_"
+_DESCRIPTION = re.compile(r"/adapter/named_[^/]+/vars/description$")
 
 
 def has_adapters(filepath):
@@ -15,14 +30,155 @@ def has_adapters(filepath):
     filepath = str(filepath)
     if not os.path.exists(filepath):
         return None
-    part = "/adapter/named_"
     if filepath.endswith(".json"):
         with open(filepath) as file:
-            return part in file.read()
+            return _ADAPTERS in file.read()
     with contextlib.ExitStack() as stack:
-        file = filepath
-        if filepath.endswith(".keras"):
-            archive = stack.enter_context(zipfile.ZipFile(filepath))
-            file = stack.enter_context(archive.open("model.weights.h5"))
-        file = stack.enter_context(h5py.File(file, "r"))
-        return bool(file.visit(lambda path: part in path or None))
+        (file,) = _opened(filepath, stack)
+        return bool(file.visit(lambda path: _ADAPTERS in path or None))
+
+
+def check(filepath, state):
+    """Raises `ValueError` if a file's adapters are not those of a model.
+
+    A file of an earlier version does not describe them, which is a warning.
+
+    Args:
+        filepath: A weights file of an adapted model.
+        state: An `AdaptedState`.
+    """
+    theirs = _descriptions(str(filepath))
+    if not theirs:
+        warnings.warn(
+            f"'{filepath}' was written by an earlier version and does not tell "
+            "what its adapters are, so it is not known whether they are those "
+            "of this model. Save it again with this version.",
+            AdapterWarning,
+            stacklevel=3,
+        )
+        return
+    ours = {
+        (name, address): adapter.description()
+        for name in state.records
+        for address, adapter in state.adapters(name).items()
+    }
+    difference = _difference(theirs, ours)
+    if difference:
+        raise ValueError(
+            f"'{filepath}' holds the weights of other adapters than this "
+            f"model has: {difference}. Attach the adapters that the file is "
+            "of, and then load it."
+        )
+
+
+def _opened(filepath, stack):
+    """The HDF5 files that a weights file consists of."""
+    if filepath.endswith(".json"):
+        with open(filepath) as file:
+            places = json.load(file)["weight_map"].values()
+        shards = set()
+        for place in places:
+            shards.update([place] if isinstance(place, str) else place)
+        folder = os.path.dirname(filepath)
+        return [
+            stack.enter_context(h5py.File(os.path.join(folder, shard), "r"))
+            for shard in sorted(shards)
+        ]
+    if filepath.endswith(".keras"):
+        archive = stack.enter_context(zipfile.ZipFile(filepath))
+        filepath = stack.enter_context(archive.open("model.weights.h5"))
+    return [stack.enter_context(h5py.File(filepath, "r"))]
+
+
+def _descriptions(filepath):
+    """dict from `(name, address)` to the description of an adapter."""
+    found = {}
+
+    def visit(path, item):
+        if isinstance(item, h5py.Dataset) and _DESCRIPTION.search(f"/{path}"):
+            try:
+                one = json.loads(bytes(np.array(item, "uint8")))
+                found[one["name"], one["address"]] = one
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"'{filepath}' is damaged: '{path}' describes no adapter."
+                ) from error
+
+    with contextlib.ExitStack() as stack:
+        for file in _opened(filepath, stack):
+            file.visititems(visit)
+    return found
+
+
+def _difference(theirs, ours):
+    """How two sets of adapters differ, in words; `""` if they do not."""
+    names = sorted({name for name, _ in theirs})
+    if names != sorted({name for name, _ in ours}):
+        own = sorted({name for name, _ in ours})
+        return f"the file has {names}, and the model has {own}"
+    theirs = _relocated(theirs, ours)
+    for name in names:
+        sites = {address for one, address in theirs if one == name}
+        own = {address for one, address in ours if one == name}
+        if sites != own:
+            return (
+                f"'{name}' is on other sites. Only the file has "
+                f"{sorted(sites - own)[:5]}, and only the model has "
+                f"{sorted(own - sites)[:5]}"
+            )
+    for key, one in ours.items():
+        other = theirs[key]
+        if all(one[k] == other.get(k) for k in ("class", "config", "bases")):
+            continue
+        name, address = key
+        if one["class"] != other.get("class"):
+            words = f"a {other.get('class')} in the file, a {one['class']} here"
+        elif one["config"] != other.get("config"):
+            words = _differing(other.get("config"), one["config"])
+        else:
+            words = "trained with other bases than its seed gives here"
+        return f"'{name}' at '{address}' is {words}"
+    return ""
+
+
+def _differing(theirs, ours):
+    """The entries in which two configs differ, in words."""
+    if not isinstance(theirs, dict):
+        return f"one of config {theirs!r} in the file"
+    keys = sorted(
+        key
+        for key in theirs.keys() | ours.keys()
+        if theirs.get(key) != ours.get(key)
+    )
+    pairs = [
+        f"{key}={theirs.get(key)!r} in the file and {ours.get(key)!r} here"
+        for key in keys
+    ]
+    return "one of " + ", ".join(pairs)
+
+
+def _relocated(theirs, ours):
+    """The file's descriptions by the model's addresses.
+
+    A file of a model may be loaded into a part of it, and the other way round.
+    Addresses then differ by a prefix.
+    """
+    files, models = ({a for _, a in one} for one in (theirs, ours))
+    if files == models:
+        return theirs
+    first = min(models)
+    for address in sorted(files):
+        if address.endswith(f"/{first}"):
+            prefix = address[: -len(first)]
+            if files == {prefix + a for a in models}:
+                return {
+                    (name, a.removeprefix(prefix)): one
+                    for (name, a), one in theirs.items()
+                }
+        if first.endswith(f"/{address}"):
+            prefix = first[: -len(address)]
+            if {prefix + a for a in files} == models:
+                return {
+                    (name, prefix + a): one for (name, a), one in theirs.items()
+                }
+    return theirs

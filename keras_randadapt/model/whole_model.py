@@ -25,6 +25,10 @@ class SavedAdaptedModel(adapted_model.AdaptedModel):
         for entry in config["adapters"]:
             _attach(model, entry)
         switch.set_active(model, config["active"])
+        # The base weights are still to be loaded.
+        model._randadapt.base_moving = None
+        for record in model._randadapt.records.values():
+            record.moving = None
         return model
 
 

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import keras_randadapt as kra
+from tests import adapter_files
 from tests import zoo
 
 FOLDER = pathlib.Path(__file__).parents[1] / "data" / "version_1"
@@ -51,16 +52,23 @@ def test_there_are_files_of_every_kind_of_method():
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter_file(name, expected, tmp_path):
     model = _model()
-    kra.load_adapter(model, FOLDER / f"{name}.safetensors")
+    path = FOLDER / f"{name}.safetensors"
+    with pytest.warns(kra.AdapterWarning, match="by an earlier version"):
+        kra.load_adapter(model, path)
     _check_weights(model, name)
     np.testing.assert_allclose(
         zoo.outputs(model, expected["x"]), expected[name], rtol=1e-5, atol=1e-6
     )
-    # The format has not changed: the same bytes are written again.
+    # The new version holds the same, and what the old one did not have.
     kra.save_adapter(model, tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == (
-        FOLDER / f"{name}.safetensors"
-    ).read_bytes()
+    tensors, metadata = adapter_files.read(tmp_path / "again.safetensors")
+    old_tensors, old_metadata = adapter_files.read(path)
+    assert tensors.pop("#base").shape == (1, 16)
+    assert tensors.keys() == old_tensors.keys()
+    for key, old in old_tensors.items():
+        np.testing.assert_array_equal(tensors[key], old)
+    del metadata["digest"], metadata["precisions"]
+    assert metadata == {**old_metadata, "version": 2}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,6 +1,5 @@
 """What the path of an adapter file may be, and how a file is replaced."""
 
-import json
 import os
 import stat
 
@@ -9,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import keras_randadapt as kra
+from tests import adapter_files
 from tests import zoo
 
 pytestmark = pytest.mark.one_backend
@@ -121,11 +121,12 @@ def _edited(tmp_path, edit):
     """A file whose metadata was changed by a function."""
     path = tmp_path / "a.safetensors"
     kra.save_adapter(_model(), path)
-    with safetensors.safe_open(path, "np") as file:
-        metadata = json.loads(file.metadata()["keras_randadapt"])
-    text = edit(metadata) or json.dumps(metadata)
-    tensors = safetensors.numpy.load_file(path)
-    safetensors.numpy.save_file(tensors, path, {"keras_randadapt": text})
+    tensors, metadata = adapter_files.read(path)
+    text = edit(metadata)
+    if text:
+        safetensors.numpy.save_file(tensors, path, {"keras_randadapt": text})
+    else:
+        adapter_files.edit(path, metadata)
     return path
 
 

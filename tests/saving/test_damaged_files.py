@@ -1,5 +1,8 @@
 """Adapter files that were damaged: refused by name, and the model untouched."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -60,51 +63,66 @@ DAMAGES = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Bytes of files of three methods, with a head and without."""
+    """Files of three methods, with a head and without, and their outputs."""
     folder = tmp_path_factory.mktemp("saved")
     found = []
+    expected = []
     for i, adapter in enumerate(
         (kra.LoRA(2), kra.RLoRA(5), kra.DoRA(kra.RandLoRA(3)))
     ):
-        model, _, _ = zoo.classifier()
+        model, x, _ = zoo.classifier()
         kra.inject(model, adapter, keep_trainable=["logits"] if i else None)
         zoo.randomize(model)
         path = folder / f"{i}.safetensors"
         kra.save_adapter(model, path)
         found.append(path.read_bytes())
-    return found
+        expected.append(zoo.outputs(model, x))
+    return found, expected
+
+
+@pytest.fixture(autouse=True)
+def traced():
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
 
 
 def _check(data, path, numbers):
+    files, expected = data
     model, x, _ = zoo.classifier()
     before, out = zoo.snapshot(model), zoo.outputs(model, x)
     refused = 0
     for number in numbers:
         generator = np.random.default_rng(number)
         damage = DAMAGES[number % len(DAMAGES)]
-        path.write_bytes(damage(data[number % len(data)], generator))
+        path.write_bytes(damage(files[number % len(files)], generator))
+        seconds = time.process_time()
+        tracemalloc.reset_peak()
         try:
             kra.load_adapter(model, path)
         except ValueError as error:
             assert str(path) in str(error), (number, error)
             refused += 1
         else:
+            # Bytes that mean nothing were damaged, or a digest's spelling.
+            np.testing.assert_array_equal(
+                zoo.outputs(model, x), expected[number % len(files)]
+            )
             kra.eject(model)
+        assert time.process_time() - seconds < 1, number
+        assert tracemalloc.get_traced_memory()[1] < 100e6, number
         after = zoo.snapshot(model)
         assert before.keys() == after.keys(), number
         for key, (name, value) in before.items():
             np.testing.assert_array_equal(after[key][1], value, err_msg=name)
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
-    # Some damage falls on weights, which any number may be.
-    assert refused > 0.6 * len(numbers)
+    assert refused > 0.9 * len(numbers)
 
 
-@pytest.mark.filterwarnings("ignore::keras_randadapt.AdapterWarning")
 def test_fifty(data, tmp_path):
     _check(data, tmp_path / "damaged.safetensors", range(50))
 
 
 @pytest.mark.slow(reason="ten thousand files")
-@pytest.mark.filterwarnings("ignore::keras_randadapt.AdapterWarning")
 def test_ten_thousand(data, tmp_path):
     _check(data, tmp_path / "damaged.safetensors", range(10_000))

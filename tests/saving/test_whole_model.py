@@ -239,18 +239,15 @@ class TestWeightsFiles:
         with kra.disabled(adapted):
             np.testing.assert_array_equal(zoo.outputs(adapted, x), expected)
 
-    @pytest.mark.parametrize("name", ["default", "other"])
     @pytest.mark.parametrize("when", ["active", "disabled", "waiting"])
-    def test_adapted_weights_are_not_the_base_models(
-        self, tmp_path, name, when
-    ):
-        """A file has the head of an adapter, whatever it is called."""
+    def test_adapted_weights_are_not_the_base_models(self, tmp_path, when):
+        """A file has the head of an adapter."""
         trained, x = self._with_a_head(6, "default")
         zoo.randomize(trained)
         head = trained.layers[-1]
         head.set_weights([w + 1 for w in head.get_weights()])
         trained.save_weights(tmp_path / "x.weights.h5")
-        adapted, _ = self._with_a_head(6, name)
+        adapted, _ = self._with_a_head(6, "default")
         base = zoo.outputs(self._with_a_head(6)[0], x)
         if when == "active":
             adapted.load_weights(tmp_path / "x.weights.h5")
@@ -261,11 +258,10 @@ class TestWeightsFiles:
         else:
             kra.set_active(adapted, [])
             adapted.load_weights(tmp_path / "x.weights.h5")
-            kra.set_active(adapted, name)
-        if name == "default":
-            np.testing.assert_array_equal(
-                zoo.outputs(adapted, x), zoo.outputs(trained, x)
-            )
+            kra.set_active(adapted, "default")
+        np.testing.assert_array_equal(
+            zoo.outputs(adapted, x), zoo.outputs(trained, x)
+        )
         with kra.disabled(adapted):
             np.testing.assert_array_equal(zoo.outputs(adapted, x), base)
         kra.eject(adapted)
