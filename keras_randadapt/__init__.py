@@ -39,6 +39,7 @@ from keras_randadapt.model.load import load_adapter
 from keras_randadapt.model.merge import merge
 from keras_randadapt.model.merge import merged
 from keras_randadapt.model.save import save_adapter
+from keras_randadapt.model.status import status
 from keras_randadapt.model.switch import active
 from keras_randadapt.model.switch import disabled
 from keras_randadapt.model.switch import eject
@@ -85,6 +86,7 @@ __all__ = [
     "set_active",
     "sites",
     "SoRA",
+    "status",
     "truncate",
     "VeRA",
 ]

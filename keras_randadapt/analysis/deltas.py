@@ -9,6 +9,7 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import product
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
+from keras_randadapt.sites import weighted
 
 _EPSILON = float(np.finfo("float32").eps)
 
@@ -129,6 +130,8 @@ def _gram(layer, adapters):
 
 
 def _is_additive(adapter):
+    if isinstance(adapter, weighted.Weighted):
+        return True
     return type(adapter).merged is Adapter.merged
 
 

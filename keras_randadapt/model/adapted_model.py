@@ -173,6 +173,11 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 state.base_values[address] = kept_layer_values(layer)
             state.base_moving = None
             return
+        stored = weights_file.weights(filepath)
+        for name, record in state.records.items():
+            if record.weight is not None:
+                record.weight.value = stored.get(name, 1.0)
+                record.weight.layer.weight.assign(record.weight.value)
         # The file's heads belong to an inactive adapter.
         for address, values in base.items():
             layer = state.layers[address]
@@ -205,6 +210,7 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 for name, record in state.records.items()
             ],
             "active": list(state.active),
+            **_usage(state),
         }
 
     @classmethod
@@ -289,6 +295,25 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 os.path.join(preset_dir, f"{name}.adapter.safetensors"),
                 name=name,
             )
+
+
+def _usage(state):
+    """The entries of a config that say how the adapters are used.
+
+    They are there only where they say something, so configs without them are
+    as earlier versions wrote them.
+    """
+    weights = {
+        name: record.weight.value
+        for name, record in state.records.items()
+        if record.weight is not None
+    }
+    usage = {}
+    if weights:
+        usage["weights"] = weights
+    if state.frozen:
+        usage["frozen"] = list(state.frozen)
+    return usage
 
 
 def _moved_values(state):

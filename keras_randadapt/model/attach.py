@@ -22,6 +22,7 @@ from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
 from keras_randadapt.model import transaction
+from keras_randadapt.model import weighting
 from keras_randadapt.optimizers import wrapper
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import quantized
@@ -40,6 +41,8 @@ class Attachment:
         kept: Structural addresses of the layers to keep trainable.
         sources: See `Adapter.sources`.
         built: dict from the sites' addresses to built adapters.
+        weight: The adapter's weight, if it becomes active.
+        frozen: Whether it is not to be trained, if it becomes active.
     """
 
     template: Adapter
@@ -48,6 +51,8 @@ class Attachment:
     kept: list[str]
     sources: dict[str, str]
     built: dict[str, Adapter]
+    weight: float = 1.0
+    frozen: bool = False
 
 
 @contextlib.contextmanager
@@ -103,7 +108,8 @@ def attach(change, attachment):
     record.kept_values = {a: [v.copy() for v in base_values[a]] for a in kept}
     change.set(state, "records", {**state.records, name: record})
     if len(state.records) == 1:
-        activate(change, (name,))
+        weighting.give(change, {name: attachment.weight})
+        activate(change, (name,), train=() if attachment.frozen else (name,))
     else:
         training.apply_trainable(model)
     refresh(change)
@@ -240,15 +246,18 @@ def show(model, names):
     state.shown = tuple(names)
     for layer in state.changed_layers:
         layer.adapter.active_names = state.shown
+        layer.adapter.frozen_names = state.frozen
 
 
-def activate(change, names, freeze=True):
+def activate(change, names, freeze=True, train=None):
     """Switches the active adapters and the values of their kept layers.
 
     Args:
         change: A `transaction.Change`, in which `record_common` was called.
         names: Names of adapters.
         freeze: bool. Whether to set the `trainable` flags as well.
+        train: Names of those of them that are to be trained. By default, all
+            are that are not frozen now.
     """
     model = change.model
     state = model._randadapt
@@ -274,8 +283,14 @@ def activate(change, names, freeze=True):
                 _assign(change, layer, values)
             change.set(record, "kept_values", None)
     change.set(state, "base_values", base_values)
-    change.set(state, "active", tuple(names))
+    # It is taken back once `active` and `frozen` are what they were.
     change.on_undo(functools.partial(show, model, state.shown))
+    change.set(state, "active", tuple(names))
+    if train is None:
+        frozen = tuple(name for name in names if name in state.frozen)
+    else:
+        frozen = tuple(name for name in names if name not in train)
+    change.set(state, "frozen", frozen)
     show(model, names)
     if freeze:
         training.apply_trainable(model)
@@ -363,6 +378,6 @@ def refresh(change):
             )
         )
     wrapper.copy_exclusions(optimizer, fresh, model.variables)
-    wrapped = training.wrapped_optimizer(model, fresh, state.active)
+    wrapped = training.wrapped_optimizer(model, fresh, state.trained)
     if wrapped is not optimizer:
         change.set(model, "optimizer", wrapped)

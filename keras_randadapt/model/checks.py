@@ -156,11 +156,10 @@ def check_names(state, names):
     """
     given = names
     if isinstance(names, Mapping):
-        # A silent 1 would be a wrong result.
+        # Weights that are ignored would be a wrong result.
         raise TypeError(
-            "Names of adapters must be a string or a list of strings. Adapters "
-            "can't be weighted: their updates are summed as they are. "
-            f"Received: {given!r}"
+            "Names of adapters must be a string or a list of strings here, "
+            f"without weights. Received: {given!r}"
         )
     names = (names,) if isinstance(names, str) else names
     names = tuple(names) if isinstance(names, Iterable) else (names,)

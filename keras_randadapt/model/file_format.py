@@ -25,6 +25,7 @@ from keras_randadapt.adapters import configs
 from keras_randadapt.model import fingerprint
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
 
 VERSION = 2
@@ -209,6 +210,12 @@ def describe(model, name, preset, digest_of):
         metadata["sources"] = record.sources
     if moved:
         metadata["moved"] = moved
+    if name in state.active:
+        weight = weighting.of(state, [name])[name]
+        if weight != 1:
+            metadata["weight"] = weight
+        if name in state.frozen:
+            metadata["frozen"] = True
     if preset is not None:
         metadata["preset"] = preset
     return metadata

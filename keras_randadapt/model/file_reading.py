@@ -1,6 +1,7 @@
 """Reads an adapter file and checks its form and its digest."""
 
 import json
+import math
 import reprlib
 
 import numpy as np
@@ -103,6 +104,10 @@ def _is_string(value):
     return isinstance(value, str)
 
 
+def _is_finite(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_object(value):
     return isinstance(value, dict)
 
@@ -147,6 +152,8 @@ _FORM_2 = {
     "digest": (True, "a string", _is_string),
     "precisions": (True, "a list of names with their counts", _are_runs),
     "moved": (False, "a list of distinct strings", _are_distinct_strings),
+    "weight": (False, "a finite number", _is_finite),
+    "frozen": (False, "true", lambda value: value is True),
 }
 _FORMS = {1: _FORM, 2: _FORM_2}
 _FORM_OF_MODEL = {

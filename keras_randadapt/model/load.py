@@ -1,5 +1,6 @@
 """`load_adapter`: reads an adapter file into a model."""
 
+import contextlib
 import os
 
 import keras
@@ -16,6 +17,7 @@ from keras_randadapt.model import paths
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import transaction
+from keras_randadapt.model import weighting
 
 
 def load_adapter(
@@ -151,9 +153,15 @@ def load_adapter(
         matters = file_format.BASE_KEY in tensors and template.depends_on_base
         wanted = "error" if matters else "warn"
     told = path, metadata, tensors, layers, rename, wanted
+    weight = {name: float(metadata.get("weight", 1.0))}
+    frozen = metadata.get("frozen", False)
+    if weight[name] != 1 and not template.additive:
+        raise ValueError(
+            f"'{path}' is damaged: its adapter can only have the weight 1."
+        )
     if present:
         file_checks.check_base_weights(*told)
-        with transaction.change(model) as change:
+        with _changing(model, name, weight, frozen) as change:
             _assign(change, built, values)
             _assign_kept(change, name, kept_values)
             _assign_moved(change, name, moved, metadata)
@@ -165,6 +173,8 @@ def load_adapter(
         kept=kept,
         sources=sources,
         built=built,
+        weight=weight[name],
+        frozen=frozen,
     )
     with attach.changing(model) as change:
         attach.attach(change, attachment)
@@ -177,6 +187,32 @@ def load_adapter(
         _assign_kept(change, name, kept_values)
         _assign_moved(change, name, moved, metadata)
     return report.Report(model, name)
+
+
+@contextlib.contextmanager
+def _changing(model, name, weight, frozen):
+    """A change that replaces the values of an attached adapter.
+
+    An active one gets the file's weight, and is trained or frozen as there.
+    """
+    state = model._randadapt
+    if name not in state.active:
+        weight = {}
+    same = (name in state.frozen) == frozen or name not in state.active
+    if same and not weighting.missing(state, weight):
+        # The optimizer and the compiled functions stay.
+        with transaction.change(model) as change:
+            yield change
+            weighting.give(change, weight)
+        return
+    state_lib.check_not_fitting(model)
+    trained = {*state.trained, name} - ({name} if frozen else set())
+    with attach.changing(model) as change:
+        attach.record_common(change)
+        yield change
+        weighting.give(change, weight)
+        attach.activate(change, state.active, train=trained)
+        attach.refresh(change)
 
 
 def _assign(change, built, values):

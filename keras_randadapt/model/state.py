@@ -25,6 +25,8 @@ class AdapterRecord:
         kept_values: dict from address to list of arrays, the values of its
             kept layers while the adapter is inactive. `None` while it is
             active and the layers have them.
+        weight: Its `sites.weighted.Weight`, or `None` if it never had another
+            than 1.
         moving: dict from key to array, the values of state that its training
             moved, while it is inactive; see `moving_state`. `None` if nothing
             was moved.
@@ -37,6 +39,7 @@ class AdapterRecord:
         self.kept = list(kept)
         self.kept_values = None
         self.moving = None
+        self.weight = None
 
     @property
     def changed(self):
@@ -54,6 +57,7 @@ class AdaptedState:
         layers: dict from structural address to layer, of the whole model.
         records: dict from adapter name to `AdapterRecord`.
         active: tuple of the active adapters' names.
+        frozen: tuple of the names of active adapters that are not trained.
         shown: tuple of the names of the adapters with which the sites compute.
             It is `active`, or empty inside a block.
         functions: `CompiledFunctions`, by `shown`.
@@ -83,6 +87,7 @@ class AdaptedState:
         self.layers = layers
         self.records = {}
         self.active = ()
+        self.frozen = ()
         self.shown = ()
         self.functions = compiled_functions.CompiledFunctions()
         self.block = None
@@ -96,6 +101,11 @@ class AdaptedState:
         self.in_step = False
         self.between_steps = between_steps.BetweenSteps()
         self.parts = parts
+
+    @property
+    def trained(self):
+        """The names of the active adapters that are trained."""
+        return tuple(name for name in self.active if name not in self.frozen)
 
     @property
     def site_addresses(self):

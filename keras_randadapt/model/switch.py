@@ -14,6 +14,7 @@ from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
 from keras_randadapt.model import transaction
+from keras_randadapt.model import weighting
 
 
 def eject(model: keras.Model, name: str | None = None) -> keras.Model:
@@ -55,6 +56,7 @@ def remove(change, names):
     attach.record_common(change)
     attach.activate(change, tuple(n for n in state.active if n not in names))
     for name in names:
+        weighting.remove(change, name)
         records = dict(state.records)
         record = records.pop(name)
         for address in record.changed:
@@ -109,9 +111,7 @@ def disabled(model: keras.Model) -> Iterator[keras.Model]:
 
 
 @contextlib.contextmanager
-def active(
-    model: keras.Model, names: str | Sequence[str]
-) -> Iterator[keras.Model]:
+def active(model: keras.Model, names: weighting.Names) -> Iterator[keras.Model]:
     """For a block, the model computes with other adapters.
 
     It may be used wherever `disabled` may, also inside a training step: another
@@ -119,14 +119,18 @@ def active(
 
     Args:
         model: An adapted model.
-        names: A name, or a list of names. See `set_active`.
+        names: A name, a list of names, or a dict from name to weight. See
+            `set_active`. Inside a training step the weights are constants of
+            the step.
 
     Yields:
         The model.
 
     Raises:
+        TypeError: If a weight is no number.
         ValueError: If the model has no adapter, if a name is unknown or given
-            twice, or if two adapters keep the same layer trainable.
+            twice, if two adapters keep the same layer trainable, or if a
+            weight can't be given; see `set_active`.
 
     Example:
 
@@ -137,54 +141,72 @@ def active(
     ```
     """
     state = state_lib.state_of(model)
-    names = _check_active(state, names)
-    with _computing_with(model, names, "active"):
+    names, weights = weighting.parsed(state, names)
+    _check_together(state, names)
+    with _computing_with(model, names, "active", weights):
         yield model
 
 
 @contextlib.contextmanager
-def _computing_with(model, names, block):
+def _computing_with(model, names, block, weights=()):
     """For a block, the model computes with adapters of these names.
 
     Args:
         model: An adapted model.
         names: tuple of names.
         block: What `AdaptedState.block` is meanwhile.
+        weights: dict from name to the weight inside the block.
     """
+    weights = dict(weights)
     state = state_lib.state_of(model)
     if state.block == "merged":
         state_lib.check_no_block(model)
     if state.in_step or _compat.is_tracing():
-        with _in_a_step(model, names, block):
+        with _in_a_step(model, names, block, weights):
             yield
         return
+    if weighting.missing(state, weights):
+        state_lib.check_not_fitting(model)
+        _add_weights(model, weights)
     outer = state.block
     functions = attach.functions_of_fit(model)
-    before = state.active
+    before, frozen = state.active, state.frozen
+    weights_before = weighting.of(state, weights)
 
     def enter(change):
         attach.record_common(change)
         change.set(state, "block", block)
+        weighting.give(change, weights)
         attach.activate(change, names, freeze=False)
         _compat.refresh_torch_parameters(model)
         state.functions.bring_back(model, state.shown)
         return functools.partial(
-            _leave, model, before, names, outer, functions, {}
+            _leave,
+            model,
+            before,
+            frozen,
+            names,
+            outer,
+            functions,
+            weights_before,
+            {},
         )
 
     with transaction.block(model, enter):
         yield
 
 
-def _leave(model, before, names, outer, functions, found):
+def _leave(model, before, frozen, names, outer, functions, weights, found):
     """Ends a block; it may be repeated after an interruption.
 
     Args:
         model: An adapted model.
         before: Names of the adapters that were active before.
+        frozen: Names of those of them that were not trained.
         names: Names of the adapters that the block computes with.
         outer: What `AdaptedState.block` was before.
         functions: What `attach.functions_of_fit` gave.
+        weights: dict from name to the weight before the block.
         found: dict that keeps what the block left, for a repetition.
     """
     state = model._randadapt
@@ -220,7 +242,8 @@ def _leave(model, before, names, outer, functions, found):
             state_lib.assign_kept_layer_values(state.layers[address], arrays)
         state.records[name].kept_values = None
     moving_state.restore(state, before)
-    state.active = before
+    weighting.restore(state, weights)
+    state.active, state.frozen = before, frozen
     attach.show(model, before)
     state.block = outer
     _compat.refresh_torch_parameters(model)
@@ -235,12 +258,14 @@ def _held(state, names):
 
 
 @contextlib.contextmanager
-def _in_a_step(model, names, block):
+def _in_a_step(model, names, block, weights):
     """A block inside a training step, in which no variable can be assigned.
 
     Kept layers get the values that they have with these adapters as constants
-    of the step.
+    of the step, and so do weights.
     """
+    weights = tuple(weights.items())
+    constants = state_constants(model._randadapt)
     state = model._randadapt
     outer, shown = state.block, state.shown
     inside, outside = _held(state, names), _held(state, state.active)
@@ -259,9 +284,11 @@ def _in_a_step(model, names, block):
         values += [(v, moved[k]) for k, v in variables.items() if k in moved]
 
     def enter(change):
-        leave = functools.partial(_show_in_a_step, state, shown, outer)
+        leave = functools.partial(
+            _show_in_a_step, state, shown, outer, constants
+        )
         change.on_undo(leave)
-        _show_in_a_step(state, names, block)
+        _show_in_a_step(state, names, block, weights)
         return leave
 
     with transaction.block(model, enter):
@@ -269,21 +296,23 @@ def _in_a_step(model, names, block):
             yield
 
 
-def _show_in_a_step(state, names, block):
+def state_constants(state):
+    """The weights that are constants of the step that is running."""
+    layers = state.changed_layers
+    return layers[0].adapter.constants if layers else ()
+
+
+def _show_in_a_step(state, names, block, constants):
     # The functions stay: the step that is running belongs to one of them.
     for layer in state.changed_layers:
         layer.adapter.active_names = names
+        layer.adapter.constants = constants
     state.shown = names
     state.block = block
 
 
-def _check_active(state, names):
-    """Validates names of adapters that are to be active together.
-
-    Returns:
-        tuple of names.
-    """
-    names = checks.check_names(state, names)
+def _check_together(state, names):
+    """Raises `ValueError` if adapters can't be active together."""
     if len(set(names)) != len(names):
         raise ValueError(f"`names` repeats a name. Received: names={names}")
     owner = {}
@@ -296,30 +325,69 @@ def _check_active(state, names):
                     f"only one can be active. Received: names={names}"
                 )
             owner[address] = name
-    return names
 
 
-def set_active(model: keras.Model, names: str | Sequence[str]) -> None:
+def set_active(
+    model: keras.Model,
+    names: weighting.Names,
+    train: str | Sequence[str] | None = None,
+) -> None:
     """Chooses the adapters that the model computes with and trains.
 
-    The deltas of several active adapters are summed. Layers kept trainable
-    take the values that they have under the active adapter.
+    The updates of several active adapters are summed, each times its weight.
+    Layers kept trainable take the values that they have under the active
+    adapter. Weights are data: after the first that is not 1, other weights
+    compile nothing again.
 
     Args:
         model: An adapted model.
-        names: A name, or a list of names. An empty list gives the base model.
+        names: A name, a list of names, or a dict from name to weight, a finite
+            number. An adapter that is given by its name alone has the weight
+            1, which is the only one for methods that are not additive, such as
+            DoRA. An empty list gives the base model.
+        train: The active adapters that are trained, a name or a list of names.
+            The others are active but frozen. By default, all are trained.
 
     Raises:
-        ValueError: If a name is unknown or given twice, or if two adapters
-            keep the same layer trainable and so can't both be active.
+        TypeError: If a weight is no number.
+        ValueError: If a name is unknown or given twice, if a weight is not
+            finite or not 1 for a method that is not additive, if two adapters
+            keep the same layer trainable and so can't both be active, or if
+            `train` names an adapter that is not to be active.
+
+    Example:
+
+    ```python
+    kra.set_active(model, {"french": 0.7, "law": 0.3})
+    kra.set_active(model, ["french", "law"], train="law")
+    ```
     """
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
-    names = _check_active(state, names)
+    names, weights = weighting.parsed(state, names)
+    _check_together(state, names)
+    trained = weighting.parsed_train(names, train)
+    if (names, trained) == (state.active, state.trained) and not (
+        weighting.missing(state, weights)
+    ):
+        with transaction.change(model) as change:
+            weighting.give(change, weights)
+        return
     with attach.changing(model) as change:
         attach.record_common(change)
-        attach.activate(change, names)
+        weighting.give(change, weights)
+        attach.activate(change, names, train=trained)
+        attach.refresh(change)
+
+
+def _add_weights(model, weights):
+    """Makes the variables of weights that a block is about to assign."""
+    state = model._randadapt
+    ones = dict.fromkeys(weighting.missing(state, weights), 1.0)
+    with attach.changing(model) as change:
+        attach.record_common(change)
+        weighting.give(change, ones, always=True)
         attach.refresh(change)
 
 

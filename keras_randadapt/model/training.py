@@ -8,7 +8,7 @@ from keras_randadapt.optimizers import automatic
 
 
 def apply_trainable(model):
-    """Freezes a model except its active adapters and their kept layers."""
+    """Freezes a model except the trained adapters and their kept layers."""
     state = model._randadapt
     for layer in _compat.flatten_layers(model):
         if layer is model:
@@ -18,7 +18,7 @@ def apply_trainable(model):
             # The layer is frozen, and not only its variables, because a frozen
             # BatchNormalization must not update its statistics.
             layer.trainable = False
-    for name in state.active:
+    for name in state.trained:
         record = state.records[name]
         for adapter in state.adapters(name).values():
             adapter.trainable = True
@@ -63,6 +63,6 @@ def wrap_optimizer(model):
         # The end of the block restores the former optimizer.
         return
     optimizer = getattr(model, "optimizer", None)
-    wrapped = wrapped_optimizer(model, optimizer, state.active)
+    wrapped = wrapped_optimizer(model, optimizer, state.trained)
     if wrapped is not optimizer:
         model.optimizer = wrapped

@@ -19,6 +19,7 @@ import numpy as np
 from keras_randadapt.adapter_warning import AdapterWarning
 
 _ADAPTERS = "/adapter/named_"
+_WEIGHT = re.compile(r"/adapter/weight_([^/]+)/vars/0$")
 _DESCRIPTION = re.compile(r"/adapter/named_[^/]+/vars/description$")
 
 
@@ -62,13 +63,45 @@ def check(filepath, state):
         for name in state.records
         for address, adapter in state.adapters(name).items()
     }
-    difference = _difference(theirs, ours)
+    difference = _difference(theirs, ours) or _differing_weights(
+        weights(filepath), state
+    )
     if difference:
         raise ValueError(
             f"'{filepath}' holds the weights of other adapters than this "
             f"model has: {difference}. Attach the adapters that the file is "
             "of, and then load it."
         )
+
+
+def weights(filepath):
+    """dict from name to the weight of an adapter that a file has.
+
+    See `keras_randadapt.set_active`. Adapters whose weight was always 1 are
+    not in it.
+    """
+    found = {}
+
+    def visit(path, item):
+        match = _WEIGHT.search(f"/{path}")
+        if match and isinstance(item, h5py.Dataset):
+            found[match[1]] = float(np.array(item))
+
+    with contextlib.ExitStack() as stack:
+        for file in _opened(str(filepath), stack):
+            file.visititems(visit)
+    return found
+
+
+def _differing_weights(stored, state):
+    for name, value in sorted(stored.items()):
+        if value != 1 and state.records[name].weight is None:
+            return (
+                f"'{name}' has the weight {value:g} in the file and 1 here. "
+                "Call `keras_randadapt.set_active` with "
+                f"{{{name!r}: {value:g}}} first"
+            )
+    return ""
 
 
 def _opened(filepath, stack):

@@ -7,7 +7,7 @@ from keras_randadapt.model import adapted_model
 from keras_randadapt.model import attach as attach_lib
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
-from keras_randadapt.model import switch
+from keras_randadapt.model import weighting
 from keras_randadapt.model.state import layers_of
 
 _PACKAGE, _, _NAME = adapted_model.REGISTERED_NAME.partition(">")
@@ -24,7 +24,14 @@ class SavedAdaptedModel(adapted_model.AdaptedModel):
         )
         for entry in config["adapters"]:
             _attach(model, entry)
-        switch.set_active(model, config["active"])
+        active = tuple(config["active"])
+        frozen = config.get("frozen", ())
+        with attach_lib.changing(model) as change:
+            attach_lib.record_common(change)
+            weighting.give(change, config.get("weights", {}), always=True)
+            trained = [name for name in active if name not in frozen]
+            attach_lib.activate(change, active, train=trained)
+            attach_lib.refresh(change)
         # The base weights are still to be loaded.
         model._randadapt.base_moving = None
         for record in model._randadapt.records.values():

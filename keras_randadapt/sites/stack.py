@@ -5,6 +5,7 @@ import threading
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import weighted
 
 
 class Relay:
@@ -32,6 +33,11 @@ class AdapterStack(keras.layers.Layer):
 
     Attributes:
         active_names: tuple of the names of the model's active adapters.
+        frozen_names: tuple of the names of active adapters that are not
+            trained.
+        weighted: `(name, Weight)` pairs, for the adapters that have a weight.
+        constants: `(name, float)` pairs, which replace the weights inside a
+            block in a training step.
         relays_in: `(name, Relay)` pairs, from which adapters of this site take
             another layer's input.
         relays_out: `(name, Relay)` pairs, to which this site's input is given.
@@ -41,6 +47,9 @@ class AdapterStack(keras.layers.Layer):
         super().__init__(name=name, dtype="float32")
         self.built = True
         self.active_names = ()
+        self.frozen_names = ()
+        self.weighted = ()
+        self.constants = ()
         self.relays_in = ()
         self.relays_out = ()
 
@@ -81,10 +90,14 @@ class AdapterStack(keras.layers.Layer):
         return y
 
     def train_active(self):
-        """Lets the active adapters be trained, and no other."""
-        active = {id(adapter) for adapter in self.active()}
+        """Lets the active adapters be trained that are not frozen."""
+        trained = {
+            id(self.get(name))
+            for name in self.active_names
+            if name not in self.frozen_names
+        }
         for adapter in _compat.sublayers(self):
-            adapter.trainable = id(adapter) in active
+            adapter.trainable = id(adapter) in trained
 
     def get(self, name):
         return getattr(self, attribute(name), None)
@@ -92,16 +105,33 @@ class AdapterStack(keras.layers.Layer):
     def active(self):
         """The active adapters of this site, in order of activation.
 
-        It is a method, because Keras's saving walks into lists that properties
-        return.
+        Those with a weight are `Weighted` ones. It is a method, because
+        Keras's saving walks into lists that properties return.
         """
-        found = (self.get(name) for name in self.active_names)
-        return [adapter for adapter in found if adapter is not None]
+        found = []
+        weights, constants = dict(self.weighted), dict(self.constants)
+        for name in self.active_names:
+            adapter = self.get(name)
+            if adapter is None:
+                continue
+            weight = constants.get(name)
+            if weight is None and name in weights:
+                weight = weights[name].layer.weight
+            # A method that is not additive has the constant 1, if any.
+            if weight is not None and not (name in constants and weight == 1):
+                adapter = weighted.Weighted(adapter, weight)
+            found.append(adapter)
+        return found
 
     def load_own_variables(self, store):
         # The stack has no variables. Files of models without adapters have no
         # entry for it, and Keras's method would raise an error.
         return
+
+
+def weight_attribute(name):
+    """The attribute of an `AdapterStack` that holds an adapter's weight."""
+    return f"weight_{name}"
 
 
 def attribute(name):

@@ -56,6 +56,12 @@ def _without_ranks():
     return model
 
 
+def _weighted():
+    model = _with_two()
+    kra.set_active(model, {"default": 0.5})
+    return model
+
+
 def _saved(folder):
     model = _adapted()
     zoo.randomize(model, seed=9)
@@ -94,6 +100,19 @@ OPERATIONS = {
     "merged": (_adapted, _in_block(kra.merged)),
     "disabled": (_adapted, _in_block(kra.disabled)),
     "set_active": (_with_two, lambda model, _: kra.set_active(model, "second")),
+    "weights": (
+        _with_two,
+        lambda model, _: kra.set_active(model, {"default": 0.5}, train=[]),
+    ),
+    "other_weights": (
+        _weighted,
+        lambda model, _: kra.set_active(model, {"default": 0.25}),
+    ),
+    "eject_weighted": (_weighted, lambda model, _: kra.eject(model)),
+    "active": (
+        _weighted,
+        _in_block(lambda model: kra.active(model, {"default": 2.0})),
+    ),
     "load_new": (
         _plain,
         lambda model, folder: kra.load_adapter(model, _saved(folder)),
