@@ -2,6 +2,7 @@
 what holds everywhere."""
 
 import concurrent.futures
+import copy
 import gc
 import os
 import subprocess
@@ -278,10 +279,17 @@ class TestBlocks:
         kra.inject(model, kra.LoRA(2), targets)
         zoo.randomize(model)
         with kra.merged(model):
-            with pytest.raises(ValueError, match="inside a `merged` block"):
+            with pytest.raises(ValueError, match="save a merged copy: .*deepc"):
                 model.save(tmp_path / "x.keras")
             with pytest.raises(ValueError, match="inside a `merged` block"):
                 kra.disabled(model).__enter__()
+        # The way that the error tells.
+        out = zoo.outputs(model, x)
+        kra.merge(copy.deepcopy(model)).save(tmp_path / "x.keras")
+        np.testing.assert_array_equal(zoo.outputs(model, x), out)
+        loaded = keras.models.load_model(tmp_path / "x.keras", compile=False)
+        assert kra.sites(loaded) == {}
+        np.testing.assert_allclose(zoo.outputs(loaded, x), out, atol=1e-5)
 
 
 class TestInsideFit:

@@ -192,7 +192,14 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         if state.block == "merged":
             # The kernels hold the deltas already, and a model rebuilt from the
             # config would add them again.
-            check_no_block(self)
+            raise ValueError(
+                f"Model '{self.name}' is inside a `merged` block, in which it "
+                "has no config: a model made from it would add the adapters' "
+                "updates again. To save the merged model as a whole, save a "
+                "merged copy: `keras_randadapt.merge(copy.deepcopy(model))"
+                ".save(...)`, outside of the block. `save_weights` and "
+                "`export` work inside of it."
+            )
         with plain_classes(self):
             base = keras.saving.serialize_keras_object(self)
         # The adapted model's own compilation is stored beside this config.

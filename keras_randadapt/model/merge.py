@@ -62,13 +62,18 @@ def merge(model: keras.Model) -> keras.Model:
 def merged(model: keras.Model) -> Iterator[keras.Model]:
     """Folds the active adapters into the kernels during a block.
 
-    Callbacks may use it in the middle of `fit`.
+    Callbacks may use it in the middle of `fit`. Inside of the block the model
+    can be exported and its weights can be saved; `model.save` needs a merged
+    copy.
 
     Example:
 
     ```python
+    import copy
+
     with kra.merged(model):
         model.save_weights("merged.weights.h5")
+    kra.merge(copy.deepcopy(model)).save("merged.keras")
     ```
 
     Args:
