@@ -179,7 +179,7 @@ def _object(wanted, message):
     if wanted == "error":
         raise ValueError(message)
     # The warning is for the caller of `load_adapter`.
-    warnings.warn(message, AdapterWarning, stacklevel=4)
+    warnings.warn(message, AdapterWarning, stacklevel=5)
 
 
 def check_same(filepath, model, name, template, addresses, kept, sources):

@@ -1,9 +1,14 @@
 """`load_adapter`: reads an adapter file into a model."""
 
 import contextlib
+import dataclasses
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import attach
@@ -83,16 +88,108 @@ def load_adapter(
             '`check_base` must be "error", "warn", "ignore" or `None`. '
             f"Received: check_base={check_base!r}"
         )
-    path = paths.check_path(filepath)
+    loading = checked(
+        model, paths.check_path(filepath), name, preset, allow_non_finite
+    )
+    # The warning is for the caller of this function.
+    check = functools.partial(loading.check_base_weights, check_base)
+    if loading.present:
+        check()
+        with _changing(loading) as change:
+            loading.assign(change)
+    else:
+        with attach.changing(model) as change:
+            attach.attach(change, loading.attachment)
+            # Quantized kernels can be read now that their layers are sites. An
+            # error takes back what was attached.
+            check()
+            # The values are assigned after attaching, because some adapters
+            # then get their first values from the kernel.
+            loading.assign(change)
+    return report.Report(model, loading.attachment.name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """A file that was checked against a model: it can be loaded.
+
+    Attributes:
+        model: The model.
+        path: The file's path.
+        tensors: Its tensors.
+        metadata: Its metadata.
+        rename: See `file_checks.relocation`.
+        attachment: The `Attachment` of the adapter.
+        present: Whether the model has the adapter, so that only values change.
+        values: dict from address to the arrays of the adapter there.
+        kept_values: dict from address to the arrays of a kept layer.
+        moved: dict from key to array; see `moving_state`.
+    """
+
+    model: keras.Model
+    path: str
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+    rename: Callable[[str], str]
+    attachment: attach.Attachment
+    present: bool
+    values: dict[str, list[np.ndarray]]
+    kept_values: dict[str, list[np.ndarray]]
+    moved: dict[str, np.ndarray]
+
+    def check_base_weights(self, wanted):
+        """Compares the fingerprints; see `load_adapter`.
+
+        Args:
+            wanted: `check_base`.
+        """
+        if wanted is None:
+            template = self.attachment.template
+            told = file_format.BASE_KEY in self.tensors
+            wanted = "error" if told and template.depends_on_base else "warn"
+        file_checks.check_base_weights(
+            self.path,
+            self.metadata,
+            self.tensors,
+            self.attachment.layers,
+            self.rename,
+            wanted,
+        )
+
+    def assign(self, change):
+        """Gives the attached adapter the file's values.
+
+        Args:
+            change: A `transaction.Change`.
+        """
+        name = self.attachment.name
+        for address, arrays in self.values.items():
+            adapter = self.attachment.built[address]
+            for weight, array in zip(adapter.stored_weights(), arrays):
+                change.assign(weight, array)
+        _assign_kept(change, name, self.kept_values)
+        _assign_moved(change, name, self.moved, self.metadata)
+
+
+def checked(model, path, name=None, preset=None, allow_non_finite=False):
+    """Reads a file and checks that it can be loaded into a model.
+
+    Everything is checked but the base weights. Nothing is changed.
+
+    Args:
+        model: A Keras model.
+        path: string.
+        name: See `load_adapter`, as all that follow.
+        preset: string or `None`.
+        allow_non_finite: bool.
+
+    Returns:
+        A `Loading`.
+    """
     tensors, metadata = file_reading.read(path)
     if not allow_non_finite:
         file_reading.check_finite(path, tensors)
-    try:
-        template = configs.deserialize(metadata["adapter"])
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"'{path}' describes an adapter that can't be made here: {error}"
-        ) from error
+    template = _template(path, metadata)
     name = metadata["name"] if name is None else name
     checks.check_model(model)
     layers = state_lib.layers_of(model)
@@ -102,99 +199,94 @@ def load_adapter(
     template = template.relocated(rename)
     file_checks.check_base(path, metadata, model, preset)
 
-    addresses = [rename(key) for key in file_format.site_keys(tensors)]
+    keys = file_format.site_keys(tensors)
+    by_address = {rename(key): tensors[key] for key in keys}
     kept = [rename(key) for key in metadata["kept"]]
+    file_checks.check_views(
+        path, metadata, list(by_address), layers, template.site_kinds
+    )
+    file_checks.check_layers(
+        path, metadata, model, list(by_address), kept, added, removed
+    )
+    addresses = [address for address in layers if address in by_address]
+    checks.check_attachable(model, layers, addresses, kept)
     sources = {
         rename(key): rename(source)
         for key, source in metadata.get("sources", {}).items()
     }
-    order = {address: i for i, address in enumerate(layers)}
-    by_address = {
-        rename(key): tensors[key] for key in file_format.site_keys(tensors)
-    }
-    file_checks.check_views(
-        path, metadata, addresses, layers, template.site_kinds
-    )
-    file_checks.check_layers(
-        path, metadata, model, addresses, kept, added, removed
-    )
-    addresses.sort(key=order.get)
-    checks.check_attachable(model, layers, addresses, kept)
     present = state_lib.is_adapted(model) and name in model._randadapt.records
     if present:
         file_checks.check_same(
             path, model, name, template, addresses, kept, sources
         )
         built = model._randadapt.adapters(name)
+        moving = model._randadapt.moving
     else:
         checks.check_new_name(model, name)
-        try:
-            counts = {address: t.size for address, t in by_address.items()}
-            built = build.build_adapters(
-                template, name, layers, addresses, sources, counts
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"'{path}' describes an adapter that does not fit its sites: "
-                f"{error}"
-            ) from error
+        counts = {address: t.size for address, t in by_address.items()}
+        built = _built(path, template, name, layers, addresses, sources, counts)
+        moving = moving_state.find(layers)
     file_checks.check_bases(path, metadata, built)
-    values = file_checks.adapter_values(path, built, by_address)
-    kept_values = file_checks.kept_values(
-        path, metadata, tensors, rename, layers
-    )
-
-    moving = moving_state.find(layers)
-    if present:
-        moving = model._randadapt.moving
-    moved = file_checks.moved_values(path, metadata, tensors, rename, moving)
-    wanted = check_base
-    if wanted is None:
-        matters = file_format.BASE_KEY in tensors and template.depends_on_base
-        wanted = "error" if matters else "warn"
-    told = path, metadata, tensors, layers, rename, wanted
-    weight = {name: float(metadata.get("weight", 1.0))}
-    frozen = metadata.get("frozen", False)
-    if weight[name] != 1 and not template.additive:
+    weight = float(metadata.get("weight", 1.0))
+    if weight != 1 and not template.additive:
         raise ValueError(
             f"'{path}' is damaged: its adapter can only have the weight 1."
         )
-    if present:
-        file_checks.check_base_weights(*told)
-        with _changing(model, name, weight, frozen) as change:
-            _assign(change, built, values)
-            _assign_kept(change, name, kept_values)
-            _assign_moved(change, name, moved, metadata)
-        return report.Report(model, name)
-    attachment = attach.Attachment(
-        template=template,
-        name=name,
-        layers=layers,
-        kept=kept,
-        sources=sources,
-        built=built,
-        weight=weight[name],
-        frozen=frozen,
+    return Loading(
+        model=model,
+        path=path,
+        tensors=tensors,
+        metadata=metadata,
+        rename=rename,
+        attachment=attach.Attachment(
+            template=template,
+            name=name,
+            layers=layers,
+            kept=kept,
+            sources=sources,
+            built=built,
+            weight=weight,
+            frozen=metadata.get("frozen", False),
+        ),
+        present=present,
+        values=file_checks.adapter_values(path, built, by_address),
+        kept_values=file_checks.kept_values(
+            path, metadata, tensors, rename, layers
+        ),
+        moved=file_checks.moved_values(path, metadata, tensors, rename, moving),
     )
-    with attach.changing(model) as change:
-        attach.attach(change, attachment)
-        # Quantized kernels can be read now that their layers are sites. An
-        # error takes back what was attached.
-        file_checks.check_base_weights(*told)
-        # The values are assigned after attaching, because some adapters then
-        # get their first values from the kernel.
-        _assign(change, built, values)
-        _assign_kept(change, name, kept_values)
-        _assign_moved(change, name, moved, metadata)
-    return report.Report(model, name)
+
+
+def _template(path, metadata):
+    try:
+        return configs.deserialize(metadata["adapter"])
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' describes an adapter that can't be made here: {error}"
+        ) from error
+
+
+def _built(path, template, name, layers, addresses, sources, counts):
+    try:
+        return build.build_adapters(
+            template, name, layers, addresses, sources, counts
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' describes an adapter that does not fit its sites: "
+            f"{error}"
+        ) from error
 
 
 @contextlib.contextmanager
-def _changing(model, name, weight, frozen):
+def _changing(loading):
     """A change that replaces the values of an attached adapter.
 
     An active one gets the file's weight, and is trained or frozen as there.
     """
+    model, name = loading.model, loading.attachment.name
+    weight = {name: loading.attachment.weight}
+    frozen = loading.attachment.frozen
     state = model._randadapt
     if name not in state.active:
         weight = {}
@@ -213,12 +305,6 @@ def _changing(model, name, weight, frozen):
         weighting.give(change, weight)
         attach.activate(change, state.active, train=trained)
         attach.refresh(change)
-
-
-def _assign(change, built, values):
-    for address, arrays in values.items():
-        for weight, array in zip(built[address].stored_weights(), arrays):
-            change.assign(weight, array)
 
 
 def _assign_moved(change, name, moved, metadata):

@@ -63,12 +63,12 @@ def save_adapter(
         state_lib.state_of(model)
     target = paths.check_writable(paths.check_path(filepath))
     data = model._randadapt.between_steps.run(
-        functools.partial(_file_of, model, name, preset)
+        functools.partial(file_of, model, name, preset)
     )
     paths.replace(target, data)
 
 
-def _file_of(model, name, preset):
+def file_of(model, name, preset=None):
     """The bytes of an adapter file."""
     state = state_lib.state_of(model)
     if state.block == "merged":
