@@ -4,6 +4,7 @@ Pick an adapter, inject it into a model, train with `model.fit` on TensorFlow,
 JAX or PyTorch, and ship a file of a few kilobytes or a merged SavedModel.
 """
 
+from keras_randadapt import _start as _start
 from keras_randadapt import adapters
 from keras_randadapt import analysis
 from keras_randadapt import bases
