@@ -198,8 +198,8 @@ FAULTS = [
     Fault(
         "randlora_lambda_gradient",
         "wrong gradient",
-        "adapters/randlora.py",
-        "_Mixing.gradients",
+        "adapters/mixing.py",
+        "Mixing.gradients",
         "of_lambdas = ops.sum(",
         "of_lambdas = ops.mean(",
         ("test_randlora.py",),
@@ -263,8 +263,8 @@ FAULTS = [
         "sign",
         "adapters/lora.py",
         "LoRA.factors",
-        "[b, -start_b]",
-        "[b, start_b]",
+        'self.lora_b, "float32") - self.start_b',
+        'self.lora_b, "float32") + self.start_b',
         (
             "test_lora.py",
             "analysis/test_rank.py",

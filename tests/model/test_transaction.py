@@ -126,6 +126,20 @@ OPERATIONS = {
         lambda: _adapted(kra.DyLoRA(3)),
         lambda model, _: kra.truncate(model, 2),
     ),
+    "to_lora": (
+        lambda: _adapted(kra.VeRA(3)),
+        lambda model, _: kra.to_lora(model, rank=2),
+    ),
+    "combine": (
+        _with_two,
+        lambda model, _: kra.combine(
+            model,
+            {"default": 0.7, "second": -0.3},
+            "both",
+            rank=2,
+            heads_from="second",
+        ),
+    ),
 }
 
 
