@@ -41,11 +41,11 @@ def combine(
     weights: Mapping[str, float],
     name: str,
     method: str = "linear",
-    *,
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
     heads_from: str | None = None,
+    *,
     verbose: str | int = "auto",
 ) -> low_rank_report.LowRankReport:
     """Combines adapters to a new one, without training.
@@ -185,7 +185,7 @@ def _combined(plan, address, terms, weights):
 
 
 def _dropped(plan, address, terms, weights):
-    """DARE's weighted sum, with one adapter's update in memory at a time."""
+    """DARE's weighted sum."""
     total = 0.0
     for name, parts in terms.items():
         delta = matrices.dense(parts)

@@ -3,10 +3,8 @@
 import keras
 
 from keras_randadapt import arguments
-from keras_randadapt.model import checks
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import report as report_lib
-from keras_randadapt.model import state as state_lib
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -72,10 +70,7 @@ def truncate(
 
 
 def _replace(model, name, factors_of):
-    state = state_lib.state_of(model)
-    state_lib.check_no_block(model)
-    state_lib.check_not_fitting(model)
-    name = checks.one_name(state, name)
+    state, name = low_rank.replaceable(model, name)
     record = state.records[name]
     found = {
         address: factors_of(adapter)

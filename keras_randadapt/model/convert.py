@@ -6,11 +6,9 @@ import keras
 
 from keras_randadapt import arguments
 from keras_randadapt.matrices import low_rank as matrices
-from keras_randadapt.model import checks
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import low_rank_report
 from keras_randadapt.model import progress
-from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import updates
 
 
@@ -74,10 +72,7 @@ def to_lora(
         - Halko, Martinsson and Tropp, "Finding structure with randomness",
           SIAM Review 2011, algorithms 4.4 and 5.1, for large updates.
     """
-    state = state_lib.state_of(model)
-    state_lib.check_no_block(model)
-    state_lib.check_not_fitting(model)
-    name = checks.one_name(state, name)
+    state, name = low_rank.replaceable(model, name)
     record = state.records[name]
     updates.check_is_delta(name, record.template)
     rank, energy = _check_size(rank, energy)

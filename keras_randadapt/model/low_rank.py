@@ -9,6 +9,8 @@ from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.model import attach
 from keras_randadapt.model import build as build_lib
+from keras_randadapt.model import checks
+from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import supported
 
 
@@ -62,6 +64,26 @@ def _float32(values):
     # Numbers that are too large become infinite; the caller tells the user.
     with np.errstate(over="ignore"):
         return values.astype("float32")
+
+
+def replaceable(model, name):
+    """Checks that an adapter of a model can be replaced.
+
+    Args:
+        model: An adapted model.
+        name: The adapter's name, or `None` for the only one.
+
+    Returns:
+        `(state, name)`: the `AdaptedState` and the name.
+    """
+    state = state_lib.state_of(model)
+    state_lib.check_no_block(model)
+    state_lib.check_not_fitting(model)
+    name = checks.one_name(state, name)
+    record = state.records[name]
+    # What held at injection may not hold now, such as a distribution.
+    checks.check_attachable(model, state.layers, record.addresses, record.kept)
+    return state, name
 
 
 def replace(model, name, template, built):

@@ -17,6 +17,15 @@ class LowRankReport(report.Report):
         energy_lost: dict from address to the share of the update's energy, its
             squared Frobenius norm, that the LoRA lacks. It is 0 where all is
             kept but what float32 rounds.
+
+    Example:
+
+    ```python
+    report = kra.to_lora(model, energy=0.9)
+    print(report)
+    most = max(report.energy_lost, key=report.energy_lost.get)
+    print(most, report.ranks[most], report.site_bytes[most])
+    ```
     """
 
     def __init__(self, model: keras.Model, name: str, lost: dict[str, float]):
