@@ -194,6 +194,33 @@ class TestExact:
         kra.to_lora(model)
         methods.close(_adapter(model).delta_kernel(), dense, 1e-6)
 
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize(
+        "make, reference",
+        [
+            (lambda: kra.VeRA(4), _vera),
+            (lambda: kra.RandLoRA(6, variant="half"), _randlora),
+        ],
+        ids=["vera", "randlora_half"],
+    )
+    def test_products_in_float16(self, make, reference):
+        """Small factors would be rounded there, and large ones are not."""
+        layer = keras.layers.Dense(12, dtype="mixed_float16", name="site")
+        model = keras.Sequential([keras.Input((20,)), layer])
+        kra.inject(model, make(), "site")
+        adapter = _adapter(model)
+        for weight in adapter.trainable_variables:
+            weight.assign(1e-3 * zoo.normal(*weight.shape))
+        dense = reference(adapter)
+        kra.to_lora(model)
+        adapter = _adapter(model)
+        x = zoo.normal(8, 20).astype("float16")
+        # The sum is in units of the smallest numbers of float16.
+        tensor = keras.ops.convert_to_tensor(64 * x)
+        found = methods.numpy(adapter.delta(tensor)).astype("float64") / 64
+        expected = x.astype("float64") @ dense
+        methods.close(found, expected, 1e-2)
+
     def test_a_method_of_ones_own(self):
         @keras.saving.register_keras_serializable(package="test_to_lora")
         class Rows(kra.Adapter):

@@ -16,6 +16,9 @@ _ROUNDING = 2.0**-23
 # Values of a product that are below this part of its factors' norms come from
 # the rounding of float64. They appear where factors cancel.
 _NOISE = 1e-14
+# Half the difference in binary digits that the vectors of a rank may have. The
+# factors of VeRA differ by more, and float16 would round the smaller one.
+_UNBALANCED = 4
 # From this size of the smaller dimension on, a decomposition takes seconds,
 # and the randomized one is used where the rank is a small part of it.
 _LARGE = 512
@@ -90,6 +93,9 @@ def stacked(terms):
 def without_zeros(parts):
     """Two factors as they are, without the ranks that add nothing.
 
+    Where the two vectors of a rank differ much in size, powers of two move a
+    part of the size from one to the other, which rounds nothing.
+
     Args:
         parts: `(left, right)`.
 
@@ -98,7 +104,11 @@ def without_zeros(parts):
     """
     left, right = parts
     on = np.any(left != 0, axis=0) & np.any(right != 0, axis=1)
-    return LowRank(left[:, on], right[on], 0.0)
+    left, right = left[:, on], right[on]
+    sizes = np.abs(left).max(axis=0), np.abs(right).max(axis=1)
+    shift = np.round((np.log2(sizes[1]) - np.log2(sizes[0])) / 2)
+    shift[np.abs(shift) < _UNBALANCED] = 0
+    return LowRank(left * 2**shift, right * 2 ** -shift[:, None], 0.0)
 
 
 def shortest(parts, energy=1.0):

@@ -110,6 +110,23 @@ class TestClosest:
         np.testing.assert_array_equal(found.left, left[:, on])
         np.testing.assert_array_equal(found.right, right[on])
 
+    def test_vectors_that_differ_much_in_size(self):
+        """Powers of two do not change the product by a bit."""
+        left = _normal(12, 4).astype("float32").astype("float64")
+        right = _normal(4, 9).astype("float32").astype("float64")
+        scale = np.array([1e-6, 30.0, 1e7, 1.0], "float32").astype("float64")
+        found = low_rank.without_zeros((left * scale, right))
+        np.testing.assert_array_equal(
+            found.left @ found.right, (left * scale) @ right
+        )
+        sizes = [
+            np.abs(found.left).max(axis=0),
+            np.abs(found.right).max(axis=1),
+        ]
+        assert np.abs(np.log2(sizes[0] / sizes[1])).max() < 8
+        # What is near enough stays as it is.
+        np.testing.assert_array_equal(found.right[[1, 3]], right[[1, 3]])
+
     @pytest.mark.parametrize("shape", [(512, 600), (600, 512)], ids=str)
     def test_large_matrices(self, shape, monkeypatch):
         """The randomized decomposition nearly reaches the smallest loss."""

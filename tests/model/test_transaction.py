@@ -263,7 +263,10 @@ def test_interrupted_at_200_places(operation):
     _check_interruptions(operation, 200)
 
 
-@pytest.mark.parametrize("name", ["merge", "merged", "set_active", "disabled"])
+@pytest.mark.parametrize(
+    "name",
+    ["merge", "merged", "set_active", "disabled", "to_lora", "combine"],
+)
 def test_out_of_memory(name, tmp_path):
     """Every assignment of the change fails once, the first time it is made."""
     make, change = OPERATIONS[name]
