@@ -15,6 +15,7 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import checks
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import low_rank_report
+from keras_randadapt.model import moving_state
 from keras_randadapt.model import progress
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import updates
@@ -79,7 +80,10 @@ def combine(
             update that `"ties"` (0.2 by default) and `"dare"` (0.1) keep.
         seed: int. It determines the entries that `"dare"` drops.
         heads_from: Optional string. The adapter that gives the new one its
-            layer where several keep the same layer trainable.
+            layer where several keep the same layer trainable. The new one also
+            gets the state of the base model that the training of this adapter
+            moved, such as a running mean; by default that of the first adapter
+            in `weights` that moved it.
         verbose: See `to_lora`.
 
     Returns:
@@ -121,6 +125,7 @@ def combine(
     if plan.rank is not None:
         low_rank.check_rank(plan.rank, state.layers, sites)
     kept = _kept_values(state, weights, heads_from)
+    moving = _moving(state, weights, heads_from)
     checks.check_attachable(model, state.layers, sites, list(kept))
 
     found, ranks = {}, {}
@@ -151,6 +156,7 @@ def combine(
     with attach.changing(model) as change:
         attach.attach(change, attachment)
         change.set(state.records[name], "kept_values", kept)
+        change.set(state.records[name], "moving", moving)
     lost = {address: one.lost for address, one in found.items()}
     return low_rank_report.LowRankReport(model, name, lost)
 
@@ -330,3 +336,12 @@ def _kept_values(state, names, heads_from):
             else:
                 kept[address] = [np.array(v) for v in values[address]]
     return kept
+
+
+def _moving(state, names, heads_from):
+    """The state that training moved, for the new adapter's record."""
+    for name in [heads_from, *names]:
+        moved = {} if name is None else moving_state.moved_by(state, name)
+        if moved:
+            return {**moving_state.base_values(state), **moved}
+    return None
