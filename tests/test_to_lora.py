@@ -447,6 +447,23 @@ class TestInPlace:
         kra.set_active(model, "other")
         methods.close(zoo.outputs(model, x), other)
 
+    @pytest.mark.every_backend
+    def test_weights_and_what_is_frozen(self):
+        model, x = _model(kra.VeRA(5))
+        kra.inject(model, kra.LoRA(2), "site", name="other")
+        zoo.randomize(model, "other")
+        kra.set_active(model, {"default": 0.5, "other": -2.0}, train=["other"])
+        before = zoo.outputs(model, x)
+        kra.to_lora(model, name="default")
+        kra.to_lora(model, rank=2, name="other")
+        methods.close(zoo.outputs(model, x), before)
+        one, other = kra.status(model)
+        assert (one.method, one.weight, one.trained) == ("LoRA", 0.5, False)
+        assert (other.weight, other.trained) == (-2.0, True)
+        kra.combine(model, {"default": 0.5, "other": -2.0}, "both")
+        kra.set_active(model, "both")
+        methods.close(zoo.outputs(model, x), before)
+
     def test_report(self):
         model, x = _model(kra.VeRA(5), keep_trainable="head")
         report = kra.to_lora(model, rank=2)

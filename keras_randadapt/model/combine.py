@@ -59,7 +59,7 @@ def combine(
         model: An adapted model.
         weights: dict from the names of the adapters to their weights, which
             may be negative. An adapter that is not at a site counts as zero
-            there.
+            there. Those that `set_active` gave do not matter.
         name: The new adapter's name: letters, digits, `_` and `-`.
         method: How each site's updates are combined.
             `"linear"` is the sum of the updates times their weights, with the

@@ -11,6 +11,7 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build as build_lib
 from keras_randadapt.model import checks
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
 
 
@@ -112,6 +113,7 @@ def _put(change, name, template, built):
     change.set(record, "template", template)
     change.set(record, "addresses", list(built))
     change.set(record, "sources", {})
+    weighting.settle(change, name)
     for address in changed:
         if address not in built:
             attach.leave_unused_site(change, address)
