@@ -38,9 +38,9 @@ def to_lora(
     Args:
         model: An adapted model.
         rank: Optional int. The rank at every site. Where the update has a
-            lower one, the other ranks start as in an untrained `LoRA`. Of large
-            updates, the closest one is found by a randomized algorithm, whose
-            result is nearly as close and the same in every run.
+            lower one, the other ranks start as in an untrained `LoRA`. Large
+            updates are decomposed by a randomized algorithm. Its result is
+            nearly the closest one, and it draws the same numbers in every run.
         energy: Optional float in `(0, 1]`, instead of `rank`. Each site gets
             the smallest rank that keeps this share of the update's energy, its
             squared Frobenius norm.
