@@ -78,7 +78,7 @@ def _sum(dense, weights, address):
 
 
 def _summary(model, x):
-    """What must not change where a combination is refused."""
+    """All that must not change where a combination is refused."""
     return (
         zoo.outputs(model, x),
         sorted(model._randadapt.records),

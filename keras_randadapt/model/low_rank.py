@@ -82,7 +82,7 @@ def replaceable(model, name):
     state_lib.check_not_fitting(model)
     name = checks.one_name(state, name)
     record = state.records[name]
-    # What held at injection may not hold now, such as a distribution.
+    # A condition of injection may not hold now, such as a distribution.
     checks.check_attachable(model, state.layers, record.addresses, record.kept)
     return state, name
 
