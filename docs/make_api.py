@@ -29,6 +29,7 @@ LAZY = {
 # Types that public functions give and that methods get.
 TYPES = {
     "Report": f"{PACKAGE}.model.report.Report",
+    "LowRankReport": f"{PACKAGE}.model.low_rank_report.LowRankReport",
     "Site": f"{PACKAGE}.sites.site.Site",
     "Product": f"{PACKAGE}.sites.product.Product",
 }

@@ -33,8 +33,10 @@ from keras_randadapt.adapters import RMLoRA
 from keras_randadapt.adapters import SoRA
 from keras_randadapt.adapters import VeRA
 from keras_randadapt.model import whole_model as _whole_model
+from keras_randadapt.model.combine import combine
 from keras_randadapt.model.compact import compact
 from keras_randadapt.model.compact import truncate
+from keras_randadapt.model.convert import to_lora
 from keras_randadapt.model.inject import inject
 from keras_randadapt.model.load import load_adapter
 from keras_randadapt.model.merge import merge
@@ -60,6 +62,7 @@ __all__ = [
     "BitFit",
     "Bottleneck",
     "callbacks",
+    "combine",
     "compact",
     "disabled",
     "DoRA",
@@ -88,6 +91,7 @@ __all__ = [
     "sites",
     "SoRA",
     "status",
+    "to_lora",
     "truncate",
     "VeRA",
 ]

@@ -72,7 +72,12 @@ def check_products(adapter, dense, tolerance=1e-5):
         (adapter.lookup(tensor(ids), "float32"), dense[ids]),
     ):
         close(got, expected, tolerance)
-    factors = adapter.factors()
-    if factors is not None:
-        left, right = map(numpy, factors)
-        close(left.astype("float64") @ right, dense, tolerance)
+    if adapter.factors() is not None:
+        check_factors(adapter, dense, tolerance)
+
+
+def check_factors(adapter, dense, tolerance=1e-5):
+    """Asserts that an adapter has factors, and that they are its delta's."""
+    left, right = map(numpy, adapter.factors())
+    assert left.dtype == right.dtype == "float32"
+    close(left.astype("float64") @ right, dense, tolerance)

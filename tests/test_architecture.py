@@ -117,7 +117,7 @@ def test_what_a_room_knows_nothing_of(rooms):
 
 
 def test_models_know_no_method():
-    """`compact` alone makes adapters of a class of its own choice."""
+    """`low_rank` alone makes adapters of a class of its own choice."""
     methods = {
         name
         for name in _modules()
@@ -127,7 +127,7 @@ def test_models_know_no_method():
     for name in _modules():
         if name.startswith(f"{PACKAGE}.model."):
             assert not methods & _imports(name), name
-            if not name.endswith(".compact"):
+            if not name.endswith(".model.low_rank"):
                 assert f"{PACKAGE}.adapters" not in _imports(name), name
 
 

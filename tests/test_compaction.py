@@ -61,6 +61,33 @@ class TestCompact:
         kra.eject(model)
         assert model.get_layer("one").trainable
 
+    @pytest.mark.parametrize(
+        "closed", [[[0, 1, 2, 3], [1]], [[0], [1]]], ids=str
+    )
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_the_weight_of_an_active_adapter(self, closed, beside):
+        """Its variable is at the first site, which may be let go."""
+        model, x, _ = _adapted()
+        if beside:
+            kra.inject(model, kra.LoRA(2), ["one"], name="other")
+        base = zoo.outputs(model, x)
+        _close_gates(model, closed)
+        kra.set_active(model, {"default": 0.5})
+        before = zoo.outputs(model, x)
+        assert np.abs(before - base).max() > 1e-3
+        kra.compact(model, "default")
+        methods.close(zoo.outputs(model, x), before)
+        assert kra.status(model)[0].weight == 0.5
+        # Compiled functions and files know only the model's own variables.
+        weights = [v for v in model.variables if "weight_default" in v.path]
+        assert len(weights) == 1
+        kra.set_active(model, {"default": 1.0})
+        whole = zoo.outputs(model, x)
+        kra.set_active(model, {"default": 0.5})
+        methods.close(zoo.outputs(model, x), before)
+        assert np.abs(whole - before).max() > 1e-3
+        kra.eject(model)
+
     def test_nothing_left(self):
         model, x, _ = _adapted()
         _close_gates(model, [[0, 1, 2, 3]] * 2)

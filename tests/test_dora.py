@@ -243,6 +243,16 @@ class TestDoRA:
         monkeypatch.setattr(adapter.inner, "delta_kernel", fail)
         model(zoo.normal(5, VIEW[0]), training=True)
 
+    @pytest.mark.parametrize("inner", [kra.VeRA, kra.RLoRA, kra.RandLoRA])
+    def test_dear_factors_are_not_formed(self, inner, monkeypatch):
+        model, adapter, _ = _model(kra.DoRA(inner(3)))
+
+        def fail():
+            raise AssertionError("the factors were formed")
+
+        monkeypatch.setattr(adapter.inner, "factors", fail)
+        model(zoo.normal(5, VIEW[0]), training=True)
+
     def test_dropout_spares_the_base_product(self):
         """The reference code: W0 x is whole, both corrections see drops."""
         model, adapter, kernel = _model(kra.DoRA(kra.LoRA(3, dropout=0.5)))

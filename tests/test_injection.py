@@ -1223,6 +1223,18 @@ zoo.fit(model, x)
 for v in model.variables:
     changed = np.any(np.asarray(v) != before[id(v)][1])
     assert changed == ("/adapter/" in v.path), v.path
+for change in (
+    lambda: kra.to_lora(model, rank=2),
+    lambda: kra.combine(model, {"default": 0.5}, "half", rank=2),
+):
+    keras.distribution.set_distribution(None)
+    try:
+        change()
+        raise AssertionError("no error")
+    except ValueError as error:
+        assert "but no distribution is active" in str(error), error
+    keras.distribution.set_distribution(distribution)
+    change()
 """
 
 

@@ -16,6 +16,7 @@ from keras_randadapt import hadamard
 from keras_randadapt import random
 from keras_randadapt.adapters import randlora
 from tests import gradients
+from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
@@ -180,6 +181,19 @@ class TestFormula:
                     rtol=1e-5,
                     atol=1e-5 * np.abs(expected).max(),
                 )
+
+    @pytest.mark.parametrize("basis", kra.bases.KINDS)
+    @pytest.mark.parametrize(
+        "variant, rank", [("half", 5), ("averaged", 4)], ids=str
+    )
+    def test_factors_of_a_known_rank(self, variant, rank, basis):
+        for view in ((12, 17), (17, 12)):
+            adapter = _built(view, rank, variant=variant, basis=basis)
+            dense = dense_delta(adapter, view, *_randomize(adapter))
+            methods.check_factors(adapter, dense)
+        # These have the full rank.
+        for arguments in (dict(rank=12, variant="half"), dict(rank=3)):
+            assert _built((12, 17), **arguments).factors() is None
 
     @pytest.mark.parametrize("compute", ["factored", "materialized"])
     @pytest.mark.parametrize("view", [(6, 9), (9, 6)], ids=str)

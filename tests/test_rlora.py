@@ -117,6 +117,10 @@ class TestRLoRA:
             np.testing.assert_allclose(
                 _numpy(got), expected, rtol=1e-5, atol=2e-5
             )
+        if adapter.rank < min(view):
+            methods.check_factors(adapter, dense)
+        else:
+            assert adapter.factors() is None
 
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
     def test_bases_are_orthonormal(self, view):

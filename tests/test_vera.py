@@ -7,6 +7,7 @@ import pytest
 import keras_randadapt as kra
 from keras_randadapt import random
 from tests import gradients
+from tests import methods
 from tests import zoo
 from tests.methods import site_of
 
@@ -82,6 +83,10 @@ class TestVeRA:
                     rtol=1e-5,
                     atol=1e-5 * np.abs(expected).max(),
                 )
+            if rank < min(view):
+                methods.check_factors(adapter, dense)
+            else:
+                assert adapter.factors() is None
             rank_of_delta = np.linalg.matrix_rank(dense)
             assert rank_of_delta <= min(rank, *view)
 

@@ -67,6 +67,9 @@ class Adapter(AdapterVariables):
     adapts_bias = False
     adapts_output = False
 
+    #: Whether `factors` costs less than the update; `DoRA` uses them if so.
+    factors_are_cheap = True
+
     #: Optional function from a dict of structural addresses to layers to the
     #: addresses that `targets=None` means. Without it, `targets=None` means
     #: the query and value projections.
@@ -311,8 +314,8 @@ class Adapter(AdapterVariables):
 
         Returns:
             `None`, or float32 tensors `(input_dim, rank)` and
-            `(rank, output_dim)`. `analysis` uses them to avoid forming the
-            update.
+            `(rank, output_dim)`. `to_lora` and `combine` take the rank from
+            them, and `analysis` uses them to avoid forming the update.
         """
         return None
 

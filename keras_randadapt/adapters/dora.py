@@ -202,9 +202,9 @@ class DoRA(base.Adapter):
     def _square(self, linear, training):
         """`||W + delta||^2`, `(output_dim,)`, float32."""
         factors = None
-        if self.input_dim > _SHORT and (
-            not training or self.step_counter is None
-        ):
+        same_in_training = not training or self.step_counter is None
+        cheap = self.inner.factors_are_cheap
+        if self.input_dim > _SHORT and cheap and same_in_training:
             factors = self.inner.factors()
         if factors is None:
             delta = self._norms_see(self._inner_delta(training))

@@ -314,10 +314,13 @@ class LoRA(base.Adapter):
         pairs = self._pairs("float32")
         if len(pairs) == 1:
             return pairs[0]
-        (a, b), (start_a, start_b) = pairs
+        # `A B - A_0 B_0` is as large as the kernel twice, less itself. The
+        # same sum is written in the changes of `A` and `B`, which are small.
+        (a, b), (start_a, _) = pairs
+        change_b = ops.cast(self.lora_b, "float32") - self.start_b
         return (
-            ops.concatenate([a, start_a], axis=1),
-            ops.concatenate([b, -start_b], axis=0),
+            ops.concatenate([a - start_a, start_a], axis=1),
+            ops.concatenate([b, change_b * self.scaling], axis=0),
         )
 
     def _sum(self, product, dtype, training=None):

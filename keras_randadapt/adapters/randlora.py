@@ -11,6 +11,7 @@ from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.adapters import mixing
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
@@ -97,6 +98,7 @@ class RandLoRA(base.Adapter):
     """
 
     recommended_learning_rate = 1e-3
+    factors_are_cheap = False
 
     def __init__(
         self,
@@ -141,7 +143,7 @@ class RandLoRA(base.Adapter):
         self.scaling = self.alpha / self.rank
         if self.rescale == "sqrt":
             self.scaling /= math.sqrt(self.terms)
-        self._mixing_of = _Mixing(
+        self._mixing_of = mixing.Mixing(
             self.basis_a,
             self.terms,
             self.scaling * self.basis_a.scale * self.basis_b.scale,
@@ -197,6 +199,26 @@ class RandLoRA(base.Adapter):
     def delta_kernel(self) -> Tensor:
         delta = self.basis_b.matvec(self._mixing())
         return delta if self._wide else ops.transpose(delta)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        lambdas, gamma, *a = self._mixing_arguments()
+        small = min(self.input_dim, self.output_dim)
+        if self.variant == "averaged" and self.rank < small:
+            # All terms have one `A diag(gamma)`, so the sum is over the
+            # `B_j diag(lambda_j)` alone.
+            ones = ops.ones_like(lambdas)
+            thin = self._mixing_of.form(ones, gamma, *a)[:, : self.rank]
+            wide = ops.transpose(self.basis_b.matrix())
+            wide = ops.reshape(wide, (self.terms, self.rank, -1))
+            wide = ops.sum(wide * ops.expand_dims(lambdas, -1), axis=0)
+        elif self.variant == "half" and self.terms * self.rank < small:
+            thin = self._mixing()
+            wide = ops.transpose(self.basis_b.matrix())
+        else:
+            return None
+        if self._wide:
+            return thin, wide
+        return ops.transpose(wide), ops.transpose(thin)
 
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
@@ -263,35 +285,35 @@ class RandLoRA(base.Adapter):
 
     def _mixing(self):
         """N, float32."""
-        mixing = self._mixing_of
+        of_terms = self._mixing_of
 
         def backward(arguments, upstream):
-            return mixing.gradients(fence(upstream, *arguments), upstream)
+            return of_terms.gradients(fence(upstream, *arguments), upstream)
 
-        return with_gradient(mixing.form, backward, *self._mixing_arguments())
+        return with_gradient(of_terms.form, backward, *self._mixing_arguments())
 
     def _mix(self, x, training, wide):
         """`x N`, or `x N'` if not `wide`.
 
         The backward pass keeps `x` and not N.
         """
-        mixing = self._mixing_of
+        of_terms = self._mixing_of
 
         def forward(x, *arguments):
             n = ops.cast(
-                mixing.form(*_in_turn(x, arguments, training)), x.dtype
+                of_terms.form(*_in_turn(x, arguments, training)), x.dtype
             )
             return matmul(x, n if wide else ops.transpose(n))
 
         def backward(arguments, upstream):
             x, *arguments = arguments
             arguments = fence(upstream, *arguments)
-            n = ops.cast(mixing.form(*arguments), x.dtype)
+            n = ops.cast(of_terms.form(*arguments), x.dtype)
             of_x = matmul(upstream, ops.transpose(n) if wide else n)
             of_n = _outer(x, upstream) if wide else _outer(upstream, x)
-            return of_x, *mixing.gradients(arguments, of_n)
+            return of_x, *of_terms.gradients(arguments, of_n)
 
-        dim = self.terms * self.rank if wide else mixing.dim
+        dim = self.terms * self.rank if wide else of_terms.dim
         return _on_rows(
             lambda x: with_gradient(
                 forward, backward, x, *self._mixing_arguments()
@@ -305,7 +327,7 @@ class RandLoRA(base.Adapter):
 
         The backward pass keeps `x` and the kernel, and not the delta.
         """
-        mixing, basis_b = self._mixing_of, self.basis_b
+        of_terms, basis_b = self._mixing_of, self.basis_b
         kernels = () if kernel is None else (kernel,)
         of_b = basis_b.operands()
 
@@ -318,7 +340,7 @@ class RandLoRA(base.Adapter):
             )
 
         def form(dtype, kernels, of_b, of_mixing):
-            delta = basis_b.matvec(mixing.form(*of_mixing), of_b)
+            delta = basis_b.matvec(of_terms.form(*of_mixing), of_b)
             delta = delta if wide else ops.transpose(delta)
             return ops.cast(sum(kernels, delta), dtype)
 
@@ -342,7 +364,7 @@ class RandLoRA(base.Adapter):
                 of_x,
                 *[of_whole for _ in kernels],
                 *[None for _ in of_b],
-                *mixing.gradients(of_mixing, of_n),
+                *of_terms.gradients(of_mixing, of_n),
             )
 
         return _on_rows(
@@ -350,7 +372,7 @@ class RandLoRA(base.Adapter):
                 forward, backward, x, *kernels, *of_b, *self._mixing_arguments()
             ),
             x,
-            basis_b.shape[0] if wide else mixing.dim,
+            basis_b.shape[0] if wide else of_terms.dim,
         )
 
     def _mixing_arguments(self):
@@ -377,37 +399,6 @@ class RandLoRA(base.Adapter):
             "compute": self.compute,
             **super().get_config(),
         }
-
-
-class _Mixing:
-    """The mixing matrix N as a function of the vectors, and its gradients.
-
-    `N[i, j * rank + k] = scale * lambda[j, k] * gamma[j, i] * A[k, i]`.
-    """
-
-    def __init__(self, basis_a, terms, scale):
-        self._basis = basis_a
-        self._terms = terms
-        self._scale = scale
-        self.rank, self.dim = basis_a.shape
-
-    def form(self, lambdas, gamma, *a):
-        """N, `(dim, terms * rank)`, float32."""
-        n = self._scaled_a(a) * ops.transpose(gamma)[:, :, None] * lambdas
-        return reshape(n, (self.dim, self._terms * self.rank))
-
-    def gradients(self, arguments, upstream):
-        """The gradients of `form`'s arguments, from the gradient of N."""
-        lambdas, gamma, *a = arguments
-        upstream = reshape(upstream, (self.dim, self._terms, self.rank))
-        upstream = upstream * self._scaled_a(a)
-        of_lambdas = ops.sum(upstream * ops.transpose(gamma)[:, :, None], 0)
-        of_gamma = ops.transpose(ops.sum(upstream * lambdas, -1))
-        return of_lambdas, of_gamma, *[None for _ in a]
-
-    def _scaled_a(self, a):
-        a = ops.transpose(self._basis.matrix(a)) * self._scale
-        return ops.expand_dims(a, 1)
 
 
 def _in_turn(x, tensors, training):

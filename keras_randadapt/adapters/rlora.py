@@ -81,6 +81,7 @@ class RLoRA(base.Adapter):
     """
 
     recommended_learning_rate = 5e-2
+    factors_are_cheap = False
 
     def __init__(
         self,
@@ -175,6 +176,14 @@ class RLoRA(base.Adapter):
         rows = self.basis_b.matvec(ops.diag(self._float(self.alpha)))
         columns = ops.transpose(rows * self._scaled_beta("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.rank >= min(self.input_dim, self.output_dim):
+            return None
+        rows = ops.transpose(self.basis_b.matrix())
+        rows = rows * ops.expand_dims(self._float(self.alpha), -1)
+        left = ops.transpose(self.basis_a.matrix())
+        return left, rows * self._scaled_beta("float32")
 
     def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()

@@ -70,6 +70,7 @@ class VeRA(base.Adapter):
     """
 
     recommended_learning_rate = 1e-2
+    factors_are_cheap = False
 
     def __init__(
         self,
@@ -123,6 +124,14 @@ class VeRA(base.Adapter):
         rows = self.basis_b.matvec(ops.diag(self._scaled_d("float32")))
         columns = ops.transpose(rows * self._scaled_b("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if self.rank >= min(self.input_dim, self.output_dim):
+            return None
+        rows = ops.transpose(self.basis_b.matrix())
+        rows = rows * ops.expand_dims(self._scaled_d("float32"), -1)
+        left = ops.transpose(self.basis_a.matrix())
+        return left, rows * self._scaled_b("float32")
 
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None

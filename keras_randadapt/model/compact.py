@@ -3,12 +3,8 @@
 import keras
 
 from keras_randadapt import arguments
-from keras_randadapt.adapters import LoRA
-from keras_randadapt.model import attach
-from keras_randadapt.model import build
-from keras_randadapt.model import checks
+from keras_randadapt.model import low_rank
 from keras_randadapt.model import report as report_lib
-from keras_randadapt.model import state as state_lib
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -73,67 +69,31 @@ def truncate(
     return _replace(model, name, lambda adapter: adapter.truncated(rank))
 
 
-def _replace(model, name, low_rank):
-    state = state_lib.state_of(model)
-    state_lib.check_no_block(model)
-    state_lib.check_not_fitting(model)
-    name = checks.one_name(state, name)
+def _replace(model, name, factors_of):
+    state, name = low_rank.replaceable(model, name)
     record = state.records[name]
     found = {
-        address: low_rank(adapter)
+        address: factors_of(adapter)
         for address, adapter in state.adapters(name).items()
     }
-    ranks = {address: len(b) for address, (_, b, _) in found.items()}
-    addresses = [address for address in record.addresses if ranks[address]]
-    if not addresses:
+    factors = {
+        address: (a, b) for address, (a, b, _) in found.items() if len(b)
+    }
+    if not factors:
         raise ValueError(
             f"No rank of the adapter '{name}' is switched on at any site: "
             "there would be nothing left. Eject it instead."
         )
-    largest = max(ranks.values())
     (scaling,) = {scaling for _, _, scaling in found.values()}
-    template = LoRA(
-        largest,
+    template, built = low_rank.build(
+        state.layers,
+        name,
+        factors,
+        {address: len(b) for address, (_, b) in factors.items()},
         scaling=scaling,
-        site_ranks={a: ranks[a] for a in addresses if ranks[a] < largest},
         seed=record.template.seed,
         dropout=record.template.dropout,
         dtype=record.template.dtype,
     )
-    built = build.build_adapters(template, name, state.layers, addresses, {})
-    for address in addresses:
-        a, b, _ = found[address]
-        built[address].lora_a.assign(a)
-        built[address].lora_b.assign(b)
-    with attach.changing(model) as change:
-        _put(change, name, template, built)
+    low_rank.replace(model, name, template, built)
     return report_lib.Report(model, name)
-
-
-def _put(change, name, template, built):
-    """Replaces an attached adapter by other built adapters.
-
-    Args:
-        change: A `transaction.Change`.
-        name: The adapter's name.
-        template: The template of which the new adapters are clones.
-        built: dict from address to adapter. Sites that it lacks are removed.
-    """
-    model = change.model
-    state = model._randadapt
-    record = state.records[name]
-    changed = record.changed
-    attach.record_common(change)
-    for address in changed:
-        attach.remove_adapter(change, state.layers[address], name)
-        if address in built:
-            layer = state.layers[address]
-            attach.add_adapter(change, layer, name, built[address])
-    change.set(record, "template", template)
-    change.set(record, "addresses", list(built))
-    change.set(record, "sources", {})
-    for address in changed:
-        if address not in built:
-            attach.leave_unused_site(change, address)
-    attach.activate(change, state.active)
-    attach.refresh(change)

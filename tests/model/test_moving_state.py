@@ -189,3 +189,45 @@ def test_file_for_a_model_without_the_state(tmp_path):
     with pytest.raises(ValueError, match="this model has no such state there"):
         kra.load_adapter(fresh, tmp_path / "a.safetensors")
     assert kra.sites(fresh) == {}
+
+
+@pytest.mark.parametrize("active", ["default", "other", "third"])
+@pytest.mark.parametrize("heads_from", [None, "default", "other"])
+def test_combined_adapters_have_the_state_of_one(active, heads_from):
+    model = _trained("running", keep_trainable="head")
+    means = {"default": _values(model.layers[1])[0]}
+    kra.inject(model, kra.VeRA(2), "hidden", name="third")
+    kra.inject(
+        model, kra.VeRA(2), "hidden", name="other", keep_trainable="head"
+    )
+    kra.set_active(model, "other")
+    _train(model, seed=1)
+    means["other"] = _values(model.layers[1])[0]
+    assert not np.array_equal(means["default"], means["other"])
+    kra.set_active(model, active)
+    before = _values(model.layers[1])
+    weights = {"third": 1.0, "other": 0.5}
+    if heads_from is not None:
+        weights["default"] = 0.5
+    kra.combine(model, weights, "both", rank=1, heads_from=heads_from)
+    np.testing.assert_array_equal(_values(model.layers[1])[0], before[0])
+    kra.set_active(model, "both")
+    np.testing.assert_array_equal(
+        _values(model.layers[1])[0], means[heads_from or "other"]
+    )
+    kra.eject(model)
+    base = _values(_model("running").layers[1])[0]
+    np.testing.assert_array_equal(_values(model.layers[1])[0], base)
+
+
+def test_a_converted_adapter_keeps_what_its_training_moved():
+    model = _trained("running")
+    out = zoo.outputs(model, X)
+    kra.inject(model, kra.LoRA(2), "hidden", name="other")
+    kra.set_active(model, "other")
+    base = zoo.outputs(model, X)
+    kra.to_lora(model, name="default")
+    np.testing.assert_array_equal(zoo.outputs(model, X), base)
+    kra.set_active(model, "default")
+    np.testing.assert_allclose(zoo.outputs(model, X), out, atol=1e-6)
+    assert np.abs(out - base).max() > 0.1

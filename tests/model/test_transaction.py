@@ -126,6 +126,20 @@ OPERATIONS = {
         lambda: _adapted(kra.DyLoRA(3)),
         lambda model, _: kra.truncate(model, 2),
     ),
+    "to_lora": (
+        lambda: _adapted(kra.VeRA(3)),
+        lambda model, _: kra.to_lora(model, rank=2),
+    ),
+    "combine": (
+        _with_two,
+        lambda model, _: kra.combine(
+            model,
+            {"default": 0.7, "second": -0.3},
+            "both",
+            rank=2,
+            heads_from="second",
+        ),
+    ),
 }
 
 
@@ -249,7 +263,10 @@ def test_interrupted_at_200_places(operation):
     _check_interruptions(operation, 200)
 
 
-@pytest.mark.parametrize("name", ["merge", "merged", "set_active", "disabled"])
+@pytest.mark.parametrize(
+    "name",
+    ["merge", "merged", "set_active", "disabled", "to_lora", "combine"],
+)
 def test_out_of_memory(name, tmp_path):
     """Every assignment of the change fails once, the first time it is made."""
     make, change = OPERATIONS[name]

@@ -1,0 +1,1 @@
+"""Decompositions and combinations of matrices, in NumPy and float64."""

@@ -1,0 +1,154 @@
+"""LoRA adapters of given factors, and adapters that are replaced by them."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_randadapt.adapter_warning import AdapterWarning
+from keras_randadapt.adapters import LoRA
+from keras_randadapt.model import attach
+from keras_randadapt.model import build as build_lib
+from keras_randadapt.model import checks
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import weighting
+from keras_randadapt.sites import supported
+
+
+def build(layers, name, factors, ranks, **options):
+    """LoRA adapters with these factors, built but not attached.
+
+    Args:
+        layers: dict from structural address to layer.
+        name: The adapter's name.
+        factors: dict from the sites' addresses to `(a, b)`, NumPy arrays
+            `(input_dim, k)` and `(k, output_dim)`.
+        ranks: dict from address to the rank of the site, at least 1 and at
+            least `k`. Ranks that have no factors start as in an untrained
+            LoRA: they add nothing, and they can be trained.
+        **options: Arguments of `LoRA`.
+
+    Returns:
+        `(template, built)`: the template, and a dict from address to adapter.
+
+    Raises:
+        ValueError: If a factor is not finite in the adapter's dtype.
+    """
+    largest = max(ranks.values())
+    template = LoRA(
+        largest,
+        site_ranks={a: r for a, r in ranks.items() if r < largest},
+        **options,
+    )
+    built = build_lib.build_adapters(template, name, layers, list(factors), {})
+    for address, (a, b) in factors.items():
+        adapter, rank = built[address], len(b)
+        whole_a = _float32(keras.ops.convert_to_numpy(adapter.lora_a)).copy()
+        whole_b = np.zeros(adapter.lora_b.shape, "float32")
+        whole_a[:, :rank] = _float32(a)
+        whole_b[:rank] = _float32(b)
+        # The product must not overflow either, and no entry of it exceeds this.
+        with np.errstate(over="ignore", invalid="ignore"):
+            bound = np.abs(whole_a).max(axis=0) @ np.abs(whole_b).max(axis=1)
+        if not np.isfinite(bound):
+            raise ValueError(
+                f"The update of '{address}' would hold NaN or infinity. "
+                "Either training diverged (lower the learning rate), or a "
+                "number is too large for float32."
+            )
+        adapter.lora_a.assign(whole_a)
+        adapter.lora_b.assign(whole_b)
+    return template, built
+
+
+def _float32(values):
+    # Numbers that are too large become infinite; the caller tells the user.
+    with np.errstate(over="ignore"):
+        return values.astype("float32")
+
+
+def replaceable(model, name):
+    """Checks that an adapter of a model can be replaced.
+
+    Args:
+        model: An adapted model.
+        name: The adapter's name, or `None` for the only one.
+
+    Returns:
+        `(state, name)`: the `AdaptedState` and the name.
+    """
+    state = state_lib.state_of(model)
+    state_lib.check_no_block(model)
+    state_lib.check_not_fitting(model)
+    name = checks.one_name(state, name)
+    record = state.records[name]
+    # A condition of injection may not hold now, such as a distribution.
+    checks.check_attachable(model, state.layers, record.addresses, record.kept)
+    return state, name
+
+
+def replace(model, name, template, built):
+    """Puts built adapters in the place of an attached adapter.
+
+    Args:
+        model: An adapted model that was checked.
+        name: The adapter's name.
+        template: The template of which the new adapters are clones.
+        built: dict from address to adapter. Sites that it lacks are removed.
+    """
+    with attach.changing(model) as change:
+        _put(change, name, template, built)
+
+
+def _put(change, name, template, built):
+    state = change.model._randadapt
+    record = state.records[name]
+    changed = record.changed
+    attach.record_common(change)
+    for address in changed:
+        attach.remove_adapter(change, state.layers[address], name)
+        if address in built:
+            layer = state.layers[address]
+            attach.add_adapter(change, layer, name, built[address])
+    change.set(record, "template", template)
+    change.set(record, "addresses", list(built))
+    change.set(record, "sources", {})
+    weighting.settle(change, name)
+    for address in changed:
+        if address not in built:
+            attach.leave_unused_site(change, address)
+    attach.activate(change, state.active)
+    attach.refresh(change)
+
+
+def check_rank(rank, layers, addresses):
+    """Raises `ValueError` if a rank exceeds a dimension of a kernel view."""
+    for address in addresses:
+        view = supported.view_of(layers[address])
+        if rank > min(view):
+            raise ValueError(
+                f"`rank` must be at most {min(view)}, the smaller dimension "
+                f"of the kernel view {tuple(view)} of '{address}': no update "
+                f"has a larger rank. Received: rank={rank}. Lower the rank, "
+                "or leave it out: each site then has its own."
+            )
+
+
+def warn_of_size(layers, ranks, stacklevel=3):
+    """Warns of LoRA adapters that are larger than the kernels they adapt."""
+    larger = {
+        address: rank
+        for address, rank in ranks.items()
+        if rank * sum(view := supported.view_of(layers[address]))
+        > view[0] * view[1]
+    }
+    if larger:
+        address, rank = next(iter(larger.items()))
+        warnings.warn(
+            f"At {len(larger)} of {len(ranks)} sites the LoRA is larger than "
+            f"the kernel, such as rank {rank} at '{address}', whose kernel "
+            f"view is {tuple(supported.view_of(layers[address]))}. A smaller "
+            "`rank` makes it smaller, and the report says what that loses.",
+            AdapterWarning,
+            stacklevel=stacklevel,
+        )
