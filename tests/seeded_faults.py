@@ -611,7 +611,7 @@ FAULTS = [
         "two_owners_of_a_head",
         "skipped check",
         "model/switch.py",
-        "_check_active",
+        "_check_together",
         "if address in owner:",
         "if owner.get(address) == name:",
         ("test_injection.py",),
