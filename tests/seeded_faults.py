@@ -714,9 +714,9 @@ FAULTS = [
         "sites_in_the_order_of_the_file",
         "wrong order",
         "model/load.py",
-        "load_adapter",
-        "addresses.sort(key=order.get)",
-        "addresses.sort()",
+        "checked",
+        "[address for address in layers if address in by_address]",
+        "list(by_address)",
         ("test_said.py", "saving/test_adapter_file.py"),
     ),
     Fault(
