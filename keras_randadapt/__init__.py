@@ -14,6 +14,7 @@ from keras_randadapt import ops
 from keras_randadapt import optimizers
 from keras_randadapt import random
 from keras_randadapt import regularizers
+from keras_randadapt import serving
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import NOLA
@@ -87,6 +88,7 @@ __all__ = [
     "RMLoRA",
     "SAID",
     "save_adapter",
+    "serving",
     "set_active",
     "sites",
     "SoRA",

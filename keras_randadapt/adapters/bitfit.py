@@ -1,6 +1,7 @@
 """BitFit: it trains the biases of a model and nothing else."""
 
 import math
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -9,6 +10,8 @@ from keras_randadapt._types import Config
 from keras_randadapt._types import Layers
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.product import Product
 from keras_randadapt.sites.site import Site
 
@@ -71,6 +74,16 @@ class BitFit(base.Adapter):
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
         return linear(x)
+
+    def adapt_per_example(
+        self,
+        x: Tensor,
+        product: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        weights: Weights,
+    ) -> Tensor:
+        y = product(x)
+        return y + of_examples(weights["bias_delta"], y.dtype)
 
     def delta_kernel(self) -> Tensor:
         return ops.zeros((self.input_dim, self.output_dim))

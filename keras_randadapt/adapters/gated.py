@@ -8,7 +8,9 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt._types import Config
 from keras_randadapt._types import Initializer
+from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import lora
+from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
 
 
@@ -38,6 +40,10 @@ class GatedLoRA(lora.LoRA):
         self.gate = self.add_trainable(
             "gate", (self.rank,), self.gate_initializer
         )
+
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        gated = weights["lora_b"] * ops.expand_dims(weights["gate"], -1)
+        return super().delta_per_example(x, {**weights, "lora_b": gated})
 
     def compacted(self) -> tuple[np.ndarray, np.ndarray, float]:
         a = ops.convert_to_numpy(self.lora_a)

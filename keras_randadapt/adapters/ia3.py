@@ -1,5 +1,6 @@
 """IA3: a scale for each activation."""
 
+from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Self
@@ -14,6 +15,8 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import selection
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.product import Product
 from keras_randadapt.sites.site import Site
 
@@ -131,6 +134,22 @@ class IA3(base.Adapter):
         y = linear(x)
         base_y = y if linear.base is linear else linear.base(x)
         return y + base_y * ops.cast(change, y.dtype)
+
+    def adapt_per_example(
+        self,
+        x: Tensor,
+        product: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        weights: Weights,
+    ) -> Tensor:
+        change = weights["ia3_l"] - 1.0
+        if self._scales_input:
+            return product(x) + product(x * of_examples(change, x.dtype))
+        y = product(x)
+        update = y * of_examples(change, y.dtype)
+        if bias is not None:
+            update = update + of_examples(change * bias, y.dtype)
+        return y + update
 
     def merged(
         self, kernel: Tensor, base: Tensor, training: bool = False

@@ -20,6 +20,7 @@ from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
 
 _FROM_KERNEL = ("pissa", "olora", "olora_v1")
@@ -289,6 +290,15 @@ class LoRA(base.Adapter):
             x.dtype,
             training,
         )
+
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        a = ops.cast(weights["lora_a"], x.dtype)
+        b = ops.cast(weights["lora_b"] * self.scaling, x.dtype)
+        y = ops.matmul(ops.matmul(x, a), b)
+        if self.initialization in _FROM_KERNEL:
+            b = ops.cast(self.start_b * self.scaling, x.dtype)
+            y = y - ops.matmul(matmul(x, ops.cast(self.start_a, x.dtype)), b)
+        return y
 
     def delta_transpose(
         self, x: Tensor, training: bool | None = None

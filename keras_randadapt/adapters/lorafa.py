@@ -13,6 +13,7 @@ from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
 
 
@@ -131,6 +132,10 @@ class LoRAFA(base.Adapter):
 
     def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
+
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        b = ops.cast(weights["lora_b"] * self._scale, x.dtype)
+        return ops.matmul(self.basis_a.matvec(x), b)
 
     def delta_transpose(
         self, x: Tensor, training: bool | None = None

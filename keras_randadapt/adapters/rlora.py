@@ -14,6 +14,8 @@ from keras_randadapt.adapters import base
 from keras_randadapt.bases import randomized_hadamard
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.site import Site
 
 _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
@@ -145,6 +147,11 @@ class RLoRA(base.Adapter):
             ops.cast(self.alpha, x.dtype),
             self._scaled_beta(x.dtype),
         )
+
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        alpha = of_examples(weights["alpha"], x.dtype)
+        beta = of_examples(weights["beta"] * self.scaling, x.dtype)
+        return self.basis_b.matvec(self.basis_a.matvec(x) * alpha) * beta
 
     # The gradient of `beta` needs the expanded features, `output_dim` numbers
     # a token. They are computed again from `rank` numbers a token, which are

@@ -11,6 +11,8 @@ from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.site import Site
 
 
@@ -113,6 +115,16 @@ class VeRA(base.Adapter):
         u = self.basis_a.matvec(x) * self._scaled_d(x.dtype)
         return self.basis_b.matvec(u) * self._scaled_b(x.dtype)
 
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        d, b = self._of_examples(weights, x.dtype)
+        return self.basis_b.matvec(self.basis_a.matvec(x) * d) * b
+
+    def _of_examples(self, weights, dtype):
+        return (
+            of_examples(weights["vera_d"] * self._scale_d(), dtype),
+            of_examples(weights["vera_b"] * self._scale_b(), dtype),
+        )
+
     def delta_transpose(
         self, x: Tensor, training: bool | None = None
     ) -> Tensor:
@@ -148,13 +160,19 @@ class VeRA(base.Adapter):
     # The bases have unit variance up to their scale. Kaiming's gain multiplies
     # the vectors, because they are the smallest tensors.
 
+    def _scale_d(self):
+        return self.basis_a.scale * math.sqrt(2 / self.input_dim)
+
+    def _scale_b(self):
+        return self.basis_b.scale * math.sqrt(2 / self.rank) * self.scaling
+
     def _scaled_d(self, dtype):
-        scale = self.basis_a.scale * math.sqrt(2 / self.input_dim)
-        return ops.cast(ops.cast(self.vera_d, "float32") * scale, dtype)
+        d = ops.cast(self.vera_d, "float32") * self._scale_d()
+        return ops.cast(d, dtype)
 
     def _scaled_b(self, dtype):
-        scale = self.basis_b.scale * math.sqrt(2 / self.rank) * self.scaling
-        return ops.cast(ops.cast(self.vera_b, "float32") * scale, dtype)
+        b = ops.cast(self.vera_b, "float32") * self._scale_b()
+        return ops.cast(b, dtype)
 
     def get_config(self) -> Config:
         return {

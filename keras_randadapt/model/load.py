@@ -171,7 +171,9 @@ class Loading:
         _assign_moved(change, name, self.moved, self.metadata)
 
 
-def checked(model, path, name=None, preset=None, allow_non_finite=False):
+def checked(
+    model, path, name=None, preset=None, allow_non_finite=False, content=None
+):
     """Reads a file and checks that it can be loaded into a model.
 
     Everything is checked but the base weights. Nothing is changed.
@@ -182,11 +184,13 @@ def checked(model, path, name=None, preset=None, allow_non_finite=False):
         name: See `load_adapter`, as all that follow.
         preset: string or `None`.
         allow_non_finite: bool.
+        content: Optional pair of tensors and metadata: what the file has, if it
+            was read already.
 
     Returns:
         A `Loading`.
     """
-    tensors, metadata = file_reading.read(path)
+    tensors, metadata = content or file_reading.read(path)
     if not allow_non_finite:
         file_reading.check_finite(path, tensors)
     template = _template(path, metadata)

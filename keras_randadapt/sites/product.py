@@ -45,6 +45,14 @@ class Product:
             return None
         return self._kernel(self._site.compute_dtype)
 
+    def bias_view(self) -> Tensor | None:
+        """The site's bias as a float32 vector; see `Site`. `None` if none."""
+        bias = getattr(self._site, self._site.bias_name, None)
+        if bias is None:
+            return None
+        view = self._site.bias_to_view(_compat.unrounded(bias))
+        return ops.cast(view, "float32")
+
     def times_base(self, rows: Tensor) -> Tensor:
         """A float32 matrix times the base kernel view, quantized or not.
 

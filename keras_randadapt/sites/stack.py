@@ -5,6 +5,7 @@ import threading
 import keras
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import per_example
 from keras_randadapt.sites import weighted
 
 
@@ -120,7 +121,7 @@ class AdapterStack(keras.layers.Layer):
             # A method that is not additive has the constant 1, if any.
             if weight is not None and not (name in constants and weight == 1):
                 adapter = weighted.Weighted(adapter, weight)
-            found.append(adapter)
+            found.append(per_example.of_batch(adapter))
         return found
 
     def load_own_variables(self, store):

@@ -1,0 +1,269 @@
+"""Which adapter files may share a bank, and a tenant's row of one."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_randadapt.adapters import configs
+from keras_randadapt.adapters.lora import LoRA
+from keras_randadapt.model import file_format
+from keras_randadapt.model import file_reading
+from keras_randadapt.model import fingerprint
+from keras_randadapt.serving import layout as layout_lib
+from keras_randadapt.sites import supported
+
+#: The lowest finite number of each dtype, which absent classes get as logits.
+_LOWEST = {
+    "float32": float(np.finfo("float32").min),
+    "float64": float(np.finfo("float32").min),
+    "float16": float(np.finfo("float16").min),
+    "bfloat16": -3.3895313892515355e38,
+}
+
+# What may differ in the metadata of two tenants of a bank.
+_OWN = (
+    "name",
+    "digest",
+    "preset",
+    "adapter",
+    "precisions",
+    "version",
+    "weight",
+)
+
+
+class File:
+    """An adapter file that was read, with a head of as many classes as asked.
+
+    Attributes:
+        path: The file's path.
+        tensors: Its tensors, those of a smaller head filled up.
+        metadata: Its metadata.
+        classes: int, the classes of its own head, or `None` without one.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.tensors, self.metadata = file_reading.read(path)
+        file_reading.check_finite(path, self.tensors)
+        if self.metadata.get("moved"):
+            raise ValueError(
+                f"'{path}' holds state of the base model that training moved "
+                f"({self.metadata['moved'][:3]}), and examples of one batch "
+                "can't have states of their own."
+            )
+        if self.metadata.get("weight", 1) != 1:
+            raise ValueError(
+                f"'{path}' has the weight {self.metadata['weight']:g}. Save it "
+                "with the weight 1, or make it a LoRA by `to_lora` first."
+            )
+        self.classes = None
+
+    def fill_up(self, address, layer):
+        """Gives the head at an address the model's number of classes.
+
+        Args:
+            address: The address of a Dense layer, the last of the model.
+            layer: The layer.
+        """
+        kernel = self.tensors.get(f"{address}#0")
+        bias = self.tensors.get(f"{address}#1")
+        if kernel is None or kernel.ndim != 2:
+            return
+        self.classes = kernel.shape[1]
+        missing = layer.units - self.classes
+        if missing <= 0:
+            return
+        activation = keras.activations.serialize(layer.activation)
+        if bias is None or activation != "linear":
+            raise ValueError(
+                f"'{self.path}' has a head of {self.classes} classes at "
+                f"'{address}', and the model's has {layer.units}. Classes can "
+                "be left out only of a Dense layer with a bias and without an "
+                "activation."
+            )
+        lowest = _LOWEST[keras.backend.standardize_dtype(layer.compute_dtype)]
+        self.tensors[f"{address}#0"] = np.pad(kernel, ((0, 0), (0, missing)))
+        self.tensors[f"{address}#1"] = np.pad(
+            bias, (0, missing), constant_values=lowest
+        )
+
+
+def last_dense(model, addresses, layers):
+    """The address of the Dense layer that gives the model's outputs."""
+    dense = [a for a in addresses if type(layers[a]) is keras.layers.Dense]
+    outputs = getattr(model, "outputs", None) or []
+    for address in dense:
+        node = getattr(outputs[0], "_keras_history", None) if outputs else None
+        if node is not None and node.operation is layers[address]:
+            return address
+    return dense[-1] if dense and not outputs else None
+
+
+def check_method(path, template, layers, addresses, kept):
+    """Raises `ValueError` if a file's adapter can't be one of a batch."""
+    if not any(
+        getattr(template, name, None) is not None
+        for name in ("delta_per_example", "adapt_per_example")
+    ):
+        raise ValueError(
+            f"'{path}' has a `{type(template).__name__}`, which can't have "
+            "weights of each example's own. `to_lora` makes it one that can, "
+            "if it is additive."
+        )
+    for address in [*addresses, *kept]:
+        if supported.supported_class(
+            layers[address], ("product",)
+        ) is None or not supported.is_matrix_product(layers[address]):
+            raise ValueError(
+                f"'{path}' {'keeps' if address in kept else 'adapts'} "
+                f"'{address}', a {type(layers[address]).__name__}. In a bank "
+                "that must be a Dense layer, or an EinsumDense layer that is a "
+                "matrix product."
+            )
+
+
+def check_alike(first, other):
+    """Raises `ValueError` if a file can't share a bank with the first one.
+
+    Args:
+        first: The `File` of the bank's first tenant.
+        other: Another `File`.
+    """
+    for key in sorted(first.metadata.keys() | other.metadata.keys()):
+        ours, theirs = first.metadata.get(key), other.metadata.get(key)
+        if key in _OWN or ours == theirs:
+            continue
+        raise ValueError(
+            f"'{other.path}' and '{first.path}' can't share a bank: their "
+            f"'{key}' differs, {_short(theirs)} and {_short(ours)}."
+        )
+    ours = sorted(file_format.site_keys(first.tensors))
+    if ours != sorted(file_format.site_keys(other.tensors)):
+        raise ValueError(
+            f"'{other.path}' and '{first.path}' can't share a bank: they adapt "
+            "other sites."
+        )
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) < 120 else f"{text[:120]}..."
+
+
+def check_base(file, first):
+    """Raises `ValueError` if two files were trained on other base weights."""
+    ours = first.tensors.get(file_format.BASE_KEY)
+    theirs = file.tensors.get(file_format.BASE_KEY)
+    if ours is None or theirs is None:
+        return
+    names = (
+        [n for n, c in f.metadata["precisions"] for _ in range(c)]
+        for f in (first, file)
+    )
+    wrong = fingerprint.differing(ours, theirs, list(zip(*names)))
+    if wrong:
+        raise ValueError(
+            f"'{file.path}' and '{first.path}' were trained on other base "
+            f"weights: {len(wrong)} of their kernels differ."
+        )
+
+
+def values(file, template, built, layers, kept):
+    """The weights of a tenant by key and name; see `Layout.row`.
+
+    Args:
+        file: A `File`.
+        template: The bank's template.
+        built: dict from address to the bank's built adapter.
+        layers: dict from address to layer.
+        kept: Addresses of the heads.
+    """
+    own = configs.deserialize(file.metadata["adapter"])
+    found = {}
+    for address, adapter in built.items():
+        arrays = _arrays(file, own, address, adapter)
+        if configs.serialize(own) != configs.serialize(template):
+            arrays = _fitted(file, own, template, arrays, adapter)
+        for weight in adapter.stored_weights():
+            key = (address, layout_lib.ADAPTER), weight.name
+            if arrays[weight.name].shape != tuple(weight.shape):
+                raise ValueError(
+                    f"'{file.path}' holds weights of another shape at "
+                    f"'{address}'."
+                )
+            found[key] = arrays[weight.name]
+    for address in kept:
+        key = address, layout_lib.HEADS
+        layer = layers[address]
+        kernel = file.tensors.get(f"{address}#0")
+        if kernel is None or kernel.shape != tuple(layer.kernel.shape):
+            raise ValueError(
+                f"'{file.path}' holds a head of another shape at '{address}': "
+                f"{None if kernel is None else kernel.shape}, and the model's "
+                f"is {tuple(layer.kernel.shape)}."
+            )
+        found[key, "kernel"] = np.asarray(supported.as_view(layer, kernel))
+        if layer.bias is not None:
+            found[key, "bias"] = file.tensors[f"{address}#1"]
+    return found
+
+
+def _arrays(file, own, address, adapter):
+    """The weights at a site by name, in the shapes that the file has."""
+    flat = file.tensors[address]
+    weights = adapter.stored_weights()
+    shapes = [tuple(weight.shape) for weight in weights]
+    if sum(map(math.prod, shapes)) != flat.size and type(own) is LoRA:
+        shapes = [
+            (adapter.input_dim, own.rank),
+            (own.rank, adapter.output_dim),
+        ]
+    if sum(map(math.prod, shapes)) != flat.size:
+        raise ValueError(
+            f"'{file.path}' holds {flat.size} values for '{address}', where "
+            f"the bank's adapters have {sum(map(math.prod, shapes))}."
+        )
+    arrays = {}
+    for weight, shape in zip(weights, shapes):
+        n = math.prod(shape)
+        arrays[weight.name], flat = flat[:n].reshape(shape), flat[n:]
+    return arrays
+
+
+def _fitted(file, own, template, arrays, adapter):
+    """A LoRA of a smaller rank and another scaling, as one of the bank's."""
+    ours, theirs = template.get_config(), own.get_config()
+    free = ("rank", "alpha", "scaling", "seed", "dropout", "rslora")
+    others = sorted(
+        key
+        for key in ours.keys() | theirs.keys()
+        if key not in free and ours.get(key) != theirs.get(key)
+    )
+    if type(own) is not LoRA or type(template) is not LoRA or others:
+        differing = others or sorted(
+            k
+            for k in ours.keys() | theirs.keys()
+            if ours.get(k) != theirs.get(k)
+        )
+        raise ValueError(
+            f"'{file.path}' can't share this bank: it has a "
+            f"{type(own).__name__}, and the bank a {type(template).__name__}"
+            + "".join(
+                f", {key}={theirs.get(key)!r} and {ours.get(key)!r}"
+                for key in differing
+            )
+            + "."
+        )
+    missing = adapter.rank - own.rank
+    if missing < 0:
+        raise ValueError(
+            f"'{file.path}' has the rank {own.rank}, and the bank's is "
+            f"{adapter.rank}. Make the bank with the largest one first."
+        )
+    factor = own.scaling / template.scaling
+    return {
+        "lora_a": np.pad(arrays["lora_a"], ((0, 0), (0, missing))),
+        "lora_b": np.pad(arrays["lora_b"] * factor, ((0, missing), (0, 0))),
+    }
