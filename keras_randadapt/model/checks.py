@@ -268,8 +268,9 @@ def _check_parent(address, layers):
 def check_called(template, address, layers):
     """Raises `ValueError` if a method's changes are not all in the kernel.
 
-    The check is for layers whose parent reads the kernel and does not call
-    them.
+    The check is for layers of KerasHub whose parent reads the kernel and does
+    not call them. Other parents are found when they read it, see
+    `sites.layer`.
     """
     parent = layers.get(address.rpartition("/")[0])
     if type(parent).__name__ not in _READS_KERNELS:
@@ -279,8 +280,6 @@ def check_called(template, address, layers):
         missed = "the change of its output"
     elif template.dropout:
         missed = "the adapter's `dropout`"
-    elif _has_training_delta(template):
-        missed = "the method's changes that apply only in training"
     if missed:
         raise ValueError(
             f"KerasHub's {type(parent).__name__} does not call "

@@ -42,6 +42,8 @@ _COMPUTATION = (
     "call",
     "quantized_call",
     "kernel",
+    "bias",
+    "beta",
     "embeddings",
     "convolution_op",
 )
@@ -115,7 +117,7 @@ def kernel_variable(layer):
 
 def bias_variable(layer):
     """The bias that a merge changes, or `None`."""
-    return getattr(layer, _mixin(type(layer)).bias_name, None)
+    return vars(layer).get(_mixin(type(layer)).bias_name)
 
 
 def view_of(layer):
