@@ -58,6 +58,13 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
     return clones
 
 
+def takes(template, layer):
+    """Whether a method adapts layers like this one."""
+    return supported.kind_of(layer) in template.site_kinds and (
+        not template.adapts_output or supported.is_matrix_product(layer)
+    )
+
+
 def _check_kind(template, layer):
     if supported.kind_of(layer) not in template.site_kinds:
         raise ValueError(

@@ -17,6 +17,10 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import supported
 
+#: The share of a model's parameters above which `"all-linear"` tells what it
+#: leaves out.
+_MUCH = 0.1
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
 #: Layers of KerasHub that multiply by a sublayer's `kernel` instead of calling
@@ -361,6 +365,41 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
                 AdapterWarning,
                 stacklevel=3,
             )
+
+
+def warn_of_left_out(model, layers, left_out, targets):
+    """Warns of layers that `targets` means and that get no adapter.
+
+    Routers, gates and heads are part of what `"all-linear"` leaves out, so it
+    is told only where that is much of the model.
+
+    Args:
+        model: The model.
+        layers: dict from structural address to layer.
+        left_out: See `Report`.
+        targets: See `inject`.
+    """
+    if not left_out:
+        return
+    share = sum(left_out.values()) / max(1, model.count_params())
+    if isinstance(targets, str) and targets == "all-linear":
+        if share <= _MUCH:
+            return
+        words = '`targets="all-linear"` leaves out'
+    else:
+        words = "`targets` also means layers that are not adapted,"
+    shown = [
+        f"{place} ({type(layers[address]).__name__})"
+        for address, place in zip(left_out, layers.named(left_out))
+    ]
+    more = len(shown) - 5
+    warnings.warn(
+        f"{words} {100 * share:.2g} % of the parameters: {shown[:5]}"
+        + (f" and {more} more" if more > 0 else "")
+        + ". They stay as they are. The report has all of them as `left_out`.",
+        AdapterWarning,
+        stacklevel=3,
+    )
 
 
 def _check_distribution(address, kernel):
