@@ -1139,7 +1139,7 @@ FAULTS = [
     Fault(
         "no_warning_of_inference_in_fit",
         "dropped condition",
-        "model/checks.py",
+        "model/advice.py",
         "warn_of_inference_in_fit",
         "template.dropout or _has_training_delta(template)",
         "template.dropout",

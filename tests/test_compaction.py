@@ -157,7 +157,7 @@ class TestSiteRanks:
         assert kra.LoRA.from_config(config).get_config() == config
 
     def test_file_of_a_task_in_its_backbone(self, tmp_path):
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.pretrained_classifier()
         kra.inject(model, kra.LoRA(3), ["query", "value"])
         ranks = {list(kra.sites(model))[1]: 2}
         kra.eject(model)

@@ -57,7 +57,7 @@ class TestTargets:
         assert len(_inject(zoo.bert, "all-linear")) == 13
 
     def test_all_linear_leaves_the_head_of_a_task(self):
-        found = _inject(zoo.bert_classifier, "all-linear")
+        found = _inject(zoo.pretrained_classifier, "all-linear")
         assert len(found) == 13
         assert not any("logits" in path for path in found)
 
@@ -403,7 +403,7 @@ class TestLeftOut:
             assert report.left_out == {}
 
     def test_heads_of_tasks(self):
-        model = zoo.bert_classifier()[0]
+        model = zoo.pretrained_classifier()[0]
         report = kra.inject(model, LORA, "all-linear")
         assert report.left_out == {"layers/dense": 24}
 
@@ -534,7 +534,7 @@ class TestAddresses:
             zoo.sequential,
             zoo.functional,
             zoo.subclassed,
-            zoo.bert_classifier,
+            zoo.pretrained_classifier,
             zoo.clip,
             zoo.llama,
         ],

@@ -91,7 +91,9 @@ class LoRA(base.Adapter):
     Example:
 
     ```python
-    kra.inject(model, kra.LoRA(8), targets=["query", "value"])
+    kra.inject(
+        model, kra.LoRA(8), ["query", "value"], keep_trainable="logits"
+    )
     ```
 
     References:

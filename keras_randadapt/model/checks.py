@@ -1,6 +1,5 @@
 """Checks of arguments, models and sites before a model is changed."""
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -16,10 +15,6 @@ from keras_randadapt.model import parts
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import supported
-
-#: The share of a model's parameters above which `"all-linear"` tells what it
-#: leaves out.
-_MUCH = 0.1
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
 
@@ -222,6 +217,15 @@ def check_attachable(model, layers, addresses, kept):
                 "merge would change them. Leave the layer out with `exclude`."
             )
         _check_distribution(address, kernel)
+    for address in kept:
+        for layer in _compat.flatten_layers(layers[address]):
+            if supported.has_keras_lora(layer):
+                raise ValueError(
+                    f"Layer '{layer.name}' of `keep_trainable` has Keras's own "
+                    "LoRA enabled, which freezes its kernel, and "
+                    "`keep_trainable` would train it. Build the model anew "
+                    "without `enable_lora`, or leave the layer out."
+                )
     _check_overlap(model, addresses, kept)
 
 
@@ -290,116 +294,6 @@ def check_called(template, address, layers):
             f"'{layers[address].name}' but reads its kernel, so {missed} would "
             "be missed. Leave it out with `exclude`."
         )
-
-
-def _has_training_delta(template):
-    return any(
-        type(part).training_delta_kernel is not Adapter.training_delta_kernel
-        for part in _compat.flatten_layers(template)
-        if isinstance(part, Adapter)
-    )
-
-
-def warn_of_inference_in_fit(model, template):
-    """Warns if `fit` will not tell the adapter that it is training."""
-    if "training" in inspect.signature(model.call).parameters:
-        return
-    if template.dropout or _has_training_delta(template):
-        warnings.warn(
-            f"`{type(model).__name__}.call` takes no `training` argument, so "
-            "Keras's `fit` runs the model as in inference: without dropout, "
-            "and without the method's changes that apply only in training. "
-            "Add the argument to `call`.",
-            AdapterWarning,
-            stacklevel=3,
-        )
-
-
-def warn_of_frozen_in_kept(layers, kept):
-    """Warns of layers in `keep_trainable` that have integer kernels."""
-    frozen = [
-        layer.path or layer.name
-        for address in kept
-        for layer in _compat.flatten_layers(layers[address])
-        # Kernels in float8 are floats and can be trained.
-        if "float" not in (getattr(layer, "quantization_mode", None) or "float")
-    ]
-    if frozen:
-        warnings.warn(
-            f"{len(frozen)} layers of `keep_trainable` are quantized, so only "
-            f"their biases can be trained: {frozen[:5]}. Leave them out of "
-            "`quantize` with its `filters`.",
-            AdapterWarning,
-            stacklevel=3,
-        )
-
-
-def warn_of_missed_biases(layers, chosen, kept, kinds):
-    """Warns of layers whose biases are not trained, if all biases should be.
-
-    These are layers without a bias, and layers with a bias whose class can't
-    be adapted.
-    """
-    inside = {
-        id(layer)
-        for address in kept
-        for layer in _compat.flatten_layers(layers[address])
-    }
-    without, other = [], []
-    for address, layer in layers.items():
-        if address in chosen or id(layer) in inside or not layer.built:
-            continue
-        if supported.supported_class(layer, kinds) is not None:
-            without.append(address)
-        elif isinstance(getattr(layer, "bias", None), keras.Variable):
-            other.append(address)
-    for missed, words in (
-        (without, "Layers without a bias are left out: "),
-        (other, "Biases of layers that can't be adapted stay frozen: "),
-    ):
-        if missed:
-            more = len(missed) - 5
-            warnings.warn(
-                f"{words}{missed[:5]}"
-                + (f" and {more} more." if more > 0 else "."),
-                AdapterWarning,
-                stacklevel=3,
-            )
-
-
-def warn_of_left_out(model, layers, left_out, targets):
-    """Warns of layers that `targets` means and that get no adapter.
-
-    Routers, gates and heads are part of what `"all-linear"` leaves out, so it
-    is told only where that is much of the model.
-
-    Args:
-        model: The model.
-        layers: dict from structural address to layer.
-        left_out: See `Report`.
-        targets: See `inject`.
-    """
-    if not left_out:
-        return
-    share = sum(left_out.values()) / max(1, model.count_params())
-    if isinstance(targets, str) and targets == "all-linear":
-        if share <= _MUCH:
-            return
-        words = '`targets="all-linear"` leaves out'
-    else:
-        words = "`targets` also means layers that are not adapted,"
-    shown = [
-        f"{place} ({type(layers[address]).__name__})"
-        for address, place in zip(left_out, layers.named(left_out))
-    ]
-    more = len(shown) - 5
-    warnings.warn(
-        f"{words} {100 * share:.2g} % of the parameters: {shown[:5]}"
-        + (f" and {more} more" if more > 0 else "")
-        + ". They stay as they are. The report has all of them as `left_out`.",
-        AdapterWarning,
-        stacklevel=3,
-    )
 
 
 def _check_distribution(address, kernel):

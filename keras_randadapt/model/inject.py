@@ -8,6 +8,7 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import advice
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
@@ -52,10 +53,10 @@ def inject(
             layer that returns a bool; or `None`. A name must mean layers that
             can be adapted. A pattern or a function may mean others: layers
             with a kernel are then left out with a warning, and so is a
-            normalization for which a function is true. `None` means the query and value
-            projections for most methods, all layers with a bias for `BitFit`,
-            outputs of attention and feed-forward networks for `Bottleneck`,
-            and keys, values and feed-forward outputs for `IA3`.
+            normalization for which a function is true. `None` means the query
+            and value projections for most methods, all layers with a bias for
+            `BitFit`, outputs of attention and feed-forward networks for
+            `Bottleneck`, and keys, values and feed-forward outputs for `IA3`.
         exclude: The targets to leave out: names, a pattern, `"all-linear"` or
             a function. A name may also be that of a layer that contains
             targets.
@@ -105,17 +106,18 @@ def inject(
     if adapter.adapts_bias and not adapter.adapts_kernel:
         chosen = _with_bias(layers, chosen, adapter)
         if targets is None:
-            checks.warn_of_missed_biases(
+            advice.warn_of_missed_biases(
                 layers, chosen, kept, adapter.site_kinds
             )
     if targets == "all-linear":
         chosen, heads = _without_task_head(model, layers, chosen)
         left_out = [a for a in layers if a in left_out or a in heads]
     checks.check_attachable(model, layers, chosen, kept)
-    checks.warn_of_inference_in_fit(model, adapter)
-    checks.warn_of_frozen_in_kept(layers, kept)
+    advice.warn_of_inference_in_fit(model, adapter)
+    advice.warn_of_frozen_in_kept(layers, kept)
     left_out = {a: linear.kernel_parameters(layers[a]) for a in left_out}
-    checks.warn_of_left_out(model, layers, left_out, targets)
+    advice.warn_of_left_out(model, layers, left_out, targets)
+    advice.warn_of_frozen_head(model, layers, chosen, kept)
     adapter = adapter.resolved(layers, chosen)
     checks.check_storable(adapter)
     sources = adapter.sources(layers, chosen)

@@ -135,7 +135,9 @@ def active(model: keras.Model, names: weighting.Names) -> Iterator[keras.Model]:
     Example:
 
     ```python
-    kra.inject(model, kra.LoRA(8), name="reference")
+    kra.inject(
+        model, kra.LoRA(8), name="reference", keep_trainable="logits"
+    )
     with kra.active(model, "reference"):
         logits = model.predict(x)
     ```

@@ -75,14 +75,6 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         # Keras calls this instead of `call`, but here `call` handles both.
         return self.call(*args, **kwargs)
 
-    def enable_lora(self, *args, **kwargs):
-        raise ValueError(
-            f"Layer '{self.name}' carries an adapter of keras_randadapt, "
-            "which Keras's own LoRA can't see. Call "
-            "`keras_randadapt.eject(model)` first, or add a second adapter "
-            "with `keras_randadapt.inject(model, LoRA(...), name=...)`."
-        )
-
     def _lock_if_quantized(self):
         # A quantized product sets bias and activation aside. Meanwhile another
         # thread must not call the layer without them.

@@ -95,10 +95,12 @@ def select_sites(
     else:
         found = match(layers, targets, "targets")
         remain = _not_excluded(layers, exclude, kept, candidates)
-        can = _adaptable(layers, kinds, takes)
-        chosen, left_out = _named(
-            layers, targets, remain, {True: candidates, False: can}, kinds
-        )
+        adaptable = {
+            # A layer that is not built is refused later, by its name.
+            True: _of_kinds(layers, {*kinds, *supported.KERNEL_KINDS}),
+            False: _adaptable(layers, kinds, takes),
+        }
+        chosen, left_out = _named(layers, targets, remain, adaptable, kinds)
         chosen = [address for address in found if address in chosen]
         left_out = [address for address in found if address in left_out]
     if exclude is None:
@@ -116,10 +118,16 @@ def select_sites(
 def _adaptable(layers, kinds, takes=lambda layer: True):
     return {
         address: layer
+        for address, layer in _of_kinds(layers, kinds).items()
+        if layer.built and takes(layer)
+    }
+
+
+def _of_kinds(layers, kinds):
+    return {
+        address: layer
         for address, layer in layers.items()
-        if layer.built
-        and supported.supported_class(layer, kinds) is not None
-        and takes(layer)
+        if supported.supported_class(layer, kinds) is not None
     }
 
 

@@ -169,9 +169,7 @@ def check_site(address, layer):
             f"Layer '{layer.name}' at '{address}' has no weights yet: the "
             "model never called it. Leave it out with `exclude`."
         )
-    if getattr(layer, "lora_enabled", False) or getattr(
-        layer, "dora_enabled", False
-    ):
+    if has_keras_lora(layer):
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' has Keras's own LoRA "
             "enabled. Build the model anew without `enable_lora`, or leave "
@@ -199,6 +197,14 @@ def check_site(address, layer):
                 f"'{layer.equation}' is no plain matrix product: adapting it "
                 "takes a float kernel."
             )
+
+
+def has_keras_lora(layer):
+    """Whether Keras's own LoRA is enabled on a layer."""
+    return bool(
+        getattr(layer, "lora_enabled", False)
+        or getattr(layer, "dora_enabled", False)
+    )
 
 
 def site_class(base):
