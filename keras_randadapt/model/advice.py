@@ -140,7 +140,7 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
         if missed:
             more = len(missed) - 5
             warnings.warn(
-                f"{words}{missed[:5]}"
+                f"{words}{layers.named(missed[:5])}"
                 + (f" and {more} more." if more > 0 else "."),
                 AdapterWarning,
                 stacklevel=3,

@@ -40,7 +40,8 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
             clones[address] = template.for_site(site, name)
             clones[address].check(site)
         except ValueError as error:
-            raise ValueError(f"At '{address}': {error}") from error
+            (place,) = layers.named([address])
+            raise ValueError(f"At '{place}': {error}") from error
     paths = [layers[address].path for address in addresses]
     with adapter_variables.shared_bases():
         for address, clone in clones.items():

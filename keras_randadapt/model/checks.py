@@ -207,16 +207,17 @@ def check_attachable(model, layers, addresses, kept):
         if kernel is None:
             continue
         sharing = owners.get(id(kernel), [])
+        (place,) = layers.named([address])
         if len(sharing) > 1:
             others = [
                 x.path or x.name for x in sharing if x is not layers[address]
             ]
             raise ValueError(
-                f"The kernel of '{address}' belongs to other layers as well "
+                f"The kernel of '{place}' belongs to other layers as well "
                 f"({others}): an adapter here would not reach them, and a "
                 "merge would change them. Leave the layer out with `exclude`."
             )
-        _check_distribution(address, kernel)
+        _check_distribution(place, kernel)
     for address in kept:
         for layer in _compat.flatten_layers(layers[address]):
             if supported.has_keras_lora(layer):
@@ -226,10 +227,10 @@ def check_attachable(model, layers, addresses, kept):
                     "`keep_trainable` would train it. Build the model anew "
                     "without `enable_lora`, or leave the layer out."
                 )
-    _check_overlap(model, addresses, kept)
+    _check_overlap(model, layers, addresses, kept)
 
 
-def _check_overlap(model, addresses, kept):
+def _check_overlap(model, layers, addresses, kept):
     """Raises `ValueError` if a kept layer contains a site or a kept layer.
 
     The values of kept layers are switched with their adapter, so each weight
@@ -243,8 +244,9 @@ def _check_overlap(model, addresses, kept):
     for address in all_kept:
         nested = [a for a in all_kept if a.startswith(f"{address}/")]
         if nested:
+            inner, outer = layers.named([nested[0], address])
             raise ValueError(
-                f"'{nested[0]}' and '{address}', which contains it, would be "
+                f"'{inner}' and '{outer}', which contains it, would be "
                 "kept trainable by different adapters. Let them keep the same "
                 "layer, or layers that do not contain each other."
             )
@@ -252,9 +254,10 @@ def _check_overlap(model, addresses, kept):
             a for a in all_sites if a == address or a.startswith(f"{address}/")
         ]
         if inside:
+            inner, outer = layers.named([inside[0], address])
             raise ValueError(
-                f"'{inside[0]}' is both a target and, by `keep_trainable` of "
-                f"this or another adapter, part of '{address}', whose own "
+                f"'{inner}' is both a target and, by `keep_trainable` of "
+                f"this or another adapter, part of '{outer}', whose own "
                 "weights are trained. Choose one of the two: `exclude` takes "
                 "layers out of the targets."
             )
@@ -266,7 +269,8 @@ def _check_parent(address, layers):
     reads = type(parent).__name__ in _READS_KERNELS
     if layer.quantization_mode is not None and reads:
         raise ValueError(
-            f"'{address}' is quantized to '{layer.quantization_mode}', and "
+            f"'{layers.named([address])[0]}' is quantized to "
+            f"'{layer.quantization_mode}', and "
             f"KerasHub's {type(parent).__name__} multiplies by its integers "
             "without their scale. Leave it out with `exclude`, or do not "
             "quantize."
@@ -296,7 +300,7 @@ def check_called(template, address, layers):
         )
 
 
-def _check_distribution(address, kernel):
+def _check_distribution(place, kernel):
     if keras.config.backend() != "jax":
         return
     if keras.distribution.distribution() is not None:
@@ -304,7 +308,7 @@ def _check_distribution(address, kernel):
     sharding = getattr(kernel.value, "sharding", None)
     if sharding is not None and len(sharding.device_set) > 1:
         raise ValueError(
-            f"The kernel of '{address}' is laid out over "
+            f"The kernel of '{place}' is laid out over "
             f"{len(sharding.device_set)} devices, but no distribution is "
             "active, so adapters would live on one device. Call `inject` "
             "under the same `keras.distribution` that built the model."

@@ -154,7 +154,8 @@ def _with_bias(layers, chosen, adapter):
     if without:
         warnings.warn(
             f"{len(without)} of the {len(chosen)} layers that `targets` "
-            f"matched have no bias and are left out: {without[:5]}",
+            "matched have no bias and are left out: "
+            f"{layers.named(without[:5])}",
             AdapterWarning,
             stacklevel=3,
         )
