@@ -23,7 +23,7 @@ def _model():
 
 def _inject(model, **kwargs):
     """Into all of `_model`, one layer of which has no bias."""
-    with pytest.warns(kra.AdapterWarning, match="without a bias.*dense_1"):
+    with pytest.warns(kra.AdapterWarning, match="without a bias.*plain"):
         return kra.inject(model, kra.BitFit(), **kwargs)
 
 
@@ -87,6 +87,17 @@ class TestBitFit:
             bias = supported.bias_variable(model.get_layer(name))
             np.testing.assert_allclose(methods.numpy(bias), value, rtol=1e-6)
 
+    @pytest.mark.every_backend
+    def test_offsets_are_not_rounded_to_the_dtype_of_outputs(self):
+        """Keras adds them in float32, in models of 16 bits as well."""
+        layer = keras.layers.LayerNormalization(dtype="mixed_bfloat16")
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, layer(inputs))
+        kra.inject(model, kra.BitFit())
+        layer.adapter.get("default").bias_delta.assign([1 + 2**-10] * 4)
+        assert layer.beta.dtype == vars(layer)["beta"].value.dtype
+        methods.close(layer.beta, np.full(4, 1 + 2**-10, "float32"), 1e-7)
+
     def test_layers_without_a_bias(self):
         model, _ = _model()
         with pytest.warns(UserWarning, match="1 of the 2 layers .* no bias"):
@@ -95,7 +106,7 @@ class TestBitFit:
         kra.eject(model)
         with pytest.raises(ValueError, match="has a bias to train"):
             kra.inject(model, kra.BitFit(), "plain")
-        with pytest.warns(UserWarning, match="without a bias.*dense_1"):
+        with pytest.warns(UserWarning, match="without a bias.*plain"):
             kra.inject(model, kra.BitFit())
         kra.eject(model)
         llama, _, _ = zoo.llama()

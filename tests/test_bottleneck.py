@@ -477,8 +477,7 @@ class TestPlacement:
         for template in (
             kra.Bottleneck(2),
             kra.LoRA(2, dropout=0.1),
-            kra.DyLoRA(2),
-            kra.DoRA(kra.DyLoRA(2)),
+            kra.DoRA(kra.LoRA(2, dropout=0.1)),
         ):
             with pytest.raises(ValueError, match="would be missed"):
                 kra.inject(model, template, "ffw_linear")

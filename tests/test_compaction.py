@@ -157,7 +157,7 @@ class TestSiteRanks:
         assert kra.LoRA.from_config(config).get_config() == config
 
     def test_file_of_a_task_in_its_backbone(self, tmp_path):
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.pretrained_classifier()
         kra.inject(model, kra.LoRA(3), ["query", "value"])
         ranks = {list(kra.sites(model))[1]: 2}
         kra.eject(model)
@@ -311,3 +311,179 @@ class TestNamesInSiteRanks:
         with pytest.raises(error, match=match):
             kra.inject(model, kra.LoRA(3, site_ranks=ranks), "query")
         assert kra.sites(model) == {}
+
+
+class TestSiteAlphas:
+    """Other alphas at some sites, by the same keys as those of `site_ranks`."""
+
+    METHODS = {
+        "lora": kra.LoRA,
+        "rmlora": lambda rank, **kwargs: kra.RMLoRA(
+            rank, update_rank=1, **kwargs
+        ),
+        "sora": kra.SoRA,
+        "adalora": kra.AdaLoRA,
+        "dylora": kra.DyLoRA,
+        "lorafa": kra.LoRAFA,
+        "nola": lambda rank, **kwargs: kra.NOLA(rank, num_bases=3, **kwargs),
+        "randlora": kra.RandLoRA,
+        "dora": lambda rank, **kwargs: kra.DoRA(kra.LoRA(rank, **kwargs)),
+    }
+
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize("method", METHODS)
+    def test_is_the_method_with_that_alpha_there(self, method, tmp_path):
+        """Outputs are those of two templates, each at its own sites."""
+        make = self.METHODS[method]
+        mixed, x, _ = zoo.classifier()
+        template = make(2, alpha=3, site_alphas={"value": 12})
+        kra.inject(mixed, template, ["query", "value"])
+        zoo.randomize(mixed)
+        apart, _, _ = zoo.classifier()
+        for target, alpha in (("query", 3), ("value", 12)):
+            kra.inject(apart, make(2, alpha=alpha), target, name=target)
+            zoo.randomize(apart, target)
+        kra.set_active(apart, ["query", "value"])
+        out = zoo.outputs(mixed, x)
+        methods.close(out, zoo.outputs(apart, x))
+        kra.save_adapter(mixed, tmp_path / "a")
+        other, _, _ = zoo.classifier()
+        kra.load_adapter(other, tmp_path / "a")
+        np.testing.assert_array_equal(zoo.outputs(other, x), out)
+        kra.merge(other)
+        methods.close(zoo.outputs(other, x), out)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "query",
+            re.compile("que"),
+            lambda model: model.get_layer("query"),
+            lambda model: "layers/dense",
+        ],
+        ids=["name", "pattern", "layer", "address"],
+    )
+    def test_keys(self, key):
+        model, _, _ = zoo.classifier()
+        key = key(model) if callable(key) else key
+        template = kra.LoRA(2, site_alphas={re.compile("."): 4, key: 6})
+        kra.inject(model, template, ["query", "value"])
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.scaling for a in adapters] == [3, 2]
+        config = model._randadapt.records["default"].template.get_config()
+        assert config["site_alphas"] == {"layers/dense": 6, "layers/dense_1": 4}
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_of_sites_with_other_ranks(self, rslora):
+        """An alpha is divided by the rank of its own site."""
+        model, _, _ = zoo.classifier()
+        template = kra.LoRA(
+            4,
+            alpha=8,
+            rslora=rslora,
+            site_ranks={"value": 1},
+            site_alphas={"value": 3, "logits": 3},
+        )
+        with pytest.raises(ValueError, match="At 'layers/logits': `rank` must"):
+            kra.inject(model, template, "all-linear")
+        template = kra.LoRA(
+            4,
+            alpha=8,
+            rslora=rslora,
+            site_ranks={"value": 1, "logits": 3},
+            site_alphas={"value": 3, "logits": 3},
+        )
+        again = kra.LoRA.from_config(template.get_config())
+        for one in (template, again):
+            kra.inject(model, one, "all-linear")
+            adapters = model._randadapt.adapters("default").values()
+            root = 0.5 if rslora else 1
+            methods.close(
+                [a.scaling for a in adapters],
+                np.array([8 / 4**root, 3, 3 / 3**root]),
+            )
+            kra.eject(model)
+
+    def test_clipped_ranks(self):
+        model, _, _ = zoo.classifier()
+        template = kra.LoRA(6, site_ranks="clip", site_alphas={"logits": 6})
+        kra.inject(model, template, "all-linear")
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.rank for a in adapters] == [6, 6, 3]
+        assert [a.scaling for a in adapters] == [1, 1, 2]
+
+    def test_roots_without_an_alpha_of_all_sites(self):
+        model, _, _ = zoo.classifier()
+        template = kra.LoRA(4, rslora=True, site_alphas={"query": 8})
+        kra.inject(model, template)
+        adapters = model._randadapt.adapters("default").values()
+        assert [a.scaling for a in adapters] == [4, 1]
+
+    def test_config_without_them(self):
+        """Files without such an argument stay as they were, to the byte."""
+        config = kra.LoRA(4, alpha=8, rslora=True).get_config()
+        assert not {"site_alphas", "rslora", "site_ranks"} & set(config)
+        for make in self.METHODS.values():
+            assert "site_alphas" not in str(make(2).get_config())
+
+    def test_file_of_a_task_in_its_backbone(self, tmp_path):
+        model, _, _ = zoo.pretrained_classifier()
+        pattern = re.compile("layer_0.*query")
+        template = kra.LoRA(2, site_alphas={pattern: 6})
+        kra.inject(model, template)
+        kra.save_adapter(model, tmp_path / "file")
+        backbone, _, _ = zoo.bert()
+        kra.load_adapter(backbone, tmp_path / "file")
+        adapters = backbone._randadapt.adapters("default").values()
+        assert [a.scaling for a in adapters] == [3, 1, 1, 1]
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_compacted_and_truncated(self, rank):
+        """The LoRA that they make has these scales too."""
+        make = kra.SoRA if rank is None else kra.DyLoRA
+        model, x, _ = zoo.classifier()
+        kra.inject(model, make(4, alpha=4, site_alphas={"query": 8}))
+        zoo.randomize(model)
+        if rank is None:
+            _close_gates(model, [[0, 2], [1]])
+            before = zoo.outputs(model, x)
+            kra.compact(model)
+            methods.close(zoo.outputs(model, x), before)
+        else:
+            kra.truncate(model, rank)
+        scalings = [
+            a.scaling for a in model._randadapt.adapters("default").values()
+        ]
+        assert scalings == ([2, 1] if rank is None else [4, 2])
+
+    @pytest.mark.parametrize(
+        ("values", "error", "match"),
+        [
+            ("clip", TypeError, "to alphas, or `None`"),
+            ([8], TypeError, "`site_alphas` must be a dict from names"),
+            ({"query": "8"}, ValueError, r"`site_alphas\['query'\]` must be"),
+            ({"no_such": 2}, ValueError, "`site_alphas` matches no layer"),
+            (
+                {"logits": 2},
+                ValueError,
+                r"`site_alphas` has a key that means no site: 'logits'. "
+                r"Sites: \['query', 'value'\]",
+            ),
+        ],
+    )
+    def test_bad_values(self, values, error, match):
+        model, _, _ = zoo.classifier()
+        with pytest.raises(error, match=match):
+            kra.inject(model, kra.LoRA(3, site_alphas=values))
+        assert kra.sites(model) == {}
+
+    def test_values_that_a_method_cannot_take(self):
+        zero = {"query": 0}
+        with pytest.raises(ValueError, match="which must not be 0"):
+            kra.LoRA(2, initialization="pissa", site_alphas=zero)
+        with pytest.raises(ValueError, match="which must not be 0"):
+            kra.LoRAFA(2, precondition=True, site_alphas=zero)
+        with pytest.raises(TypeError, match="`alpha_pattern` .`site_alphas`"):
+            kra.LoRA(2, alpha_pattern=zero)
+        with pytest.raises(TypeError, match="no argument `site_alphas`"):
+            kra.VeRA(2, site_alphas=zero)

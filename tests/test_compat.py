@@ -121,6 +121,32 @@ def test_training_phase(training):
     assert seen[-1] is bool(training)
 
 
+def test_is_in_call():
+    seen = []
+
+    class Probe(layers.Layer):
+        def call(self, inputs):
+            seen.append(_compat.is_in_call())
+            return inputs
+
+    layer = Probe()
+    assert not _compat.is_in_call()
+    layer(np.zeros((1, 2), "float32"))
+    assert seen == [True]
+    assert not _compat.is_in_call()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_call_context(training):
+    layer = layers.Conv1D(2, 1)
+    with pytest.raises(KeyError):
+        with _compat.call_context(layer, training):
+            assert _compat.is_in_call()
+            assert _compat.training_phase(layers.Dense(2)) is training
+            raise KeyError
+    assert not _compat.is_in_call()
+
+
 def test_walk_attributes():
     names = dict(_compat.walk_attributes(_model()))
     assert [x.name for x in names["layers"]][1:] == ["d"]

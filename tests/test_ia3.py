@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.sites import supported
 from tests import methods
 from tests import zoo
 
@@ -38,7 +39,7 @@ def test_dense(scales_input):
     model, x, scale = _model("float32", feedforward, layer)
     assert scale.shape == ((4,) if scales_input else (6,))
     kernel = methods.numpy(layer._kernel).astype("float64")
-    bias = methods.numpy(layer.bias).astype("float64")
+    bias = methods.numpy(supported.bias_variable(layer)).astype("float64")
     expected = _dense_reference(x, kernel, bias, scale, scales_input)
     methods.close(model(x), expected)
     kra.merge(model)
@@ -52,7 +53,7 @@ def test_convolution(policy, scales_input):
     layer = keras.layers.Conv2D(6, (3, 2), name="site", dtype=policy)
     model, x, scale = _model(policy, ["site"] if scales_input else [], layer)
     kernel = methods.numpy(layer._kernel).astype("float64")
-    bias = methods.numpy(layer.bias).astype("float64")
+    bias = methods.numpy(supported.bias_variable(layer)).astype("float64")
     rows, columns = x.shape[1] - 2, x.shape[2] - 1
     windows = np.stack(
         [

@@ -74,11 +74,73 @@ class TestReport:
 
     def test_head_of_an_inactive_adapter(self):
         model, _, _ = zoo.bert_classifier()
-        kra.inject(model, kra.LoRA(2))
+        with pytest.warns(kra.AdapterWarning, match="'logits'"):
+            kra.inject(model, kra.LoRA(2))
         report = kra.inject(
             model, kra.LoRA(2), keep_trainable="logits", name="b"
         )
         assert report.head_parameters == 27
+
+
+class TestHeadsOfTasks:
+    """A head that no one trains is random, so `inject` warns of it."""
+
+    def test_warning(self):
+        model, _, _ = zoo.bert_classifier()
+        with pytest.warns(
+            kra.AdapterWarning, match=r"Give `keep_trainable=\['logits'\]`"
+        ):
+            kra.inject(model, kra.LoRA(2))
+        assert not model.get_layer("logits").trainable
+
+    def test_head_that_another_adapter_keeps(self):
+        model, _, _ = zoo.bert_classifier()
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits")
+        kra.inject(model, kra.LoRA(2), "key", name="second")
+        assert len(model._randadapt.records) == 2
+
+    def test_head_without_the_first_adapter(self):
+        model, _, _ = zoo.bert_classifier()
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="first")
+        kra.inject(model, kra.LoRA(2), keep_trainable="logits", name="second")
+        kra.eject(model, "second")
+        kra.set_active(model, "first")
+        kra.eject(model)
+        with pytest.warns(kra.AdapterWarning, match="The head of task"):
+            kra.inject(model, kra.LoRA(2), "key")
+
+    @pytest.mark.parametrize(
+        "targets", ["logits", ["query", "logits"]], ids=str
+    )
+    def test_head_with_an_adapter(self, targets):
+        model, _, _ = zoo.bert_classifier()
+        assert kra.inject(model, kra.LoRA(2), targets).sites
+
+    def test_head_that_is_frozen_by_the_user(self):
+        model, _, _ = zoo.pretrained_classifier()
+        assert kra.inject(model, kra.LoRA(2)).head_parameters == 0
+        kra.inject(model, kra.LoRA(2), "key", name="second")
+
+    def test_masked_language_model(self):
+        import keras_hub
+
+        model = keras_hub.models.BertMaskedLM(
+            backbone=zoo.bert()[0], preprocessor=None
+        )
+        with pytest.warns(kra.AdapterWarning, match="'mlm_head'"):
+            kra.inject(model, kra.LoRA(2))
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2), keep_trainable="mlm_head")
+
+    @pytest.mark.parametrize("family", ["GPT2", "Llama"])
+    def test_models_that_generate(self, family):
+        """Their heads are in the preset, tied to the embedding or not."""
+        import keras_hub
+
+        backbone = {"GPT2": zoo.gpt2, "Llama": zoo.llama}[family]()[0]
+        task = getattr(keras_hub.models, f"{family}CausalLM")
+        model = task(backbone=backbone, preprocessor=None)
+        assert kra.inject(model, kra.LoRA(2)).sites
 
 
 class TestSeveralAdapters:
@@ -586,11 +648,63 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"overrides `{what}`"):
             kra.inject(model, kra.LoRA(2), "odd")
 
-    def test_enable_lora_afterwards(self):
-        model, _, targets = zoo.dense()
-        kra.inject(model, kra.LoRA(2), targets)
-        with pytest.raises(ValueError, match="carries an adapter"):
-            model.get_layer("site").enable_lora(2)
+    def test_enable_lora_in_kept_layers(self):
+        """Keras's LoRA freezes the kernel, and keeping the layer trains it."""
+        model, x, _ = zoo.classifier()
+        model.get_layer("logits").enable_lora(2)
+        with pytest.raises(ValueError, match="of `keep_trainable` has Keras"):
+            kra.inject(model, kra.LoRA(2), "query", keep_trainable="logits")
+        assert kra.sites(model) == {}
+
+    @pytest.mark.parametrize("end", [kra.eject, kra.merge])
+    def test_enable_lora_in_other_layers(self, end):
+        model, x, _ = zoo.classifier()
+        model.get_layer("value").enable_lora(2)
+        before = [(v.path, v.trainable) for v in model.variables]
+        kra.inject(model, kra.LoRA(2), "query")
+        assert len(model.trainable_variables) == 2
+        end(model)
+        assert [(v.path, v.trainable) for v in model.variables] == before
+
+    @pytest.mark.parametrize("end", [kra.eject, kra.merge])
+    def test_enable_lora_afterwards(self, end):
+        """Neither of a site nor of another layer; nothing changes."""
+        model, _, _ = zoo.classifier()
+        flags = [(v.path, v.trainable) for v in model.variables]
+        attributes = [set(vars(layer)) for layer in model.layers]
+        kra.inject(model, kra.LoRA(2), "query")
+        before = [(v.path, v.trainable) for v in model.variables]
+        for layer in model.layers[1:]:
+            with pytest.raises(ValueError, match="carries adapters of keras_"):
+                layer.enable_lora(2)
+        assert [(v.path, v.trainable) for v in model.variables] == before
+        end(model)
+        assert [(v.path, v.trainable) for v in model.variables] == flags
+        assert [set(vars(layer)) for layer in model.layers] == attributes
+        for layer in model.layers[1:]:
+            layer.enable_lora(2)
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_enable_lora_of_a_backbone_afterwards(self, whole):
+        """KerasHub's freezes every layer before it enables anything."""
+        model = (zoo.bert if whole else zoo.pretrained_classifier)()[0]
+        backbone = model if whole else model.backbone
+        before = [(v.path, v.trainable) for v in model.variables]
+        kra.inject(model, kra.LoRA(2), "key")
+        flags = [layer.trainable for layer in model._flatten_layers()]
+        count = len(model.variables)
+        with pytest.raises(ValueError, match="carries adapters of keras_"):
+            backbone.enable_lora(2)
+        assert len(model.variables) == count
+        assert [x.trainable for x in model._flatten_layers()] == flags
+        kra.eject(model)
+        assert [(v.path, v.trainable) for v in model.variables] == before
+        backbone.enable_lora(2)
+        plain, _, _ = zoo.bert()
+        plain.enable_lora(2)
+        assert [v.path for v in backbone.trainable_variables] == [
+            v.path for v in plain.trainable_variables
+        ]
 
     def test_quantize_afterwards(self):
         model, x, targets = zoo.dense()

@@ -114,7 +114,7 @@ class TestLoRA:
         model, _, targets = zoo.dense()
         with pytest.raises(ValueError, match="`rank` must be at most 6") as e:
             kra.inject(model, kra.LoRA(7), targets)
-        assert "At 'layers/dense'" in str(e.value)
+        assert "At 'layers/site'" in str(e.value)
 
     def test_dropout_only_in_training(self):
         model, x, targets = zoo.dense()

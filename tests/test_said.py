@@ -99,7 +99,7 @@ class TestSAID:
         np.testing.assert_array_equal(zoo.outputs(model, x), out)
 
     def test_file_of_a_task_in_its_backbone(self, tmp_path):
-        model, x, _ = zoo.bert_classifier()
+        model, x, _ = zoo.pretrained_classifier()
         kra.inject(model, kra.SAID(10), ["query", "value"])
         zoo.randomize(model)
         kra.save_adapter(model, tmp_path / "file")

@@ -57,7 +57,7 @@ class TestTargets:
         assert len(_inject(zoo.bert, "all-linear")) == 13
 
     def test_all_linear_leaves_the_head_of_a_task(self):
-        found = _inject(zoo.bert_classifier, "all-linear")
+        found = _inject(zoo.pretrained_classifier, "all-linear")
         assert len(found) == 13
         assert not any("logits" in path for path in found)
 
@@ -182,10 +182,12 @@ class TestTargets:
 
     def test_routers_are_left_out(self):
         inputs = keras.Input((4,))
-        x = layers.Dense(4, name="router")(inputs)
-        model = keras.Model(inputs, layers.Dense(4, name="expert")(x))
-        kra.inject(model, LORA, "all-linear")
+        x = layers.Dense(2, name="router")(inputs)
+        model = keras.Model(inputs, layers.Dense(64, name="expert")(x))
+        report = kra.inject(model, LORA, "all-linear")
         assert _names(model) == ["expert"]
+        assert report.left_out == {"layers/dense": 8}
+        assert "parameters left out" in str(report)
 
     @pytest.mark.parametrize(
         "arguments, message",
@@ -271,6 +273,258 @@ class TestTargets:
         assert isinstance(model.get_layer("quiet"), Quiet)
 
 
+class Bank(layers.Layer):
+    """Experts in one weight, as KerasHub stacks them."""
+
+    def build(self, shape):
+        self.experts = self.add_weight(shape=(3, shape[-1], 4), name="experts")
+        self.expert_bias = self.add_weight(shape=(3, 4), name="expert_bias")
+
+    def call(self, x):
+        return keras.ops.sum(
+            keras.ops.einsum("bi,eio->beo", x, self.experts) + self.expert_bias,
+            axis=1,
+        )
+
+
+class TestLeftOut:
+    """A layer that `targets` means and that is not adapted is told of."""
+
+    def _model(self):
+        inputs = keras.Input((6,))
+        x = layers.Dense(6, name="block_query")(inputs)
+        x = layers.LayerNormalization(name="block_norm")(x)
+        x = x * layers.Dense(1, name="block_gate")(x)
+        x = layers.Dropout(0.1, name="block_dropout")(x)
+        x = Bank(name="block_experts")(x)
+        return keras.Model(inputs, layers.Dense(4, name="head")(x))
+
+    def test_pattern(self):
+        model = self._model()
+        with pytest.warns(
+            kra.AdapterWarning,
+            match="44 % of .*'layers/block_experts .Bank.'",
+        ):
+            report = kra.inject(model, LORA, re.compile("query|norm|experts"))
+        assert _names(model) == ["block_query"]
+        assert report.left_out == {"layers/bank": 72}
+
+    def test_pattern_that_means_no_kernel_but_norms_and_dropout(self):
+        model = self._model()
+        pattern = re.compile("query|norm|dropout")
+        assert kra.inject(model, LORA, pattern).left_out == {}
+
+    def test_kinds_that_a_method_does_not_adapt(self):
+        ids = keras.Input((5,), dtype="int32")
+        x = layers.Embedding(11, 6, name="table")(ids)
+        model = keras.Model(ids, layers.Dense(4, name="dense_of_table")(x))
+        with pytest.warns(kra.AdapterWarning, match="table .Embedding."):
+            report = kra.inject(model, kra.DoRA(LORA), re.compile("table"))
+        assert _names(model) == ["dense_of_table"]
+        assert report.left_out == {"layers/embedding": 66}
+        kra.eject(model)
+        for template in (kra.DoRA(LORA), kra.BitFit()):
+            with pytest.raises(ValueError, match="does not adapt a Embedding"):
+                kra.inject(model, template, ["dense_of_table", "table"])
+        kra.inject(model, kra.DoRA(LORA), re.compile("table"), exclude="table")
+        assert _names(model) == ["dense_of_table"]
+
+    def test_equations_that_a_method_does_not_adapt(self):
+        """A sum over tokens is no product that maps tokens to tokens."""
+        inputs = keras.Input((3, 6))
+        x = layers.Dense(6, name="query")(inputs)
+        x = layers.EinsumDense("abc,cd->ad", (4,), name="sum_of_query")(x)
+        model = keras.Model(inputs, x)
+        with pytest.warns(kra.AdapterWarning, match="sum_of_query"):
+            kra.inject(model, kra.Bottleneck(2), re.compile("query"))
+        assert _names(model) == ["query"]
+
+    def test_function(self):
+        model = self._model()
+        with pytest.warns(kra.AdapterWarning, match="block_norm .LayerNorm"):
+            report = kra.inject(model, LORA, lambda x: x.name != "block_gate")
+        assert _names(model) == ["block_query", "head"]
+        assert report.left_out == {
+            "layers/layer_normalization": 0,
+            "layers/bank": 72,
+        }
+
+    def test_function_of_an_attribute_that_some_layers_have(self):
+        assert _inject(
+            lambda: [self._model()], lambda layer: layer.units == 6
+        ) == ["block_query"]
+
+    def test_name_of_several_layers(self):
+        """One can be adapted and one can't, and a third has no kernel."""
+
+        class Block(layers.Layer):
+            def __init__(self, inner, **kwargs):
+                super().__init__(**kwargs)
+                self.proj = inner
+
+            def build(self, shape):
+                self.proj.build(shape)
+
+            def call(self, x):
+                return self.proj(x)
+
+        def build(*inner):
+            blocks = [Block(one, name=f"block_{one.name}") for one in inner]
+            return keras.Sequential([keras.Input((4,)), *blocks])
+
+        model = build(layers.Dense(4, name="a"), layers.Dropout(0.1, name="b"))
+        assert len(kra.inject(model, LORA, "proj").sites) == 1
+        model = build(layers.Dense(4, name="a"), Bank(name="bank"))
+        with pytest.raises(
+            ValueError, match="also means layers of .*Bank.*block_bank/proj"
+        ):
+            kra.inject(model, LORA, "proj")
+        assert kra.sites(model) == {}
+        kra.inject(model, LORA, "proj", exclude="block_bank")
+        assert [x.name for x in kra.sites(model).values()] == ["a"]
+
+    def test_all_linear(self):
+        model = self._model()
+        with pytest.warns(
+            kra.AdapterWarning, match='"all-linear"` leaves out 47 %'
+        ):
+            report = kra.inject(model, LORA, "all-linear")
+        assert _names(model) == ["block_query", "head"]
+        assert report.left_out == {"layers/dense_1": 6, "layers/bank": 72}
+        assert "78" in str(report)
+
+    def test_what_is_excluded_or_kept_is_not_left_out(self):
+        for arguments in (
+            {"exclude": ["block_experts", "block_gate"]},
+            {"keep_trainable": ["block_experts", "block_gate"]},
+        ):
+            model = self._model()
+            report = kra.inject(model, LORA, "all-linear", **arguments)
+            assert report.left_out == {}
+
+    def test_heads_of_tasks(self):
+        model = zoo.pretrained_classifier()[0]
+        report = kra.inject(model, LORA, "all-linear")
+        assert report.left_out == {"layers/dense": 24}
+
+    def test_a_head_of_one_output_is_no_gate(self):
+        inputs = keras.Input((6,))
+        model = keras.Model(inputs, layers.Dense(1, name="score")(inputs))
+        kra.inject(model, kra.LoRA(1), "all-linear")
+        assert _names(model) == ["score"]
+
+    @pytest.mark.parametrize("mode", ["int8", "int4"])
+    def test_quantized_routers(self, mode):
+        model = keras.Sequential(
+            [
+                keras.Input((8,)),
+                layers.Dense(4, name="router"),
+                layers.Dense(64, name="dense"),
+            ]
+        )
+        model.quantize(mode)
+        report = kra.inject(model, LORA, "all-linear")
+        assert list(report.left_out) == ["layers/dense"]
+        assert report.left_out["layers/dense"] in (16, 32)
+
+
+class TestMixturesOfExperts:
+    """All of KerasHub's: routers and gates are left out, and experts told."""
+
+    COMMON = dict(
+        vocabulary_size=20,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+    )
+    QWEN = dict(num_experts=4, top_k=2, moe_intermediate_dim=8)
+
+    @pytest.mark.parametrize(
+        "family, arguments, gates",
+        [
+            ("Mixtral", dict(intermediate_dim=8, num_experts=4, top_k=2), 1),
+            (
+                "QwenMoe",
+                dict(
+                    **QWEN,
+                    intermediate_dim=8,
+                    shared_expert_intermediate_dim=8,
+                ),
+                2,
+            ),
+            ("Qwen3Moe", dict(**QWEN, intermediate_dim=8, head_dim=4), 1),
+            (
+                "Qwen3_5Moe",
+                dict(
+                    **QWEN,
+                    head_dim=8,
+                    shared_expert_intermediate_size=8,
+                    layer_types=["full_attention"],
+                ),
+                2,
+            ),
+            ("GptOss", dict(intermediate_dim=8, num_experts=4), 1),
+            (
+                "Gemma4",
+                dict(
+                    image_size=8,
+                    intermediate_dim=8,
+                    head_dim=4,
+                    enable_moe_block=True,
+                    num_experts=4,
+                    expert_intermediate_dim=8,
+                    num_experts_per_token=2,
+                ),
+                1,
+            ),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_family(self, family, arguments, gates):
+        import keras_hub
+
+        backbone = getattr(keras_hub.models, f"{family}Backbone", None)
+        if backbone is None:
+            pytest.skip(f"The oldest KerasHub has no {family}")
+        model = backbone(**self.COMMON, **arguments)
+        with pytest.warns(kra.AdapterWarning, match="Experts|MoEBlock"):
+            report = kra.inject(model, LORA, "all-linear")
+        small = [n for n in report.left_out.values() if n in (8, 32)]
+        assert len(small) == gates and len(report.left_out) == gates + 1
+        # Three stacks of four experts of 8 x 8 weights.
+        assert max(report.left_out.values()) == 768
+        assert not any("router" in a for a in report.sites)
+
+    def test_router_that_routes_no_experts(self):
+        import keras_hub
+
+        if not hasattr(keras_hub.models, "Gemma3nBackbone"):
+            pytest.skip("The oldest KerasHub has no Gemma3n")
+        model = keras_hub.models.Gemma3nBackbone(
+            text_vocab_size=20,
+            text_hidden_size=8,
+            num_hidden_layers=1,
+            pad_token_id=0,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            intermediate_size=[8],
+            hidden_activation="gelu_approximate",
+            layer_types=["full_attention"],
+            sliding_window=4,
+            rope_theta=10000.0,
+            max_position_embeddings=16,
+            vocab_size_per_layer_input=20,
+            hidden_size_per_layer_input=4,
+            altup_num_inputs=2,
+            laurel_rank=2,
+        )
+        report = kra.inject(model, LORA, "all-linear")
+        assert any(a.endswith("/modality_router") for a in report.sites)
+        assert report.left_out == {}
+
+
 class TestAddresses:
     """An address is the path of a layer's weights in a `.weights.h5` file."""
 
@@ -280,7 +534,7 @@ class TestAddresses:
             zoo.sequential,
             zoo.functional,
             zoo.subclassed,
-            zoo.bert_classifier,
+            zoo.pretrained_classifier,
             zoo.clip,
             zoo.llama,
         ],

@@ -275,6 +275,13 @@ def bert_classifier(hidden_dim=8):
     return set_weights(model), x, None
 
 
+def pretrained_classifier():
+    """A classifier whose head is trained, so that no adapter needs to."""
+    model, x, targets = bert_classifier()
+    model.get_layer("logits").trainable = False
+    return model, x, targets
+
+
 def gpt2():
     import keras_hub
 

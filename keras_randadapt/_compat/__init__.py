@@ -8,11 +8,13 @@ the symbol, before a user's `fit` fails.
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
 from keras_randadapt._compat.layers import attach_sublayer
+from keras_randadapt._compat.layers import call_context
 from keras_randadapt._compat.layers import calls_in_graph
 from keras_randadapt._compat.layers import causal_padding
 from keras_randadapt._compat.layers import detach_sublayer
 from keras_randadapt._compat.layers import flatten_layers
 from keras_randadapt._compat.layers import instance_attributes
+from keras_randadapt._compat.layers import is_in_call
 from keras_randadapt._compat.layers import is_nnx_enabled
 from keras_randadapt._compat.layers import is_saveable
 from keras_randadapt._compat.layers import kernel_of
@@ -59,6 +61,7 @@ from keras_randadapt._compat.steps import values_of_jax_state
 __all__ = [
     "alias_registered_class",
     "attach_sublayer",
+    "call_context",
     "calls_in_graph",
     "causal_padding",
     "check_variables_are_known",
@@ -71,6 +74,7 @@ __all__ = [
     "fresh_step",
     "has_values",
     "instance_attributes",
+    "is_in_call",
     "is_nnx_enabled",
     "is_saveable",
     "is_tracing",

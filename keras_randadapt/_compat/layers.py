@@ -17,11 +17,13 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 __all__ = [
     "alias_registered_class",
     "attach_sublayer",
+    "call_context",
     "calls_in_graph",
     "causal_padding",
     "detach_sublayer",
     "flatten_layers",
     "instance_attributes",
+    "is_in_call",
     "is_nnx_enabled",
     "is_saveable",
     "KeepsTrainingFlag",
@@ -183,6 +185,29 @@ def training_phase(layer):
     pass it to them, but the call context has it.
     """
     return bool(layer._get_call_context().get_value("training"))
+
+
+def is_in_call():
+    """Whether a layer is being called, or traced, at the moment."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+@contextlib.contextmanager
+def call_context(layer, training):
+    """Opens the context of a layer's call, where no call is in progress.
+
+    On JAX, Keras's training calls `call` and not the layer itself. The layers
+    below would then find no context and no `training` flag.
+
+    Args:
+        layer: The layer whose `call` is about to run.
+        training: bool. The flag of the call.
+    """
+    try:
+        layer._get_call_context().set_value("training", training)
+        yield
+    finally:
+        layer._maybe_reset_call_context()
 
 
 class KeepsTrainingFlag:

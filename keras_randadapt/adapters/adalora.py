@@ -42,6 +42,7 @@ class AdaLoRA(gated.GatedLoRA):
         alpha: Optional float. See `LoRA`. Pruning ranks does not change
             `scaling`.
         scaling: Optional float. See `LoRA`.
+        site_alphas: Optional dict. See `LoRA`.
         a_initializer: The first values of `A`, normal with standard deviation
             0.02 by default. See `LoRA` for the forms it may have.
         b_initializer: The first values of `B`, with the same default.

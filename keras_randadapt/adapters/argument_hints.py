@@ -12,6 +12,7 @@ _OTHER_NAMES = {
     "use_rslora": "rslora",
     "init_lora_weights": "initialization",
     "rank_pattern": "site_ranks",
+    "alpha_pattern": "site_alphas",
     "target_modules": "targets` of `inject",
     "exclude_modules": "exclude` of `inject",
     "modules_to_save": "keep_trainable` of `inject",

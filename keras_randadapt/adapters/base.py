@@ -324,8 +324,8 @@ class Adapter(AdapterVariables):
 
         Returns:
             `(a, b, scaling)`: NumPy arrays `(input_dim, rank)` and `(rank,
-            output_dim)`, and a float that is the same for all sites. The
-            update is `scaling * a b`. The rank may be 0.
+            output_dim)`, and a float. The update is `scaling * a b`. The rank
+            may be 0.
 
         Raises:
             TypeError: If the method has nothing to leave out.

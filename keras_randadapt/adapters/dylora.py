@@ -41,6 +41,7 @@ class DyLoRA(lora.LoRA):
         alpha: Optional float. `scaling` is `alpha / rank`, so a training step
             scales its product by `alpha / b`.
         scaling: Optional float. See `LoRA`.
+        site_alphas: Optional dict. See `LoRA`.
         a_initializer: The first values of `A`. See `LoRA`.
         b_initializer: The first values of `B`. See `LoRA`.
         regularizer: Optional regularizer of `A` and `B`. See `LoRA`.

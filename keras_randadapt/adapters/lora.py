@@ -13,12 +13,10 @@ from keras_randadapt import random
 from keras_randadapt._types import Config
 from keras_randadapt._types import Initializer
 from keras_randadapt._types import Layers
-from keras_randadapt._types import Rename
 from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
-from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
@@ -32,7 +30,7 @@ _READ = {spelling: name for name, spelling in _SPELLINGS.items()}
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class LoRA(base.Adapter):
+class LoRA(site_arguments.SiteArguments):
     """Low-rank adaptation: `delta = scaling * A B`.
 
     `A`, `(input_dim, rank)`, and `B`, `(rank, output_dim)`, are trained, which
@@ -77,6 +75,9 @@ class LoRA(base.Adapter):
             over an earlier one, and `scaling` is the same for all sites.
             `"clip"` lowers the rank at sites whose kernel view has a smaller
             dimension than that, such as a head of three classes.
+        site_alphas: Optional dict to the `alpha` of some sites, from the same
+            keys as those of `site_ranks`. There `scaling` is this `alpha`
+            divided by the site's own rank, or by its root with `rslora`.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.
@@ -92,7 +93,9 @@ class LoRA(base.Adapter):
     Example:
 
     ```python
-    kra.inject(model, kra.LoRA(8), targets=["query", "value"])
+    kra.inject(
+        model, kra.LoRA(8), ["query", "value"], keep_trainable="logits"
+    )
     ```
 
     References:
@@ -107,6 +110,8 @@ class LoRA(base.Adapter):
 
     #: Whether `A` and `B` may start from the kernel.
     starts_from_kernel = True
+
+    site_arguments = ("site_ranks", "site_alphas")
 
     def __init__(
         self,
@@ -128,16 +133,13 @@ class LoRA(base.Adapter):
         self.clips_ranks = isinstance(site_ranks, str) and site_ranks == "clip"
         if self.clips_ranks:
             site_ranks = {}
-        if not isinstance(site_ranks, (dict, type(None))):
-            raise TypeError(
-                "`site_ranks` must be a dict from names, patterns or layers to "
-                f'ranks, "clip", or `None`. Received: site_ranks={site_ranks!r}'
-            )
-        self.site_ranks = {
-            key: arguments.check_rank(one, f"site_ranks[{key!r}]")
-            for key, one in (site_ranks or {}).items()
-        }
-        self.scaling = arguments.check_alpha(alpha, scaling, self.rank, rslora)
+        self.site_ranks = site_arguments.check(
+            site_ranks, "site_ranks", arguments.check_rank, '"clip", '
+        )
+        self.rslora = bool(rslora)
+        # Alone, the `alpha` of some sites leaves the others at a scaling of 1.
+        uniform = self.rslora and not (alpha is None and self.site_alphas)
+        self.scaling = arguments.check_alpha(alpha, scaling, self.rank, uniform)
         self.initialization = self._check_initialization(initialization)
         self.a_initializer = arguments.check_initializer(
             a_initializer, "a_initializer"
@@ -161,7 +163,8 @@ class LoRA(base.Adapter):
             )
         # The update is the difference to factors of the base kernel.
         self.depends_on_base = initialization in _FROM_KERNEL
-        if initialization in _FROM_KERNEL and self.scaling == 0:
+        factors = [self.scaling, *self.site_alphas.values()]
+        if initialization in _FROM_KERNEL and 0 in factors:
             raise ValueError(
                 f"`initialization={initialization!r}` divides by the scaling, "
                 "which must not be 0."
@@ -169,54 +172,30 @@ class LoRA(base.Adapter):
         return initialization
 
     def for_site(self, site: Site, name: str) -> Self:
+        # The scaling is one of all sites, and a site's own `alpha` is divided
+        # by its own rank.
         clone = super().for_site(site, name)
         clone.rank = self.site_ranks.get(site.address, self.rank)
+        if site.address in self.site_alphas:
+            clone.set_alpha(self.site_alphas[site.address])
         return clone
 
-    def relocated(self, rename: Rename) -> Self:
-        config = self.get_config()
-        if self.site_ranks:
-            config["site_ranks"] = {
-                rename(address): rank
-                for address, rank in self.site_ranks.items()
-            }
-        return type(self).from_config(config)
+    def set_alpha(self, alpha: float) -> None:
+        self.scaling = arguments.check_alpha(
+            alpha, None, self.rank, self.rslora
+        )
 
     def resolved(self, layers: Layers, addresses: Collection[str]) -> Self:
-        if not self.site_ranks and not self.clips_ranks:
-            return self
-        ranks: dict[str, int] = {}
-        for key, rank in self.site_ranks.items():
-            if isinstance(key, str) and key in addresses:
-                # The address of a site, as `keras_randadapt.sites` gives it.
-                meant = [key]
-            elif isinstance(key, keras.layers.Layer):
-                meant = [a for a in layers if layers[a] is key]
-            else:
-                meant = selection.match(layers, key, "site_ranks")
-            chosen = [address for address in meant if address in addresses]
-            if not chosen:
-                raise ValueError(
-                    "`site_ranks` has a key that means no site: "
-                    f"{key!r}. Sites: {list(addresses)[:5]}"
-                )
-            ranks.update(dict.fromkeys(chosen, rank))
-        if self.clips_ranks:
-            for address in addresses:
-                smaller = min(supported.view_of(layers[address]))
-                if smaller < self.rank:
-                    ranks[address] = smaller
-        config = self.get_config()
-        config.pop("site_ranks", None)
-        return type(self).from_config({**config, "site_ranks": ranks})
-
-    def check_addresses(self, addresses: Collection[str]) -> None:
-        unused = [key for key in self.site_ranks if key not in addresses]
-        if unused:
-            raise ValueError(
-                f"`site_ranks` has keys that mean no site: {unused[:5]}. "
-                f"Sites: {list(addresses)[:5]}"
-            )
+        found = super().resolved(layers, addresses)
+        if not self.clips_ranks:
+            return found
+        ranks = {
+            address: min(supported.view_of(layers[address]))
+            for address in addresses
+        }
+        return found._with(
+            {"site_ranks": {a: r for a, r in ranks.items() if r < self.rank}}
+        )
 
     def check(self, site: Site) -> None:
         arguments.check_rank_fits(self.rank, site.kernel_view)
@@ -387,8 +366,8 @@ class LoRA(base.Adapter):
             )
         if self.clips_ranks:
             config["site_ranks"] = "clip"
-        elif self.site_ranks:
-            config["site_ranks"] = dict(self.site_ranks)
+        if self.site_alphas and self.rslora:
+            config["rslora"] = True
         if self.regularizer is not None:
             config["regularizer"] = keras.regularizers.serialize(
                 self.regularizer

@@ -11,14 +11,14 @@ from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class LoRAFA(base.Adapter):
+class LoRAFA(site_arguments.SiteArguments):
     """LoRA with a frozen first factor.
 
     The delta is `scaling * A B`. `A`, `(input_dim, rank)`, is a frozen random
@@ -37,6 +37,7 @@ class LoRAFA(base.Adapter):
         alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
             `rank` by default.
         scaling: Optional float, instead of `alpha`.
+        site_alphas: Optional dict. See `LoRA`.
         basis: The random matrix `A`: `"uniform"` or `"gaussian"` for
             independent entries; `"sparse"` or `"very_sparse"` for ternary
             entries, kept as int8; `"hadamard"` for a randomized Hadamard
@@ -90,10 +91,14 @@ class LoRAFA(base.Adapter):
         self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
         self.basis = bases.check_kind(basis)
         self.precondition = bool(precondition)
-        if self.precondition and self.scaling == 0:
+        if self.precondition and 0 in (
+            self.scaling,
+            *self.site_alphas.values(),
+        ):
             raise ValueError(
                 "`precondition` divides by the scaling, which must not be 0. "
-                f"Received: scaling={scaling}, alpha={alpha}"
+                f"Received: scaling={scaling}, alpha={alpha}, "
+                f"site_alphas={self.site_alphas}"
             )
 
     def check(self, site: Site) -> None:

@@ -10,14 +10,14 @@ from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class NOLA(base.Adapter):
+class NOLA(site_arguments.SiteArguments):
     """LoRA whose factors are combinations of frozen random matrices.
 
     The delta is `scaling * A B`, with `A = A_0 + sum_i alpha_i A_i`,
@@ -39,6 +39,7 @@ class NOLA(base.Adapter):
         alpha: Optional float. `scaling` is `alpha / rank`, and `alpha` is
             `rank` by default.
         scaling: Optional float, instead of `alpha`.
+        site_alphas: Optional dict. See `LoRA`.
         seed: int. See `Adapter`.
         dropout: float. See `Adapter`.
         dtype: See `Adapter`.

@@ -10,8 +10,8 @@ from keras_randadapt import arguments
 from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
 from keras_randadapt.adapters import mixing
+from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
@@ -25,7 +25,7 @@ RESCALE = ("sqrt", "none")
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class RandLoRA(base.Adapter):
+class RandLoRA(site_arguments.SiteArguments):
     """Full-rank adaptation by random bases.
 
     The delta is `scaling * sum_j B_j diag(lambda_j) A diag(gamma_j)`. If the
@@ -61,6 +61,7 @@ class RandLoRA(base.Adapter):
             `n` of the site, as in the paper's code and appendix. With
             `"none"`, it is `alpha / rank`, as in Hugging Face's PEFT (whose
             `alpha` is 640 at rank 32).
+        site_alphas: Optional dict. See `LoRA`.
         compute: `"factored"` multiplies each input twice in addition to the
             site's own product. `"materialized"` forms the delta in every step
             and adds it to the kernel, and multiplies each input once.
@@ -120,6 +121,9 @@ class RandLoRA(base.Adapter):
         )
         self.rescale = arguments.check_choice(rescale, RESCALE, "rescale")
         self.compute = arguments.check_choice(compute, COMPUTE, "compute")
+
+    def set_alpha(self, alpha: float) -> None:
+        self.alpha = alpha
 
     def build(self, site: Site) -> None:
         small, large = sorted(site.kernel_view)

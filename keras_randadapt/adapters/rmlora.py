@@ -50,6 +50,7 @@ class RMLoRA(lora.LoRA):
         mask_updates: bool. See `MaskedGradient`.
         alpha: Optional float. See `LoRA`.
         scaling: Optional float. See `LoRA`. 1 by default, as in the paper.
+        site_alphas: Optional dict. See `LoRA`.
         a_initializer: The first values of `A`: by default normal with
             standard deviation `1 / sqrt(input_dim)`. Its columns then have
             unit length on average and are nearly orthogonal, so that the

@@ -40,6 +40,7 @@ class SoRA(gated.GatedLoRA):
             close.
         alpha: Optional float. See `LoRA`.
         scaling: Optional float. See `LoRA`.
+        site_alphas: Optional dict. See `LoRA`.
         gate_initializer: The first values of the gates. The default is
             normal, as in the reference code. See `LoRA` for other forms.
         a_initializer: The first values of `A`. See `LoRA`.

@@ -394,7 +394,10 @@ def _counting_call(base):
         # An interrupted call, or a call of a part of the model, may have left
         # relayed inputs.
         self._randadapt.forget_relayed()
-        return base.call(self, *args, **kwargs)
+        if _compat.is_in_call():
+            return base.call(self, *args, **kwargs)
+        with _compat.call_context(self, bool(training)):
+            return base.call(self, *args, **kwargs)
 
     return call
 

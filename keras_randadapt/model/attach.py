@@ -164,7 +164,7 @@ def _become_adapted(change, layers):
         layer_flags.append((layer, layer.trainable))
         for variable in _compat.owned_variables(layer):
             variable_flags.append((variable, variable.trainable))
-    parts = models_of(model)
+    parts = _compat.flatten_layers(model)
     # The class is set first and taken back last: see `transaction.recover`.
     change.set(
         model,

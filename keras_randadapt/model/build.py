@@ -40,7 +40,8 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
             clones[address] = template.for_site(site, name)
             clones[address].check(site)
         except ValueError as error:
-            raise ValueError(f"At '{address}': {error}") from error
+            (place,) = layers.named([address])
+            raise ValueError(f"At '{place}': {error}") from error
     paths = [layers[address].path for address in addresses]
     with adapter_variables.shared_bases():
         for address, clone in clones.items():
@@ -56,6 +57,13 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
             ):
                 clone.build_at(clone.site)
     return clones
+
+
+def takes(template, layer):
+    """Whether a method adapts layers like this one."""
+    return supported.kind_of(layer) in template.site_kinds and (
+        not template.adapts_output or supported.is_matrix_product(layer)
+    )
 
 
 def _check_kind(template, layer):

@@ -1,6 +1,5 @@
 """Checks of arguments, models and sites before a model is changed."""
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -208,20 +207,30 @@ def check_attachable(model, layers, addresses, kept):
         if kernel is None:
             continue
         sharing = owners.get(id(kernel), [])
+        (place,) = layers.named([address])
         if len(sharing) > 1:
             others = [
                 x.path or x.name for x in sharing if x is not layers[address]
             ]
             raise ValueError(
-                f"The kernel of '{address}' belongs to other layers as well "
+                f"The kernel of '{place}' belongs to other layers as well "
                 f"({others}): an adapter here would not reach them, and a "
                 "merge would change them. Leave the layer out with `exclude`."
             )
-        _check_distribution(address, kernel)
-    _check_overlap(model, addresses, kept)
+        _check_distribution(place, kernel)
+    for address in kept:
+        for layer in _compat.flatten_layers(layers[address]):
+            if supported.has_keras_lora(layer):
+                raise ValueError(
+                    f"Layer '{layer.name}' of `keep_trainable` has Keras's own "
+                    "LoRA enabled, which freezes its kernel, and "
+                    "`keep_trainable` would train it. Build the model anew "
+                    "without `enable_lora`, or leave the layer out."
+                )
+    _check_overlap(model, layers, addresses, kept)
 
 
-def _check_overlap(model, addresses, kept):
+def _check_overlap(model, layers, addresses, kept):
     """Raises `ValueError` if a kept layer contains a site or a kept layer.
 
     The values of kept layers are switched with their adapter, so each weight
@@ -235,8 +244,9 @@ def _check_overlap(model, addresses, kept):
     for address in all_kept:
         nested = [a for a in all_kept if a.startswith(f"{address}/")]
         if nested:
+            inner, outer = layers.named([nested[0], address])
             raise ValueError(
-                f"'{nested[0]}' and '{address}', which contains it, would be "
+                f"'{inner}' and '{outer}', which contains it, would be "
                 "kept trainable by different adapters. Let them keep the same "
                 "layer, or layers that do not contain each other."
             )
@@ -244,9 +254,10 @@ def _check_overlap(model, addresses, kept):
             a for a in all_sites if a == address or a.startswith(f"{address}/")
         ]
         if inside:
+            inner, outer = layers.named([inside[0], address])
             raise ValueError(
-                f"'{inside[0]}' is both a target and, by `keep_trainable` of "
-                f"this or another adapter, part of '{address}', whose own "
+                f"'{inner}' is both a target and, by `keep_trainable` of "
+                f"this or another adapter, part of '{outer}', whose own "
                 "weights are trained. Choose one of the two: `exclude` takes "
                 "layers out of the targets."
             )
@@ -258,7 +269,8 @@ def _check_parent(address, layers):
     reads = type(parent).__name__ in _READS_KERNELS
     if layer.quantization_mode is not None and reads:
         raise ValueError(
-            f"'{address}' is quantized to '{layer.quantization_mode}', and "
+            f"'{layers.named([address])[0]}' is quantized to "
+            f"'{layer.quantization_mode}', and "
             f"KerasHub's {type(parent).__name__} multiplies by its integers "
             "without their scale. Leave it out with `exclude`, or do not "
             "quantize."
@@ -268,8 +280,9 @@ def _check_parent(address, layers):
 def check_called(template, address, layers):
     """Raises `ValueError` if a method's changes are not all in the kernel.
 
-    The check is for layers whose parent reads the kernel and does not call
-    them.
+    The check is for layers of KerasHub whose parent reads the kernel and does
+    not call them. Other parents are found when they read it, see
+    `sites.layer`.
     """
     parent = layers.get(address.rpartition("/")[0])
     if type(parent).__name__ not in _READS_KERNELS:
@@ -279,8 +292,6 @@ def check_called(template, address, layers):
         missed = "the change of its output"
     elif template.dropout:
         missed = "the adapter's `dropout`"
-    elif _has_training_delta(template):
-        missed = "the method's changes that apply only in training"
     if missed:
         raise ValueError(
             f"KerasHub's {type(parent).__name__} does not call "
@@ -289,82 +300,7 @@ def check_called(template, address, layers):
         )
 
 
-def _has_training_delta(template):
-    return any(
-        type(part).training_delta_kernel is not Adapter.training_delta_kernel
-        for part in _compat.flatten_layers(template)
-        if isinstance(part, Adapter)
-    )
-
-
-def warn_of_inference_in_fit(model, template):
-    """Warns if `fit` will not tell the adapter that it is training."""
-    if "training" in inspect.signature(model.call).parameters:
-        return
-    if template.dropout or _has_training_delta(template):
-        warnings.warn(
-            f"`{type(model).__name__}.call` takes no `training` argument, so "
-            "Keras's `fit` runs the model as in inference: without dropout, "
-            "and without the method's changes that apply only in training. "
-            "Add the argument to `call`.",
-            AdapterWarning,
-            stacklevel=3,
-        )
-
-
-def warn_of_frozen_in_kept(layers, kept):
-    """Warns of layers in `keep_trainable` that have integer kernels."""
-    frozen = [
-        layer.path or layer.name
-        for address in kept
-        for layer in _compat.flatten_layers(layers[address])
-        # Kernels in float8 are floats and can be trained.
-        if "float" not in (getattr(layer, "quantization_mode", None) or "float")
-    ]
-    if frozen:
-        warnings.warn(
-            f"{len(frozen)} layers of `keep_trainable` are quantized, so only "
-            f"their biases can be trained: {frozen[:5]}. Leave them out of "
-            "`quantize` with its `filters`.",
-            AdapterWarning,
-            stacklevel=3,
-        )
-
-
-def warn_of_missed_biases(layers, chosen, kept, kinds):
-    """Warns of layers whose biases are not trained, if all biases should be.
-
-    These are layers without a bias, and layers with a bias whose class can't
-    be adapted.
-    """
-    inside = {
-        id(layer)
-        for address in kept
-        for layer in _compat.flatten_layers(layers[address])
-    }
-    without, other = [], []
-    for address, layer in layers.items():
-        if address in chosen or id(layer) in inside or not layer.built:
-            continue
-        if supported.supported_class(layer, kinds) is not None:
-            without.append(address)
-        elif isinstance(getattr(layer, "bias", None), keras.Variable):
-            other.append(address)
-    for missed, words in (
-        (without, "Layers without a bias are left out: "),
-        (other, "Biases of layers that can't be adapted stay frozen: "),
-    ):
-        if missed:
-            more = len(missed) - 5
-            warnings.warn(
-                f"{words}{missed[:5]}"
-                + (f" and {more} more." if more > 0 else "."),
-                AdapterWarning,
-                stacklevel=3,
-            )
-
-
-def _check_distribution(address, kernel):
+def _check_distribution(place, kernel):
     if keras.config.backend() != "jax":
         return
     if keras.distribution.distribution() is not None:
@@ -372,7 +308,7 @@ def _check_distribution(address, kernel):
     sharding = getattr(kernel.value, "sharding", None)
     if sharding is not None and len(sharding.device_set) > 1:
         raise ValueError(
-            f"The kernel of '{address}' is laid out over "
+            f"The kernel of '{place}' is laid out over "
             f"{len(sharding.device_set)} devices, but no distribution is "
             "active, so adapters would live on one device. Call `inject` "
             "under the same `keras.distribution` that built the model."

@@ -84,13 +84,21 @@ def _replace(model, name, factors_of):
             f"No rank of the adapter '{name}' is switched on at any site: "
             "there would be nothing left. Eject it instead."
         )
-    (scaling,) = {scaling for _, _, scaling in found.values()}
+    ranks = {address: len(b) for address, (_, b) in factors.items()}
+    scalings = {address: found[address][2] for address in factors}
+    # A site whose scaling is another one has an `alpha` of its own.
+    scaling = next(iter(scalings.values()))
     template, built = low_rank.build(
         state.layers,
         name,
         factors,
-        {address: len(b) for address, (_, b) in factors.items()},
+        ranks,
         scaling=scaling,
+        site_alphas={
+            address: one * ranks[address]
+            for address, one in scalings.items()
+            if one != scaling
+        },
         seed=record.template.seed,
         dropout=record.template.dropout,
         dtype=record.template.dtype,

@@ -1,5 +1,6 @@
 """`inject`: checks its arguments, builds adapters and attaches them."""
 
+import functools
 import warnings
 
 import keras
@@ -7,11 +8,13 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import advice
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model.state import layers_of
+from keras_randadapt.sites import linear
 from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.selection import Targets
@@ -45,12 +48,15 @@ def inject(
         targets: The layers to adapt. It may be a name or a list of names, each
             a layer's own name or the end of its path; a `re.Pattern`, which is
             searched for in the path; `"all-linear"`, which means every Dense
-            and EinsumDense layer except expert routers, heads of KerasHub
-            tasks and layers in `keep_trainable`; a function of a layer that
-            returns a bool; or `None`. `None` means the query and value
-            projections for most methods, all layers with a bias for `BitFit`,
-            outputs of attention and feed-forward networks for `Bottleneck`,
-            and keys, values and feed-forward outputs for `IA3`.
+            and EinsumDense layer except routers and gates of experts, heads of
+            KerasHub tasks and layers in `keep_trainable`; a function of a
+            layer that returns a bool; or `None`. A name must mean layers that
+            can be adapted. A pattern or a function may mean others: layers
+            with a kernel are then left out with a warning, and so is a
+            normalization for which a function is true. `None` means the query
+            and value projections for most methods, all layers with a bias for
+            `BitFit`, outputs of attention and feed-forward networks for
+            `Bottleneck`, and keys, values and feed-forward outputs for `IA3`.
         exclude: The targets to leave out: names, a pattern, `"all-linear"` or
             a function. A name may also be that of a layer that contains
             targets.
@@ -65,7 +71,8 @@ def inject(
     Raises:
         TypeError: If `model` is no Keras model or `adapter` no adapter.
         ValueError: If the model is not built, a target matches nothing or
-            only layers that can't be adapted, the method can't take a site's
+            only layers that can't be adapted, a name means a layer with a
+            kernel that can't be adapted, the method can't take a site's
             shape, or the name is taken. The model is then unchanged.
 
     Example:
@@ -86,25 +93,31 @@ def inject(
     checks.check_new_name(model, name)
     layers = layers_of(model)
     kept = selection.select_kept(layers, keep_trainable)
-    chosen = selection.select_sites(
+    selected = selection.select_sites(
         layers,
         targets,
         exclude,
         kept,
-        {*adapter.site_kinds, *supported.KERNEL_KINDS},
+        adapter.site_kinds,
         adapter.default_targets,
+        functools.partial(build.takes, adapter),
     )
+    chosen, left_out = selected.chosen, selected.left_out
     if adapter.adapts_bias and not adapter.adapts_kernel:
-        chosen = _with_bias(layers, chosen)
+        chosen = _with_bias(layers, chosen, adapter)
         if targets is None:
-            checks.warn_of_missed_biases(
+            advice.warn_of_missed_biases(
                 layers, chosen, kept, adapter.site_kinds
             )
     if targets == "all-linear":
-        chosen = _without_task_head(model, layers, chosen)
+        chosen, heads = _without_task_head(model, layers, chosen)
+        left_out = [a for a in layers if a in left_out or a in heads]
     checks.check_attachable(model, layers, chosen, kept)
-    checks.warn_of_inference_in_fit(model, adapter)
-    checks.warn_of_frozen_in_kept(layers, kept)
+    advice.warn_of_inference_in_fit(model, adapter)
+    advice.warn_of_frozen_in_kept(layers, kept)
+    left_out = {a: linear.kernel_parameters(layers[a]) for a in left_out}
+    advice.warn_of_left_out(model, layers, left_out, targets)
+    advice.warn_of_frozen_head(model, layers, chosen, kept)
     adapter = adapter.resolved(layers, chosen)
     checks.check_storable(adapter)
     sources = adapter.sources(layers, chosen)
@@ -119,12 +132,20 @@ def inject(
     )
     with attach.changing(model) as change:
         attach.attach(change, attachment)
-    return report_lib.Report(model, name)
+    return report_lib.Report(model, name, left_out)
 
 
-def _with_bias(layers, chosen):
-    """The chosen layers that have a bias; it warns of the others."""
-    without = [a for a in chosen if supported.bias_variable(layers[a]) is None]
+def _with_bias(layers, chosen, adapter):
+    """The chosen layers that have a bias; it warns of the others.
+
+    A layer of another kind than the method adapts is refused later.
+    """
+    without = [
+        address
+        for address in chosen
+        if supported.bias_variable(layers[address]) is None
+        and build.takes(adapter, layers[address])
+    ]
     if len(without) == len(chosen):
         raise ValueError(
             f"None of the {len(chosen)} layers that `targets` matched has a "
@@ -133,7 +154,8 @@ def _with_bias(layers, chosen):
     if without:
         warnings.warn(
             f"{len(without)} of the {len(chosen)} layers that `targets` "
-            f"matched have no bias and are left out: {without[:5]}",
+            "matched have no bias and are left out: "
+            f"{layers.named(without[:5])}",
             AdapterWarning,
             stacklevel=3,
         )
@@ -141,9 +163,10 @@ def _with_bias(layers, chosen):
 
 
 def _without_task_head(model, layers, chosen):
-    """The chosen layers without the heads of KerasHub tasks."""
+    """The chosen layers without the heads of KerasHub tasks, and the heads."""
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, keras.Model):
-        return chosen
+        return chosen, []
     inside = {id(layer) for layer in _compat.flatten_layers(backbone)}
-    return [a for a in chosen if id(layers[a]) in inside] or chosen
+    inner = [a for a in chosen if id(layers[a]) in inside] or chosen
+    return inner, [a for a in chosen if a not in inner]

@@ -1,42 +1,58 @@
-"""Marks the models inside an adapted model as its parts.
+"""Marks the layers and models inside an adapted model as its parts.
 
-A part of an adapted model can be neither adapted nor quantized by itself,
-because the adapted model would not know of it.
+A model that is a part of an adapted model can be neither adapted nor quantized
+by itself, and no part takes Keras's own LoRA, because the adapted model would
+not know of it: it would freeze new weights and thaw frozen ones.
 """
 
 import types
 import weakref
+
+import keras
 
 # The attribute of a part that holds its `_Claim`.
 _CLAIM = "_randadapt_claim"
 
 
 class _Claim:
-    """The adapted models that a model is a part of.
+    """The adapted models that a layer is a part of.
 
     Attributes:
         owners: `WeakSet` of adapted models.
-        quantize: The `quantize` method that the instance had, or `None` if it
-            had only its class's.
+        methods: dict from the name of a replaced method to the one that the
+            instance had, or `None` if it had only its class's.
     """
 
-    def __init__(self, quantize):
+    def __init__(self, methods):
         self.owners = weakref.WeakSet()
-        self.quantize = quantize
+        self.methods = methods
 
 
 def claim(part, model):
-    """Marks a model as a part of an adapted one, which may be itself."""
+    """Marks a layer as a part of an adapted model, which may be itself."""
     attributes = vars(part)
+    replaced = _replaced(part)
+    if not replaced:
+        return
     if _CLAIM not in attributes:
         # Keras sets a `quantize` method on every instance.
-        attributes[_CLAIM] = _Claim(attributes.get("quantize"))
-    attributes["quantize"] = types.MethodType(_quantize, part)
+        attributes[_CLAIM] = _Claim({n: attributes.get(n) for n in replaced})
+    for name, method in replaced.items():
+        attributes[name] = types.MethodType(method, part)
     attributes[_CLAIM].owners.add(model)
 
 
+def _replaced(part):
+    found = {}
+    if isinstance(part, keras.Model):
+        found["quantize"] = _quantize
+    if hasattr(type(part), "enable_lora"):
+        found["enable_lora"] = _enable_lora
+    return found
+
+
 def release(part, model):
-    """Undoes `claim`; the last call for a part restores its `quantize`.
+    """Undoes `claim`; the last call for a part restores its methods.
 
     Both functions may be repeated after an interruption.
     """
@@ -46,18 +62,18 @@ def release(part, model):
     attributes[_CLAIM].owners.discard(model)
     if attributes[_CLAIM].owners:
         return
-    quantize = attributes[_CLAIM].quantize
-    if quantize is None:
-        attributes.pop("quantize", None)
-    else:
-        attributes["quantize"] = quantize
-    # The claim is deleted last. Without it, `claim` would take the method of
-    # this module for the model's own.
+    for name, method in attributes[_CLAIM].methods.items():
+        if method is None:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = method
+    # The claim is deleted last. Without it, `claim` would take the methods of
+    # this module for the part's own.
     del attributes[_CLAIM]
 
 
 def owner_of(part):
-    """An adapted model that a model is a part of, or `None`."""
+    """An adapted model that a layer is a part of, or `None`."""
     if _CLAIM not in vars(part):
         return None
     return next(iter(vars(part)[_CLAIM].owners), None)
@@ -72,4 +88,18 @@ def _quantize(part, *args, **kwargs):
         f"Model '{part.name}' has adapters attached, and `quantize` would "
         "skip every adapted layer. Quantize first and inject afterwards, or "
         "call `keras_randadapt.merge(model)` before quantizing."
+    )
+
+
+def _enable_lora(part, *args, **kwargs):
+    owner = owner_of(part)
+    if owner is None:
+        release(part, part)
+        return part.enable_lora(*args, **kwargs)
+    raise ValueError(
+        f"'{part.name}' is a part of model '{owner.name}', which carries "
+        "adapters of keras_randadapt, and Keras's own LoRA and they would "
+        "freeze each other's weights. Call `keras_randadapt.eject(model)` or "
+        "`merge(model)` first, or add a second adapter with "
+        "`keras_randadapt.inject(model, LoRA(...), name=...)`."
     )

@@ -1,6 +1,8 @@
 """`Report`: a printed summary of an attached adapter."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import keras
 
@@ -21,9 +23,17 @@ class Report:
         base_parameters: The number of the model's other weights, all frozen.
         file_bytes: The size of the file that `save_adapter` writes, with
             heads.
+        left_out: dict from the structural addresses of layers with kernels
+            that `targets` means too, but that have no adapter, to the numbers
+            of weights in these kernels. `inject` alone fills it.
     """
 
-    def __init__(self, model: keras.Model, name: str):
+    def __init__(
+        self,
+        model: keras.Model,
+        name: str,
+        left_out: Mapping[str, int] = MappingProxyType({}),
+    ):
         state = model._randadapt
         record = state.records[name]
         adapters = state.adapters(name).values()
@@ -49,6 +59,7 @@ class Report:
             for variable in _unique(_compat.owned_variables(layer), kept)
         )
         self.file_bytes = file_format.size(model, name)
+        self.left_out = dict(left_out)
 
     def __str__(self):
         total = (
@@ -65,6 +76,11 @@ class Report:
             ("trained", f"{100 * trained / max(total, 1):.4f} %"),
             ("adapter file", _bytes(self.file_bytes)),
         ]
+        if self.left_out:
+            rows += [
+                ("layers left out", f"{len(self.left_out):,}"),
+                ("parameters left out", f"{sum(self.left_out.values()):,}"),
+            ]
         lines = [f"{self.method} '{self.name}'"]
         lines += [f"  {label:<24}{value:>16}" for label, value in rows]
         return "\n".join(lines)

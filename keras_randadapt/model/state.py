@@ -80,7 +80,7 @@ class AdaptedState:
         in_step: Whether a training step is running, or being traced.
         between_steps: `BetweenSteps`, which runs functions of other threads
             during `fit`.
-        parts: list of the models that it claimed: itself and those inside.
+        parts: list of the layers that it claimed: itself and those inside.
     """
 
     def __init__(self, layers, layer_flags, variable_flags, parts, moving):

@@ -135,7 +135,9 @@ def active(model: keras.Model, names: weighting.Names) -> Iterator[keras.Model]:
     Example:
 
     ```python
-    kra.inject(model, kra.LoRA(8), name="reference")
+    kra.inject(
+        model, kra.LoRA(8), name="reference", keep_trainable="logits"
+    )
     with kra.active(model, "reference"):
         logits = model.predict(x)
     ```
@@ -358,7 +360,7 @@ def set_active(
     Example:
 
     ```python
-    kra.inject(model, kra.LoRA(8), name="french")
+    kra.inject(model, kra.LoRA(8), name="french", keep_trainable="logits")
     kra.inject(model, kra.RLoRA(64), name="law")
     kra.set_active(model, {"french": 0.7, "law": 0.3})
     kra.set_active(model, ["french", "law"], train="law")

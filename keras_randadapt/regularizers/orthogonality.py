@@ -33,7 +33,7 @@ class Orthogonality(keras.regularizers.Regularizer):
 
     ```python
     adapter = kra.LoRA(8, regularizer=kra.regularizers.Orthogonality(0.1))
-    kra.inject(model, adapter, targets=["query", "value"])
+    kra.inject(model, adapter, ["query", "value"], keep_trainable="logits")
     ```
 
     References:

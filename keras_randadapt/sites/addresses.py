@@ -25,6 +25,10 @@ class Layers(dict):
         """The attribute that holds a layer, or its name if a list holds it."""
         return self.places[address].rpartition("/")[2].lstrip("_")
 
+    def named(self, addresses):
+        """A list of layers as users name them, for messages."""
+        return [self.places[address] for address in addresses]
+
 
 def layers_by_address(model):
     """Every layer below `model`, by structural address.

@@ -9,6 +9,7 @@ from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
 from keras_randadapt.sites.layer import as_float
 from keras_randadapt.sites.layer import kernel_space_product
+from keras_randadapt.sites.layer import shown_bias
 
 
 class AdaptedConv(AdaptedLayer):
@@ -26,6 +27,8 @@ class AdaptedConv(AdaptedLayer):
     def kernel(self):
         return self._merged_or_base(super().kernel)
 
+    bias = shown_bias("bias")
+
     @property
     def kernel_view(self):
         *window, filters = _compat.kernel_of(self).shape
@@ -40,12 +43,13 @@ class AdaptedConv(AdaptedLayer):
     def call(self, inputs):
         inputs = as_float(inputs, self.compute_dtype)
         y = kernel_space_product(self, inputs, self._is_training(None))
-        if self.bias is not None:
+        bias = self.merged_bias()
+        if bias is not None:
             # The bias is broadcast over batch and space.
             shape = [1] * (self.rank + 2)
             channels = -1 if self.data_format == "channels_last" else 1
             shape[channels] = self.filters
-            bias = ops.cast(self.merged_bias(), self.compute_dtype)
+            bias = ops.cast(bias, self.compute_dtype)
             y = ops.add(y, reshape(bias, shape))
         if self.activation is not None:
             y = self.activation(y)

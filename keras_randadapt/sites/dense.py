@@ -15,6 +15,8 @@ from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
 from keras_randadapt.sites.layer import as_float
 from keras_randadapt.sites.layer import kernel_space_product
+from keras_randadapt.sites.layer import own_bias
+from keras_randadapt.sites.layer import shown_bias
 
 
 class _AdaptedProduct(AdaptedLayer):
@@ -23,12 +25,10 @@ class _AdaptedProduct(AdaptedLayer):
     @property
     def kernel(self):
         # Exporters and Gemma4's feed-forward network read the kernel and
-        # multiply by it, so they must see the update. A quantized kernel holds
-        # integers that only the layer can scale, so it is returned unchanged.
-        kernel = super().kernel
-        if self.quantization_mode is not None:
-            return kernel
-        return self._merged_or_base(kernel)
+        # multiply by it, so they must see the update.
+        return self._merged_or_base(super().kernel)
+
+    bias = shown_bias("bias")
 
     def call(self, inputs, training=None):
         with self._lock_if_quantized():
@@ -40,9 +40,9 @@ class _AdaptedProduct(AdaptedLayer):
             self.adapter.relay(self.flatten_input(inputs))
         training = self._is_training(training)
         y = self._adapted_product(inputs, training)
-        if self.bias is not None:
-            bias = ops.cast(self.merged_bias(), self.compute_dtype)
-            y = ops.add(y, bias)
+        bias = self.merged_bias()
+        if bias is not None:
+            y = ops.add(y, ops.cast(bias, self.compute_dtype))
         if self.activation is not None:
             y = self.activation(y)
         if any(adapter.adapts_output for adapter in self.adapter.active()):
@@ -75,7 +75,7 @@ class _AdaptedProduct(AdaptedLayer):
         if self.quantization_mode is None:
             return self._float_product(x, _compat.kernel_of(self))
         call = functools.partial(self._site_base.quantized_call, self, x)
-        if self.bias is None and self.activation is None:
+        if own_bias(self) is None and self.activation is None:
             return call()
         with self._lock_if_quantized():
             with _compat.instance_attributes(self, bias=None, activation=None):
@@ -154,14 +154,14 @@ class AdaptedEinsumDense(_AdaptedProduct):
 
     def bias_from_view(self, vector):
         if self._has_bias_of_columns():
-            shape = self.bias.shape
+            shape = own_bias(self).shape
             return einsum_plan_of(self).unflatten_bias(vector, shape)
         return super().bias_from_view(vector)
 
     def _has_bias_of_columns(self):
         plan = einsum_plan_of(self)
         return plan.is_matrix_product and (
-            math.prod(self.bias.shape) == plan.view_shape.output_dim
+            math.prod(own_bias(self).shape) == plan.view_shape.output_dim
         )
 
     def _float_product(self, x, kernel):

@@ -16,10 +16,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     @property
     def embeddings(self):
-        embeddings = super().embeddings
-        if self.quantization_mode is not None:
-            return embeddings
-        return self._merged_or_base(embeddings)
+        return self._merged_or_base(super().embeddings)
 
     @property
     def kernel_view(self):

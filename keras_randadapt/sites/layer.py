@@ -34,6 +34,10 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
     kernel_name = "kernel"
     bias_name = "bias"
 
+    @property
+    def _dtype_of_shown_bias(self):
+        return self.compute_dtype
+
     @classmethod
     def from_config(cls, config):
         # A config describes the layer without adapters.
@@ -62,17 +66,14 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         with as_base_class(self):
             self.save_own_variables(store)
 
+    def load_own_variables(self, store):
+        # Keras assigns to the `bias` property, which here is the merged bias.
+        with as_base_class(self):
+            self.load_own_variables(store)
+
     def quantized_call(self, *args, **kwargs):
         # Keras calls this instead of `call`, but here `call` handles both.
         return self.call(*args, **kwargs)
-
-    def enable_lora(self, *args, **kwargs):
-        raise ValueError(
-            f"Layer '{self.name}' carries an adapter of keras_randadapt, "
-            "which Keras's own LoRA can't see. Call "
-            "`keras_randadapt.eject(model)` first, or add a second adapter "
-            "with `keras_randadapt.inject(model, LoRA(...), name=...)`."
-        )
 
     def _lock_if_quantized(self):
         # A quantized product sets bias and activation aside. Meanwhile another
@@ -86,10 +87,10 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
             return _compat.training_phase(self)
         return training
 
-    def _merged_kernel_view(self, kernel):
+    def _merged_kernel_view(self, kernel, training=False):
         """The kernel view with every active adapter folded in, float32."""
         base = ops.cast(self.to_view(_compat.unrounded(kernel)), "float32")
-        return product.fold(self.adapter.active(), base)
+        return product.fold(self.adapter.active(), base, training)
 
     def bias_to_view(self, bias):
         """A bias as a vector, in the order of the columns if it has one each.
@@ -99,7 +100,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         return ops.reshape(bias, (-1,))
 
     def bias_from_view(self, vector):
-        return ops.reshape(vector, getattr(self, self.bias_name).shape)
+        return ops.reshape(vector, own_bias(self).shape)
 
     def merged_bias(self):
         """The bias with every active adapter folded in, in its own shape.
@@ -108,7 +109,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         adapter adapts biases it is the variable itself, and without a bias it
         is `None`.
         """
-        bias = getattr(self, self.bias_name, None)
+        bias = own_bias(self)
         adapters = [a for a in self.adapter.active() if a.adapts_bias]
         if bias is None or not adapters:
             return bias
@@ -119,11 +120,74 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         return self.bias_from_view(vector)
 
     def _merged_or_base(self, kernel):
-        """The value of the public `kernel` or `embeddings` property."""
-        if not self.adapter.active():
+        """The value of the public `kernel` or `embeddings` property.
+
+        A quantized kernel holds integers that only the layer can scale, so it
+        is the base kernel.
+        """
+        adapters = [
+            adapter
+            for adapter in self.adapter.active()
+            if adapter.adapts_kernel or adapter.adapts_output
+        ]
+        if not adapters:
             return kernel
-        merged = self.from_view(self._merged_kernel_view(kernel))
+        in_call = _compat.is_in_call()
+        if in_call:
+            self._check_read(adapters)
+        if self.quantization_mode is not None:
+            return kernel
+        training = in_call and _compat.training_phase(self)
+        merged = self.from_view(self._merged_kernel_view(kernel, training))
         return ops.cast(merged, self.compute_dtype)
+
+    def _check_read(self, adapters):
+        """Raises `ValueError` if the kernel can't show what adapters do.
+
+        No call of this layer reads the property, so it is a layer around it
+        that reads the kernel and computes with it.
+        """
+        if self.quantization_mode is not None:
+            missed = (
+                f"the adapter would be missed: a kernel in "
+                f"'{self.quantization_mode}' can't show it. Do not quantize "
+                "this layer"
+            )
+        elif self.kind != "lookup" and any(a.dropout for a in adapters):
+            missed = (
+                "the adapter's `dropout` would be missed. Inject an adapter "
+                "without it"
+            )
+        else:
+            return
+        raise ValueError(
+            f"The layer around '{self.path}' does not call it but reads its "
+            f"kernel, so {missed}, or leave the layer out with `exclude`."
+        )
+
+
+def shown_bias(name):
+    """A property for the attribute that holds a site's bias.
+
+    A layer around the site may read it instead of calling the site, so it
+    shows the adapted bias.
+    """
+
+    def read(self):
+        bias = self.merged_bias()
+        if bias is None or bias is own_bias(self):
+            return bias
+        return ops.cast(bias, self._dtype_of_shown_bias)
+
+    def write(self, value):
+        vars(self)[name] = value
+
+    return property(read, write)
+
+
+def own_bias(site):
+    """The bias variable of a site, without adapters, or `None`."""
+    return vars(site).get(site.bias_name)
 
 
 def as_float(x, dtype):

@@ -2,33 +2,28 @@
 
 import math
 
-from keras import ops
-
-from keras_randadapt.ops.fast_products import reshape
 from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
+from keras_randadapt.sites.layer import own_bias
+from keras_randadapt.sites.layer import shown_bias
 
 
 class AdaptedNorm(AdaptedLayer):
-    """A normalization, whose offset `beta` is its bias; it has no kernel."""
+    """A normalization, whose offset `beta` is its bias; it has no kernel.
+
+    Keras's own `call` reads `beta` and so finds the adapted one.
+    """
 
     kind = "norm"
     kernel_name = None
     bias_name = "beta"
+    beta = shown_bias("beta")
+
+    @property
+    def _dtype_of_shown_bias(self):
+        # Keras computes normalizations in float32, also in 16-bit models.
+        return own_bias(self).dtype
 
     @property
     def kernel_view(self):
-        return KernelView(1, math.prod(self.beta.shape))
-
-    def call(self, inputs, *args, **kwargs):
-        y = self._site_base.call(self, inputs, *args, **kwargs)
-        if not any(adapter.adapts_bias for adapter in self.adapter.active()):
-            return y
-        axes = (
-            self.axis if isinstance(self.axis, (list, tuple)) else [self.axis]
-        )
-        shape = [1] * len(inputs.shape)
-        for axis, size in zip(axes, self.beta.shape, strict=True):
-            shape[axis] = size
-        change = self.merged_bias() - ops.cast(self.beta, "float32")
-        return y + ops.cast(reshape(change, shape), y.dtype)
+        return KernelView(1, math.prod(vars(self)["beta"].shape))

@@ -95,17 +95,18 @@ def adapt_all(adapters, x, linear, training):
     return linear(x)
 
 
-def fold(adapters, base):
+def fold(adapters, base, training=False):
     """A kernel view with adapters folded in.
 
     Args:
         adapters: list of built adapters.
         base: float32 tensor, the base kernel view.
+        training: Whether a training step is running.
 
     Returns:
         float32 tensor of the same shape.
     """
     view = base
     for adapter in adapters:
-        view = adapter.merged(view, base)
+        view = adapter.merged(view, base, training)
     return view

@@ -1,5 +1,6 @@
 """The layers that `targets`, `exclude` and `keep_trainable` mean."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 import keras
 
 from keras_randadapt.sites import kerashub
+from keras_randadapt.sites import linear
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.linear import is_below
 
 #: The type of `targets`, `exclude` and `keep_trainable`.
 Targets = (
@@ -19,9 +22,19 @@ Targets = (
     | None
 )
 
-#: The names of layers that choose experts. Adapting them would change the
-#: routing of every token.
-_ROUTER = re.compile(r"router|sparse_feedforward_gate_dense")
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What `targets` and `exclude` mean in a model.
+
+    Attributes:
+        chosen: list of the addresses of layers to adapt.
+        left_out: list of the addresses of layers with kernels that `targets`
+            means too and that can't be adapted.
+    """
+
+    chosen: list[str]
+    left_out: list[str]
 
 
 def select_sites(
@@ -31,8 +44,9 @@ def select_sites(
     kept,
     kinds=supported.KERNEL_KINDS,
     default=None,
+    takes=lambda layer: True,
 ):
-    """The addresses that `targets` means and `exclude` does not.
+    """The layers that `targets` means and `exclude` does not.
 
     Args:
         layers: dict from address to layer, see `addresses.layers_by_address`.
@@ -40,29 +54,29 @@ def select_sites(
         exclude: See `inject`.
         kept: Addresses that stay trainable. `"all-linear"` and `None` leave
             them out.
-        kinds: The kinds of layers that may be sites; see
-            `Adapter.site_kinds`.
+        kinds: The kinds of layers that the method adapts; see
+            `Adapter.site_kinds`. A name may mean a layer of another kind with
+            a kernel, which the method is then to refuse.
         default: Optional function from `layers` to the addresses that `None`
             means. Without it, `None` means the query and value projections.
+        takes: Function from a layer of these kinds to whether the method
+            adapts it.
 
     Returns:
-        list of addresses, in the order of `layers`.
+        A `Selection`, in the order of `layers`.
 
     Raises:
-        ValueError: If a target or an exclusion matches nothing, or if no
-            supported layer is left.
+        ValueError: If a target or an exclusion matches nothing, if a name
+            means a layer that can't be adapted, or if no layer is left.
     """
-    candidates = {
-        address: layer
-        for address, layer in layers.items()
-        if layer.built and supported.supported_class(layer, kinds) is not None
-    }
+    candidates = _adaptable(layers, {*kinds, *supported.KERNEL_KINDS})
+    left_out = []
     if targets is None and default is not None:
         wanted = default(layers)
         chosen = [
             address
             for address in candidates
-            if address in wanted and not _is_below(address, kept)
+            if address in wanted and not is_below(address, kept)
         ]
         if not chosen:
             raise ValueError(
@@ -73,38 +87,130 @@ def select_sites(
     elif targets is None:
         chosen = _query_value(layers, candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
-        chosen = _all_linear(candidates, kept)
+        chosen = _all_linear(layers, candidates, kept)
+        left_out = linear.left_out_of_all_linear(layers, chosen, kept)
     elif _is_function(targets):
-        chosen = [a for a, layer in candidates.items() if targets(layer)]
-        if not chosen:
-            raise ValueError(
-                "`targets` returned a false value for every one of the "
-                f"{len(candidates)} layers that can be adapted. "
-                + _available(candidates)
-            )
+        can = _adaptable(layers, kinds, takes)
+        chosen, left_out = _meant_by_function(layers, targets, can)
     else:
-        chosen = match(layers, targets, "targets")
-        for target in _as_list(targets):
-            _refuse_unsupported(layers, target, kinds)
-        chosen = [
-            a for a in chosen if supported.supported_class(layers[a], kinds)
-        ]
+        found = match(layers, targets, "targets")
+        remain = _not_excluded(layers, exclude, kept, candidates)
+        adaptable = {
+            # A layer that is not built is refused later, by its name.
+            True: _of_kinds(layers, {*kinds, *supported.KERNEL_KINDS}),
+            False: _adaptable(layers, kinds, takes),
+        }
+        chosen, left_out = _named(layers, targets, remain, adaptable, kinds)
+        chosen = [address for address in found if address in chosen]
+        left_out = [address for address in found if address in left_out]
     if exclude is None:
-        return chosen
-    if _is_function(exclude):
-        left = [a for a in chosen if not exclude(layers[a])]
-    elif isinstance(exclude, str) and exclude == "all-linear":
-        linear = _linear(candidates, kept)
-        left = [a for a in chosen if a not in linear]
-    else:
-        parents = match(layers, exclude, "exclude")
-        left = [a for a in chosen if not _is_below(a, parents)]
+        return Selection(chosen, left_out)
+    remain = _not_excluded(layers, exclude, kept, candidates)
+    left = [address for address in chosen if remain(address)]
     if not left:
         raise ValueError(
             f"`exclude` left none of the {len(chosen)} layers that `targets` "
             f"matched. Received: targets={targets!r}, exclude={exclude!r}"
         )
-    return left
+    return Selection(left, [a for a in left_out if remain(a)])
+
+
+def _adaptable(layers, kinds, takes=lambda layer: True):
+    return {
+        address: layer
+        for address, layer in _of_kinds(layers, kinds).items()
+        if layer.built and takes(layer)
+    }
+
+
+def _of_kinds(layers, kinds):
+    return {
+        address: layer
+        for address, layer in layers.items()
+        if supported.supported_class(layer, kinds) is not None
+    }
+
+
+def _not_excluded(layers, exclude, kept, candidates):
+    """A function of an address: whether `exclude` leaves it in."""
+    if exclude is None:
+        return lambda address: True
+    if _is_function(exclude):
+        return lambda address: not exclude(layers[address])
+    if isinstance(exclude, str) and exclude == "all-linear":
+        excluded = _linear(layers, candidates, kept)
+        return lambda address: address not in excluded
+    parents = match(layers, exclude, "exclude")
+    return lambda address: not is_below(address, parents)
+
+
+def _meant_by_function(layers, function, adaptable):
+    """The adaptable layers for which a function is true, and the others."""
+    chosen = [a for a, layer in adaptable.items() if function(layer)]
+    if not chosen:
+        raise ValueError(
+            "`targets` returned a false value for every one of the "
+            f"{len(adaptable)} layers that can be adapted. "
+            + _available(adaptable)
+        )
+    left_out = [
+        address
+        for address, layer in layers.items()
+        if address not in adaptable
+        and (linear.is_normalization(layer) or linear.kernel_parameters(layer))
+        and _is_meant(function, layer)
+    ]
+    return chosen, left_out
+
+
+def _is_meant(function, layer):
+    try:
+        return bool(function(layer))
+    except AttributeError:
+        # A function may ask for an attribute, such as `units`, that only
+        # layers of the classes that can be adapted have.
+        return False
+
+
+def _named(layers, targets, remain, adaptable, kinds):
+    """The layers to adapt that names and patterns mean, and the others.
+
+    Args:
+        layers: See `select_sites`.
+        targets: A name, a pattern or a list of them.
+        remain: A function of an address: whether `exclude` leaves it in.
+        adaptable: dict from whether a target is a name to the layers that it
+            can mean, by address.
+        kinds: See `select_sites`.
+
+    Returns:
+        Two sets of addresses.
+    """
+    chosen, left_out = set(), set()
+    for target in _as_list(targets):
+        is_name = isinstance(target, str)
+        can = adaptable[is_name]
+        meant = match(layers, target, "targets")
+        left = [address for address in meant if remain(address)]
+        _refuse_unsupported(layers, target, left or meant, can, kinds)
+        others = [
+            address
+            for address in left
+            if address not in can
+            and linear.kernel_parameters(layers[address])
+            and not linear.is_normalization(layers[address])
+        ]
+        if is_name and others:
+            classes = sorted({type(layers[a]).__name__ for a in others})
+            raise ValueError(
+                f"The target {_shown(target)} also means layers of classes "
+                f"{classes}, which can't be adapted: "
+                f"{layers.named(others[:5])}. Leave them out with `exclude`, "
+                "or name the others by the ends of their paths."
+            )
+        chosen.update(address for address in meant if address in can)
+        left_out.update(others)
+    return chosen, left_out
 
 
 def select_kept(layers, keep_trainable):
@@ -215,7 +321,7 @@ def _query_value(layers, candidates, kept):
         address
         for address in candidates
         if kerashub.is_query_or_value(address, layers)
-        and not _is_below(address, kept)
+        and not is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
@@ -226,18 +332,18 @@ def _query_value(layers, candidates, kept):
     return chosen
 
 
-def _linear(candidates, kept):
+def _linear(layers, candidates, kept):
     return [
         address
         for address, layer in candidates.items()
-        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
-        and not _is_below(address, kept)
-        and not _ROUTER.search(layer.path or "")
+        if linear.is_linear(layer)
+        and not is_below(address, kept)
+        and not linear.steers_experts(address, layers)
     ]
 
 
-def _all_linear(candidates, kept):
-    chosen = _linear(candidates, kept)
+def _all_linear(layers, candidates, kept):
+    chosen = _linear(layers, candidates, kept)
     if not chosen:
         raise ValueError(
             '`targets="all-linear"` found no Dense or EinsumDense layer '
@@ -246,25 +352,16 @@ def _all_linear(candidates, kept):
     return chosen
 
 
-def _is_below(address, parents):
-    return any(
-        address == parent or address.startswith(f"{parent}/")
-        for parent in parents
-    )
-
-
-def _refuse_unsupported(layers, target, kinds):
+def _refuse_unsupported(layers, target, chosen, adaptable, kinds):
     """Raises an error if a target matches only layers that can't be sites."""
-    chosen = match(layers, target, "targets")
-    adaptable = [
-        a for a in chosen if supported.supported_class(layers[a], kinds)
-    ]
+    possible = any(address in adaptable for address in chosen)
     overridden = [
         a
         for a in chosen
-        if supported.looks_supported(layers[a]) and a not in adaptable
+        if supported.looks_supported(layers[a])
+        and supported.supported_class(layers[a]) is None
     ]
-    if overridden:
+    if overridden and (isinstance(target, str) or not possible):
         layer = layers[overridden[0]]
         names = supported.overridden(type(layer))
         raise ValueError(
@@ -273,12 +370,12 @@ def _refuse_unsupported(layers, target, kinds):
             "computes is not known. Leave it out of `targets`, or let it "
             f"inherit `{names[0]}`."
         )
-    if not adaptable:
+    if not possible:
         classes = sorted({type(layers[a]).__name__ for a in chosen})
         inside = [
             layer.name
             for a, layer in layers.items()
-            if _is_below(a, chosen) and supported.supported_class(layer, kinds)
+            if is_below(a, chosen) and supported.supported_class(layer, kinds)
         ]
         raise ValueError(
             f"The target {_shown(target)} matches only layers of classes "

@@ -42,6 +42,8 @@ _COMPUTATION = (
     "call",
     "quantized_call",
     "kernel",
+    "bias",
+    "beta",
     "embeddings",
     "convolution_op",
 )
@@ -115,7 +117,7 @@ def kernel_variable(layer):
 
 def bias_variable(layer):
     """The bias that a merge changes, or `None`."""
-    return getattr(layer, _mixin(type(layer)).bias_name, None)
+    return vars(layer).get(_mixin(type(layer)).bias_name)
 
 
 def view_of(layer):
@@ -167,9 +169,7 @@ def check_site(address, layer):
             f"Layer '{layer.name}' at '{address}' has no weights yet: the "
             "model never called it. Leave it out with `exclude`."
         )
-    if getattr(layer, "lora_enabled", False) or getattr(
-        layer, "dora_enabled", False
-    ):
+    if has_keras_lora(layer):
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' has Keras's own LoRA "
             "enabled. Build the model anew without `enable_lora`, or leave "
@@ -197,6 +197,14 @@ def check_site(address, layer):
                 f"'{layer.equation}' is no plain matrix product: adapting it "
                 "takes a float kernel."
             )
+
+
+def has_keras_lora(layer):
+    """Whether Keras's own LoRA is enabled on a layer."""
+    return bool(
+        getattr(layer, "lora_enabled", False)
+        or getattr(layer, "dora_enabled", False)
+    )
 
 
 def site_class(base):

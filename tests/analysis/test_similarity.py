@@ -187,7 +187,7 @@ class TestCKA:
             zoo.sequential,
             zoo.functional,
             zoo.subclassed,
-            zoo.bert_classifier,
+            zoo.pretrained_classifier,
             zoo.clip,
             zoo.einsum_int8,
         ],

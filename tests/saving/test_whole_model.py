@@ -45,7 +45,12 @@ def _run(code, *arguments, backend=BACKEND):
 class TestCopies:
     @pytest.mark.parametrize(
         "builder",
-        [zoo.sequential, zoo.functional, zoo.subclassed, zoo.bert_classifier],
+        [
+            zoo.sequential,
+            zoo.functional,
+            zoo.subclassed,
+            zoo.pretrained_classifier,
+        ],
         ids=lambda b: b.__name__,
     )
     @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ class TestWholeModelFiles:
     @pytest.mark.one_backend("torch")
     @pytest.mark.cpu_seconds(15, reason="a process with KerasHub")
     def test_process_that_imports_only_the_library(self, tmp_path):
-        model, x = _adapted(zoo.bert_classifier)
+        model, x = _adapted(zoo.pretrained_classifier)
         model.save(tmp_path / "x.keras")
         np.savez(tmp_path / "x.npz", **x)
         code = (
@@ -274,7 +279,7 @@ class TestWeightsFiles:
             pytest.param(zoo.functional, marks=pytest.mark.slow),
             zoo.subclassed,
             zoo.reversible_embedding,
-            pytest.param(zoo.bert_classifier, marks=pytest.mark.slow),
+            pytest.param(zoo.pretrained_classifier, marks=pytest.mark.slow),
         ],
         ids=lambda b: b.__name__,
     )
@@ -337,7 +342,7 @@ class TestExport:
     def test_saved_model(self, merged, tmp_path):
         """Adapted or merged, a SavedModel answers the same in a process that
         has neither Keras nor this library."""
-        model, x = _adapted(zoo.bert_classifier)
+        model, x = _adapted(zoo.pretrained_classifier)
         out = zoo.outputs(model, x)
         if merged:
             kra.merge(model)
