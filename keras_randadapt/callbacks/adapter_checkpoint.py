@@ -95,8 +95,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.save_best_only = bool(save_best_only)
         self.mode = _checked_mode(mode, monitor)
         self.save_freq = save_freq
+        self._frequency: int | None = None
         if save_freq != "epoch":
-            self.save_freq = arguments.check_rank(save_freq, "save_freq")
+            self._frequency = arguments.check_rank(save_freq, "save_freq")
         self.keep = keep
         if keep is not None:
             self.keep = arguments.check_rank(keep, "keep")
@@ -200,17 +201,17 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        if self.save_freq == "epoch":
+        if self._frequency is None:
             return
         # With `steps_per_execution` not every batch comes here.
         self._batches += batch - self._last_batch
         self._last_batch = batch
-        if self._batches >= self.save_freq:
+        if self._batches >= self._frequency:
             self._batches = 0
             self._save(self._epoch, logs, self._epoch)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        if self.save_freq == "epoch":
+        if self._frequency is None:
             self._save(epoch, logs, epoch + 1)
 
     def _save(self, epoch, logs, epochs):

@@ -90,6 +90,7 @@ class AdapterBank:
         self._free: list[int] = []
         self._first: tenants.File | None = None
         self._closed = False
+        self._table: Any = None
         for name, file in _listed(adapters).items():
             try:
                 self.add(name, file)
@@ -183,9 +184,11 @@ class AdapterBank:
         """
         batch_size = arguments.check_rank(batch_size, "batch_size")
         if adapters is None and not isinstance(x, Mapping):
-            batches = [self._predict(*_split(b), batch_size) for b in x]
+            pairs = [_split(batch) for batch in x]
+            batches = [self._predict(b, n, batch_size) for b, n in pairs]
         elif adapters is None:
-            batches = [self._predict(*_split(x), batch_size)]
+            inputs, names = _split(x)
+            batches = [self._predict(inputs, names, batch_size)]
         else:
             batches = [self._predict(x, adapters, batch_size)]
         return keras.tree.map_structure(lambda *a: np.concatenate(a), *batches)
@@ -236,7 +239,7 @@ class AdapterBank:
             lines += [
                 f"  method   {method.rpartition('>')[2]}",
                 f"  sites    {len(self._built):,}, heads {len(self._kept):,}",
-                f"  bytes    {row:,} a tenant, {row * (len(self) + 1):,} in all",
+                f"  bytes    {row:,} a tenant, {row * len(self):,} in all",
             ]
         return "\n".join(lines)
 

@@ -19,7 +19,9 @@ from keras_randadapt.sites.product import Product
 #: tensor `(examples, *shape)`.
 Weights = Mapping[str, Tensor]
 
-_batch = contextvars.ContextVar("keras_randadapt_per_example", default=None)
+_batch: contextvars.ContextVar[Mapping[tuple[str, str], Weights] | None] = (
+    contextvars.ContextVar("keras_randadapt_per_example", default=None)
+)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ class Product:
 
     def bias_view(self) -> Tensor | None:
         """The site's bias as a float32 vector; see `Site`. `None` if none."""
-        bias = getattr(self._site, self._site.bias_name, None)
+        # The attribute itself would show the adapted bias.
+        bias = vars(self._site).get(self._site.bias_name)
         if bias is None:
             return None
         view = self._site.bias_to_view(_compat.unrounded(bias))

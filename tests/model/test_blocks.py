@@ -157,8 +157,6 @@ def test_active_is_set_active_for_a_block():
     np.testing.assert_array_equal(zoo.outputs(model, x), first)
     kra.set_active(model, "fr")
     np.testing.assert_array_equal(zoo.outputs(model, x), second)
-    with pytest.raises(TypeError, match="can't be weighted"):
-        kra.set_active(model, {"default": 0.5})
     with pytest.raises(ValueError, match="no adapter called 'de'"):
         with kra.active(model, "de"):
             pytest.fail("entered a block of an unknown adapter")
