@@ -472,6 +472,15 @@ FAULTS = [
         ("bases/test_random_matrix.py", "test_randlora.py"),
     ),
     Fault(
+        "gradient_stops_at_the_head",
+        "dropped call",
+        "model/attach.py",
+        "attach",
+        "    carry_gradients(change)\n",
+        "",
+        ("sites/test_straight_through.py",),
+    ),
+    Fault(
         "filled_without_a_pivot",
         "dropped condition",
         "bases/regular_blocks.py",

@@ -590,3 +590,14 @@ def test_substituted_values(is_in_scope):
         mean = step()
     assert keras.ops.convert_to_numpy(mean).any()
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(norm.beta), before)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_variables(mode, tie_weights):
+    layer = layers.ReversibleEmbedding(6, 4, tie_weights=tie_weights)
+    layer.build()
+    layer.quantize(mode)
+    found = _compat.quantized_variables(layer)
+    assert {id(v) for v in found.values()} == {id(v) for v in layer.variables}
+    assert all(getattr(layer, name) is v for name, v in found.items())

@@ -24,6 +24,7 @@ from keras_randadapt._compat.layers import no_automatic_dependency_tracking
 from keras_randadapt._compat.layers import open_name_scope
 from keras_randadapt._compat.layers import owned_variables
 from keras_randadapt._compat.layers import paired_quantized_variables
+from keras_randadapt._compat.layers import quantized_variables
 from keras_randadapt._compat.layers import refresh_torch_parameters
 from keras_randadapt._compat.layers import restore_sublayer
 from keras_randadapt._compat.layers import set_keras_mask
@@ -85,6 +86,7 @@ __all__ = [
     "open_name_scope",
     "owned_variables",
     "paired_quantized_variables",
+    "quantized_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
     "restore_sublayer",

@@ -34,6 +34,7 @@ __all__ = [
     "open_name_scope",
     "owned_variables",
     "paired_quantized_variables",
+    "quantized_variables",
     "refresh_torch_parameters",
     "restore_sublayer",
     "set_keras_mask",
@@ -333,6 +334,27 @@ def paired_quantized_variables(layer, twin):
         for name in _QUANTIZED_VARIABLES
         if getattr(twin, name, None) is not None
     ]
+
+
+def quantized_variables(layer):
+    """The variables by which a quantized embedding computes.
+
+    Returns:
+        dict from the attribute's name to a `keras.Variable`.
+    """
+    names = (
+        *_QUANTIZED_VARIABLES,
+        "reverse_embeddings",
+        "reverse_embeddings_scale",
+        "reverse_embeddings_zero",
+        "g_idx",
+    )
+    found = {name: getattr(layer, name, None) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, keras.Variable)
+    }
 
 
 def causal_padding(layer):

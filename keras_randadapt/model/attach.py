@@ -27,6 +27,7 @@ from keras_randadapt.optimizers import wrapper
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import stack
+from keras_randadapt.sites import straight_through
 from keras_randadapt.sites import supported
 
 
@@ -86,6 +87,7 @@ def attach(change, attachment):
     if not state_lib.is_adapted(model):
         _become_adapted(change, layers)
     record_common(change)
+    carry_gradients(change)
     state = model._randadapt
     for address, adapter in built.items():
         _become_site(change, layers[address])
@@ -190,6 +192,7 @@ def leave_model(change):
     """Gives a model without adapters back what it had, but its class."""
     model = change.model
     state = model._randadapt
+    _stop_carrying(change)
     for part in state.parts:
         change.on_undo(functools.partial(parts_lib.claim, part, model))
         parts_lib.release(part, model)
@@ -205,10 +208,32 @@ def models_of(model):
     ]
 
 
+def carry_gradients(change):
+    """Lets gradients pass the quantized heads that are no sites."""
+    for layer in change.model._randadapt.layers.values():
+        if (
+            layer_lib.own_class(layer) is None
+            and straight_through.stops_gradient(layer)
+            and supported.supported_class(layer) is not None
+        ):
+            change.set(
+                layer,
+                "__class__",
+                straight_through.carrying_class(type(layer)),
+            )
+
+
+def _stop_carrying(change):
+    for layer in change.model._randadapt.layers.values():
+        if isinstance(layer, straight_through.CarriesGradient):
+            change.set(layer, "__class__", layer._site_base)
+
+
 def _become_site(change, layer):
     if isinstance(layer, layer_lib.AdaptedLayer):
         return
-    change.set(layer, "__class__", supported.site_class(type(layer)))
+    own = layer_lib.own_class(layer) or type(layer)
+    change.set(layer, "__class__", supported.site_class(own))
     change.attach_sublayer(layer, "adapter", stack.AdapterStack())
 
 
@@ -229,6 +254,7 @@ def leave_unused_site(change, address):
     if isinstance(layer, layer_lib.AdaptedLayer):
         change.detach_sublayer(layer, "adapter")
         change.set(layer, "__class__", layer._site_base)
+        carry_gradients(change)
 
 
 def show(model, names):
