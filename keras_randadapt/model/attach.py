@@ -17,6 +17,7 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import adapted_model
+from keras_randadapt.model import distribution
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
@@ -363,6 +364,7 @@ def _before(model):
     """
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
+        distribution.check_scope(model)
         fresh = type(optimizer).from_config(optimizer.get_config())
     else:
         fresh = None

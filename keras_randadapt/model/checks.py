@@ -12,6 +12,7 @@ from keras_randadapt import _compat
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import distribution
 from keras_randadapt.model import parts
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import layer as layer_lib
@@ -217,7 +218,7 @@ def check_attachable(model, layers, addresses, kept):
                 f"({others}): an adapter here would not reach them, and a "
                 "merge would change them. Leave the layer out with `exclude`."
             )
-        _check_distribution(address, kernel)
+        distribution.check_kernel(address, kernel)
     _check_overlap(model, addresses, kept)
 
 
@@ -362,18 +363,3 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
                 AdapterWarning,
                 stacklevel=3,
             )
-
-
-def _check_distribution(address, kernel):
-    if keras.config.backend() != "jax":
-        return
-    if keras.distribution.distribution() is not None:
-        return
-    sharding = getattr(kernel.value, "sharding", None)
-    if sharding is not None and len(sharding.device_set) > 1:
-        raise ValueError(
-            f"The kernel of '{address}' is laid out over "
-            f"{len(sharding.device_set)} devices, but no distribution is "
-            "active, so adapters would live on one device. Call `inject` "
-            "under the same `keras.distribution` that built the model."
-        )

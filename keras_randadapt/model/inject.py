@@ -10,6 +10,7 @@ from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import selection
@@ -66,7 +67,8 @@ def inject(
         TypeError: If `model` is no Keras model or `adapter` no adapter.
         ValueError: If the model is not built, a target matches nothing or
             only layers that can't be adapted, the method can't take a site's
-            shape, or the name is taken. The model is then unchanged.
+            shape, the name is taken, or the model was built under another
+            `tf.distribute` scope. The model is then unchanged.
 
     Example:
 
@@ -82,6 +84,7 @@ def inject(
     ```
     """
     checks.check_model(model)
+    distribution.check_scope(model)
     checks.check_adapter(adapter)
     checks.check_new_name(model, name)
     layers = layers_of(model)
