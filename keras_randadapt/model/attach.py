@@ -17,6 +17,7 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import adapted_model
+from keras_randadapt.model import clones
 from keras_randadapt.model import distribution
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import parts as parts_lib
@@ -181,6 +182,7 @@ def _become_adapted(change, layers):
         ),
     )
     change.set(model, "__class__", adapted_model.adapted_class(type(model)))
+    clones.keep_flags(change, layer_flags)
     change.record_flags()
     # A model frozen as a whole would train no adapter.
     _compat.set_layer_trainable_flag(model, True)
@@ -197,6 +199,7 @@ def leave_model(change):
     for part in state.parts:
         change.on_undo(functools.partial(parts_lib.claim, part, model))
         parts_lib.release(part, model)
+    clones.forget_flags(change, state.layer_flags)
     transaction.restore_flags(state.layer_flags, state.variable_flags)
 
 
