@@ -1184,7 +1184,8 @@ class TestSites:
     def test_layers_keep_class_name_and_identity(self):
         model, _, targets = zoo.dense()
         layer = model.get_layer("site")
-        config = {**layer.get_config(), "trainable": False}
+        # It is that of before, so that a clone can be trained.
+        config = layer.get_config()
         kra.inject(model, kra.LoRA(2), targets)
         assert model.get_layer("site") is layer
         assert isinstance(layer, layers.Dense)
