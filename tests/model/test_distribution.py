@@ -18,13 +18,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def _model():
-    return keras.Sequential(
+    model = keras.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.Dense(3, name="site"),
+            keras.layers.Dense(8, name="site"),
             keras.layers.Dense(2, name="head"),
         ]
     )
+    return zoo.set_weights(model)
 
 
 def _strategy():
@@ -87,8 +88,10 @@ def test_attaching_outside_is_refused(file, load):
         lambda model: kra.merge(model),
         lambda model: kra.set_active(model, []),
         lambda model: kra.truncate(model, 1),
+        lambda model: kra.to_lora(model),
+        lambda model: kra.combine(model, {"default": 0.5}, name="half"),
     ],
-    ids=["eject", "merge", "set_active", "truncate"],
+    ids=["eject", "merge", "set_active", "truncate", "to_lora", "combine"],
 )
 def test_a_new_optimizer_outside_is_refused(change):
     """The set of trained weights changes, so the optimizer is a new one."""
