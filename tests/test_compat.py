@@ -616,3 +616,33 @@ def test_substituted_values(is_in_scope):
         mean = step()
     assert keras.ops.convert_to_numpy(mean).any()
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(norm.beta), before)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_variables(mode, tie_weights):
+    layer = layers.ReversibleEmbedding(6, 4, tie_weights=tie_weights)
+    layer.build()
+    layer.quantize(mode)
+    found = _compat.quantized_variables(layer)
+    assert {id(v) for v in found.values()} == {id(v) for v in layer.variables}
+    assert all(getattr(layer, name) is v for name, v in found.items())
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_kernel_of_and_unquantized_variables(mode):
+    layer = layers.Dense(4)
+    layer.build((None, 6))
+    bias = layer.bias
+    layer.quantize(mode)
+    kernel = _compat.quantized_kernel_of(layer)
+    assert kernel is layer._kernel and kernel.dtype == "int8"
+    assert _compat.unquantized_variables(layer) == [bias]
+
+
+def test_quantized_kernel_of_another_name():
+    """Keras's GPTQ replaces the kernel by a variable of another name."""
+    layer = layers.Dense(4, dtype="gptq/4/-1_from_float32")
+    layer.build((None, 6))
+    assert _compat.quantized_kernel_of(layer) is layer.quantized_kernel
+    assert layer.quantized_kernel.dtype == "uint8"

@@ -72,6 +72,48 @@ class TestReport:
         for part in ("RLoRA 'task'", "96", "27", "KB"):
             assert part in text
 
+    @pytest.mark.parametrize("mode", ["int8", "int4", "float8", "int4 blocks"])
+    def test_quantized_base_counts_as_the_float_one(self, mode):
+        def build():
+            ids = keras.Input((7,), dtype="int32")
+            embedding = layers.ReversibleEmbedding(11, 6, tie_weights=False)
+            x = embedding(ids)
+            x = layers.EinsumDense(
+                "abc,cde->abde", (None, 3, 5), bias_axes="de"
+            )(x)
+            x = layers.Reshape((7, 15))(x)
+            x = layers.Dense(6, name="site")(x)
+            head = layers.Dense(3, name="head")(x)
+            return keras.Model(ids, [embedding(x, reverse=True), head])
+
+        plain, model = build(), build()
+        embeds = mode not in ("float8",)
+        arguments = {"mode": mode}
+        if mode == "int4 blocks":
+            config = getattr(keras.quantizers, "Int4QuantizationConfig", None)
+            if config is None:
+                pytest.skip("This Keras has no blocks of int4 kernels.")
+            arguments = {"config": config(block_size=2)}
+        model.quantize(
+            **arguments,
+            filters=lambda layer: (
+                layer.name not in ("site", "head")
+                and (embeds or "embedding" not in layer.name)
+            ),
+        )
+        counted = model.count_params()
+        assert counted != plain.count_params()
+        reports = [
+            kra.inject(one, kra.LoRA(2), "site", keep_trainable="head")
+            for one in (plain, model)
+        ]
+        assert reports[0].base_parameters == reports[1].base_parameters
+        assert reports[0].keras_base_parameters == reports[0].base_parameters
+        assert reports[1].keras_base_parameters == counted - 21
+        assert "as Keras counts" not in str(reports[0])
+        assert f"{counted - 21:,}" in str(reports[1])
+        assert f"{reports[0].base_parameters:,}" in str(reports[1])
+
     def test_head_of_an_inactive_adapter(self):
         model, _, _ = zoo.bert_classifier()
         with pytest.warns(kra.AdapterWarning, match="'logits'"):
@@ -1256,7 +1298,8 @@ class TestSites:
     def test_layers_keep_class_name_and_identity(self):
         model, _, targets = zoo.dense()
         layer = model.get_layer("site")
-        config = {**layer.get_config(), "trainable": False}
+        # It is that of before, so that a clone can be trained.
+        config = layer.get_config()
         kra.inject(model, kra.LoRA(2), targets)
         assert model.get_layer("site") is layer
         assert isinstance(layer, layers.Dense)

@@ -7,6 +7,7 @@ import keras_randadapt as kra
 from keras_randadapt import random
 from tests import gradients
 from tests import methods
+from tests import sparse
 from tests import zoo
 from tests.methods import site_of
 
@@ -29,16 +30,22 @@ def _dense_a(adapter):
         unit = (2.0 * random.uniforms(*key) - 1) * np.sqrt(3)
     elif adapter.basis == "hadamard":
         unit = adapter.basis_a.dense() * np.sqrt(rows)
-    else:
+    elif adapter.basis.endswith("_v1"):
         # Drawn and filled up; the basis's own tests see to that.
         unit = adapter.basis_a.dense()
+    else:
+        smaller = min(adapter.site.kernel_view)
+        sparsity = 3 if adapter.basis == "sparse" else np.sqrt(smaller)
+        unit = sparse.unit(key[2], *key[:2], sparsity)
     return unit.T / np.sqrt(3 * rows)
 
 
 class TestLoRAFA:
     @pytest.mark.every_backend
     @pytest.mark.parametrize("view", [(12, 20), (20, 12)], ids=str)
-    @pytest.mark.parametrize("basis", kra.bases.KINDS)
+    @pytest.mark.parametrize(
+        "basis", [*kra.bases.KINDS, "sparse_v1", "very_sparse_v1"]
+    )
     def test_against_dense_reference(self, basis, view):
         adapter = _built(view, basis=basis, alpha=6)
         b = methods.randomize(adapter)["lora_b"]

@@ -17,6 +17,7 @@ from keras_randadapt import random
 from keras_randadapt.adapters import randlora
 from tests import gradients
 from tests import methods
+from tests import sparse
 from tests import zoo
 from tests.methods import site_of
 
@@ -37,7 +38,12 @@ def _bases(kind, small, large, rank, terms, seed):
             _hadamard(small, rank, seed, roles[0], 1, expand=False),
             _hadamard(large, terms * rank, seed, roles[1], 2, expand=True),
         ]
-    sparsity = 3 if kind == "sparse" else np.sqrt(small)
+    sparsity = 3 if kind.startswith("sparse") else np.sqrt(small)
+    if not kind.endswith("_v1"):
+        return [
+            sparse.unit(shape, seed, role, sparsity)
+            for role, shape in zip(roles, (a, b))
+        ]
     a, b = [
         random.ternaries(seed, r, s, sparsity) for r, s in zip(roles, (a, b))
     ]
@@ -145,6 +151,8 @@ ARGUMENTS = [
     dict(basis="uniform", alpha=5.0, rescale="none"),
     dict(basis="sparse", variant="half"),
     dict(basis="very_sparse"),
+    dict(basis="sparse_v1"),
+    dict(basis="very_sparse_v1"),
     dict(basis="hadamard"),
     dict(basis="uniform", variant="averaged"),
     # One term, and a rank above the dimensions.
@@ -246,6 +254,55 @@ class TestFormula:
                 values = np.linalg.svd(delta)[1]
                 # Rounding is at 1e-7.
                 assert np.sum(values > 1e-6 * values[0]) == rank
+
+    @pytest.mark.one_backend
+    @pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
+    @pytest.mark.parametrize(
+        "view, rank, seeds",
+        [
+            ((8, 8), 4, 60),
+            ((8, 8), 3, 60),
+            ((16, 16), 4, 60),
+            ((16, 16), 5, 30),
+            ((9, 40), 2, 30),
+            ((40, 9), 20, 30),
+            ((5, 6), 1, 30),
+            ((64, 64), 8, 3),
+        ],
+        ids=str,
+    )
+    def test_sparse_bases_reach_full_rank_for_every_seed(
+        self, basis, view, rank, seeds
+    ):
+        """In exact arithmetic, with integers for the vectors."""
+        small, large = sorted(view)
+        terms = -(-small // rank)
+        for seed in range(seeds):
+            generator = np.random.default_rng(seed)
+            lambdas = generator.integers(1, 2**30, size=(terms, rank))
+            gamma = generator.integers(1, 2**30, size=(terms, small))
+            adapter = _built(view, rank, seed=seed, basis=basis)
+            a, b = adapter.basis_a.values(), adapter.basis_b.values()
+            mixing = [
+                sparse.times(np.diag(lambdas[j]), a, np.diag(gamma[j]))
+                for j in range(terms)
+            ]
+            delta = sparse.times(b, np.concatenate(mixing))
+            assert delta.shape == (large, small)
+            assert sparse.rank_of(delta) == small
+
+    def test_thin_sparse_bases_have_the_size_of_others(self):
+        """All scales 1: the update is as large as that of dense bases."""
+        sizes = {}
+        for basis in ("uniform", "sparse", "very_sparse", "very_sparse_v1"):
+            adapter = _built((256, 256), 4, basis=basis)
+            for weight in adapter.trainable_weights:
+                weight.assign(np.ones(weight.shape))
+            sizes[basis] = _numpy(adapter.delta_kernel()).std()
+        for basis in ("sparse", "very_sparse"):
+            assert 0.8 < sizes[basis] / sizes["uniform"] < 1.25
+        # Earlier versions filled without scaling.
+        assert sizes["very_sparse_v1"] / sizes["uniform"] > 1.5
 
     @pytest.mark.parametrize("view", [(10, 14), (14, 10)], ids=str)
     def test_one_term_is_vera(self, view):
@@ -791,3 +848,30 @@ class TestArguments:
 
 
 GOLDEN_DIGEST = "ec7d0ac05b729cfd49024051485052be"
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("method", [kra.RandLoRA, kra.VeRA, kra.LoRAFA])
+@pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
+def test_versions_of_sparse_bases_in_configs(method, basis):
+    """Configs of before mean the bases of before."""
+    new, before = method(3, basis=basis), method(3, basis=f"{basis}_v1")
+    assert new.get_config()["basis"] == f"{basis}_v2"
+    assert before.get_config()["basis"] == basis
+    for adapter in (new, before):
+        again = method.from_config(adapter.get_config())
+        assert again.basis == adapter.basis
+    with pytest.raises(ValueError, match="`basis` must be one of"):
+        method(3, basis=f"{basis}_v2")
+
+
+@pytest.mark.one_backend
+def test_a_file_of_a_new_sparse_basis_gives_the_same_values(tmp_path):
+    model, _, adapter = _dense_model((8, 12), kra.RandLoRA(3, basis="sparse"))
+    _randomize(adapter)
+    x = zoo.normal(4, 8)
+    expected = _numpy(model(x))
+    kra.save_adapter(model, tmp_path / "a.safetensors")
+    kra.eject(model)
+    kra.load_adapter(model, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(_numpy(model(x)), expected)

@@ -8,6 +8,7 @@ import keras_randadapt as kra
 from keras_randadapt import random
 from tests import gradients
 from tests import methods
+from tests import sparse
 from tests import zoo
 from tests.methods import site_of
 
@@ -29,9 +30,12 @@ def dense_matrices(adapter, view):
             unit = basis.dense() * np.sqrt(view[side == "B"])
         else:
             sparsity = 3
-            if adapter.basis == "very_sparse":
+            if adapter.basis.startswith("very_sparse"):
                 sparsity = np.sqrt(min(view))
-            unit = random.ternaries(*key, sparsity) * np.sqrt(sparsity)
+            if adapter.basis.endswith("_v1"):
+                unit = random.ternaries(*key, sparsity) * np.sqrt(sparsity)
+            else:
+                unit = sparse.unit(shape, *key[:2], sparsity)
         matrices.append(unit * np.sqrt(2 / fan_in[side]))
     return matrices
 
@@ -62,7 +66,9 @@ def _numpy(x):
 
 class TestVeRA:
     @pytest.mark.parametrize("view", [(12, 20), (20, 12), (9, 9)], ids=str)
-    @pytest.mark.parametrize("basis", kra.bases.KINDS)
+    @pytest.mark.parametrize(
+        "basis", [*kra.bases.KINDS, "sparse_v1", "very_sparse_v1"]
+    )
     def test_against_dense_reference(self, basis, view):
         # A rank above the dimensions too.
         for rank, scaling in ((5, 1.0), (30, 0.5)):
@@ -89,6 +95,25 @@ class TestVeRA:
                 assert adapter.factors() is None
             rank_of_delta = np.linalg.matrix_rank(dense)
             assert rank_of_delta <= min(rank, *view)
+
+    @pytest.mark.one_backend
+    @pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
+    @pytest.mark.parametrize(
+        "view, rank", [((8, 8), 4), ((12, 20), 30), ((20, 12), 15), ((6, 9), 7)]
+    )
+    def test_sparse_bases_reach_full_rank_for_every_seed(
+        self, basis, view, rank
+    ):
+        """In exact arithmetic, with integers for `d`."""
+        for seed in range(40):
+            adapter = kra.VeRA(rank, basis=basis, seed=seed)
+            adapter.build_at(site_of(view))
+            generator = np.random.default_rng(seed)
+            d = generator.integers(1, 2**30, size=rank)
+            a, b = adapter.basis_a.values(), adapter.basis_b.values()
+            delta = sparse.times(b, np.diag(d), a)
+            assert sparse.rank_of(delta) == min(rank, *view)
+            assert a.any(axis=0).all() and b.any(axis=1).all()
 
     def test_uniform_is_kaiming_uniform(self):
         """Bound sqrt(6 / fan_in): fan_in is input_dim for A, rank for B."""

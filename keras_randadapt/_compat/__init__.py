@@ -26,6 +26,8 @@ from keras_randadapt._compat.layers import no_automatic_dependency_tracking
 from keras_randadapt._compat.layers import open_name_scope
 from keras_randadapt._compat.layers import owned_variables
 from keras_randadapt._compat.layers import paired_quantized_variables
+from keras_randadapt._compat.layers import quantized_kernel_of
+from keras_randadapt._compat.layers import quantized_variables
 from keras_randadapt._compat.layers import refresh_torch_parameters
 from keras_randadapt._compat.layers import restore_sublayer
 from keras_randadapt._compat.layers import set_keras_mask
@@ -35,6 +37,7 @@ from keras_randadapt._compat.layers import sublayers
 from keras_randadapt._compat.layers import trainable_by_nature
 from keras_randadapt._compat.layers import training_phase
 from keras_randadapt._compat.layers import unpickle_model
+from keras_randadapt._compat.layers import unquantized_variables
 from keras_randadapt._compat.layers import unrounded
 from keras_randadapt._compat.layers import walk_attributes
 from keras_randadapt._compat.optimizers import ShowsMovingAverage
@@ -89,6 +92,9 @@ __all__ = [
     "open_name_scope",
     "owned_variables",
     "paired_quantized_variables",
+    "quantized_kernel_of",
+    "quantized_variables",
+    "unquantized_variables",
     "refresh_torch_parameters",
     "reset_compiled_functions",
     "restore_sublayer",

@@ -36,6 +36,9 @@ __all__ = [
     "open_name_scope",
     "owned_variables",
     "paired_quantized_variables",
+    "quantized_kernel_of",
+    "quantized_variables",
+    "unquantized_variables",
     "refresh_torch_parameters",
     "restore_sublayer",
     "set_keras_mask",
@@ -322,13 +325,15 @@ def kernel_shape(layer):
     Returns:
         tuple of ints.
     """
-    shape = list(layer._kernel.shape)
-    if layer.quantization_mode == "int4":
+    if layer.quantization_mode in ("int4", "gptq", "awq") and hasattr(
+        layer, "original_kernel_shape"
+    ):
         # Since 3.15 Keras flattens a packed kernel; earlier versions pack
         # along one axis.
-        if hasattr(layer, "original_kernel_shape"):
-            shape = layer.original_kernel_shape
-        else:
+        shape = layer.original_kernel_shape
+    else:
+        shape = list(layer._kernel.shape)
+        if layer.quantization_mode == "int4":
             axis = layer._int4_pack_axis
             shape[axis] = layer._orig_length_along_pack_axis
     return tuple(int(n) for n in shape)
@@ -358,6 +363,55 @@ def paired_quantized_variables(layer, twin):
         for name in _QUANTIZED_VARIABLES
         if getattr(twin, name, None) is not None
     ]
+
+
+def quantized_kernel_of(layer):
+    """The variable of a quantized `Dense` or `EinsumDense` layer's kernel.
+
+    In some modes Keras replaces the kernel by one of another name.
+    """
+    kernel = getattr(layer, "quantized_kernel", None)
+    return layer._kernel if kernel is None else kernel
+
+
+def unquantized_variables(layer):
+    """A quantized layer's variables that its float layer has too.
+
+    These are the bias and the factors of Keras's own LoRA, not the kernel.
+
+    Returns:
+        list of variables.
+    """
+    names = (
+        "bias",
+        "lora_kernel_a",
+        "lora_kernel_b",
+        "lora_embeddings_a",
+        "lora_embeddings_b",
+    )
+    found = [getattr(layer, name, None) for name in names]
+    return [value for value in found if value is not None]
+
+
+def quantized_variables(layer):
+    """The variables by which a quantized embedding computes.
+
+    Returns:
+        dict from the attribute's name to a `keras.Variable`.
+    """
+    names = (
+        *_QUANTIZED_VARIABLES,
+        "reverse_embeddings",
+        "reverse_embeddings_scale",
+        "reverse_embeddings_zero",
+        "g_idx",
+    )
+    found = {name: getattr(layer, name, None) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, keras.Variable)
+    }
 
 
 def causal_padding(layer):

@@ -2,16 +2,17 @@
 
 import math
 from typing import Any
+from typing import Self
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_randadapt import arguments
-from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import site_arguments
+from keras_randadapt.bases import versions
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
@@ -40,9 +41,12 @@ class LoRAFA(site_arguments.SiteArguments):
         site_alphas: Optional dict. See `LoRA`.
         basis: The random matrix `A`: `"uniform"` or `"gaussian"` for
             independent entries; `"sparse"` or `"very_sparse"` for ternary
-            entries, kept as int8; `"hadamard"` for a randomized Hadamard
-            transform, which takes no memory. With every basis, entries have
-            the variance of LoRA's, 1 / (3 input_dim).
+            entries, kept as int8, of which few are changed so that `A` has
+            full rank (see `bases.SparseTernary`); `"hadamard"` for a
+            randomized Hadamard transform, which takes no memory. With every
+            basis, entries have the variance of LoRA's, 1 / (3 input_dim).
+            `"sparse_v1"` and `"very_sparse_v1"` are the sparse bases of
+            earlier versions, whose variance is larger for small ranks.
         precondition: bool. Whether the gradient of `B` is multiplied by
             `(A' A)^-1 / scaling**2`. A step of plain gradient descent then
             changes the delta by the kernel's own gradient, projected onto
@@ -89,7 +93,7 @@ class LoRAFA(site_arguments.SiteArguments):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
         self.scaling = arguments.check_alpha(alpha, scaling, self.rank)
-        self.basis = bases.check_kind(basis)
+        self.basis = versions.check_version(basis)
         self.precondition = bool(precondition)
         if self.precondition and 0 in (
             self.scaling,
@@ -106,14 +110,14 @@ class LoRAFA(site_arguments.SiteArguments):
 
     def build(self, site: Site) -> None:
         self.check(site)
-        basis = bases.make_basis(
+        basis = versions.make_version(
             self.basis,
             self.input_dim,
             self.rank,
             self.seed,
             f"LoRAFA/{self.site.role}/A",
             smaller_dim=min(site.kernel_view),
-            fill=True,
+            fill_v1=True,
         )
         # Only some bases have `take`.
         self.basis_a: Any = self.add_frozen("basis_a", basis)
@@ -175,11 +179,15 @@ class LoRAFA(site_arguments.SiteArguments):
             b = ops.stop_gradient(b) + ops.matmul(self._preconditioner, change)
         return ops.cast(b * self._scale, dtype)
 
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        return cls(**versions.read_spelling(config))
+
     def get_config(self) -> Config:
         return {
             "rank": self.rank,
             "scaling": self.scaling,
-            "basis": self.basis,
+            "basis": versions.spelling(self.basis),
             "precondition": self.precondition,
             **super().get_config(),
         }

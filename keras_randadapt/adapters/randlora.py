@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from typing import Self
 
 import keras
 from keras import ops
@@ -12,6 +13,7 @@ from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import mixing
 from keras_randadapt.adapters import site_arguments
+from keras_randadapt.bases import versions
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
@@ -50,9 +52,12 @@ class RandLoRA(site_arguments.SiteArguments):
         basis: The random matrices `A` and `B_j`, with entries of variance 1.
             `"gaussian"` and `"uniform"` have independent entries. `"sparse"`
             and `"very_sparse"` have ternary entries, kept as int8, of which
-            one in 3, or one in `sqrt(d_min)`, is not zero; a few entries are
-            added to `A` so that the delta has full rank. `"hadamard"` means
-            randomized Hadamard transforms, which take no memory.
+            one in 3, or one in `sqrt(d_min)`, is not zero; few entries are
+            changed so that the delta has full rank (see
+            `bases.SparseTernary`). `"hadamard"` means randomized Hadamard
+            transforms, which take no memory. `"sparse_v1"` and
+            `"very_sparse_v1"` are the sparse bases of earlier versions, whose
+            variance and rank may be others.
         variant: `"full"`, or an ablation of the paper. `"averaged"` is
             `sum_j B_j diag(lambda_j)` times `sum_j A diag(gamma_j)`, of rank
             `rank`; `"half"` has half of the terms.
@@ -114,7 +119,7 @@ class RandLoRA(site_arguments.SiteArguments):
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
-        self.basis = bases.check_kind(basis)
+        self.basis = versions.check_version(basis)
         self.variant = arguments.check_choice(variant, VARIANTS, "variant")
         self.alpha = arguments.check_scaling(
             2 * self.rank if alpha is None else alpha, "alpha"
@@ -154,7 +159,7 @@ class RandLoRA(site_arguments.SiteArguments):
         )
 
     def _add_basis(self, side, dim, rank, expand):
-        basis = bases.make_basis(
+        basis = versions.make_version(
             self.basis,
             dim,
             rank,
@@ -162,13 +167,13 @@ class RandLoRA(site_arguments.SiteArguments):
             f"RandLoRA/{side}",
             expand=expand,
             smaller_dim=min(self.input_dim, self.output_dim),
-            # For generic vectors the delta has full rank if the columns
-            # gamma_j[i] (x) A[:, i] are independent: no subspace of dimension
-            # u may hold more than n * u columns of A. A sparse A may violate
-            # this and is filled. A Hadamard A of one stage never does, since
-            # its rows are orthogonal and its entries have one size; with two
-            # stages it may have zeros.
-            fill=side == "A",
+            # For generic vectors the delta has full rank only if no subspace
+            # of dimension u holds more than n * u columns of A. Sparse bases
+            # are filled so that it has; see `bases.regular_blocks`. A
+            # Hadamard A of one stage fulfils the condition, since its rows are
+            # orthogonal and its entries have one size; with two stages it may
+            # have zeros.
+            fill_v1=side == "A",
             stages=1 if side == "A" else 2,
         )
         return self.add_frozen(f"basis_{side.lower()}", basis)
@@ -393,10 +398,14 @@ class RandLoRA(site_arguments.SiteArguments):
     def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()
 
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        return cls(**versions.read_spelling(config))
+
     def get_config(self) -> Config:
         return {
             "rank": self.rank,
-            "basis": self.basis,
+            "basis": versions.spelling(self.basis),
             "variant": self.variant,
             "alpha": self.alpha,
             "rescale": self.rescale,

@@ -17,6 +17,7 @@ from keras_randadapt import arguments
 from keras_randadapt._types import Initializer
 from keras_randadapt._types import Store
 from keras_randadapt._types import Tensor
+from keras_randadapt.ops.sparse import dense
 from keras_randadapt.sites.site import Site
 
 # A basis of `keras_randadapt.bases`, or one like them.
@@ -267,11 +268,11 @@ class AdapterVariables(keras.layers.Layer):
         )
 
     def drop(self, x: Any, training: bool | None) -> Any:
-        """Dropout of the delta's inputs."""
+        """Dropout of the delta's inputs; sparse ones are made dense."""
         if not self.dropout or not training:
             return x
         return keras.random.dropout(
-            x, self.dropout, seed=self.dropout_seed_generator
+            dense(x), self.dropout, seed=self.dropout_seed_generator
         )
 
     def add_step_counter(self) -> None:

@@ -2,15 +2,16 @@
 
 import math
 from typing import Any
+from typing import Self
 
 import keras
 from keras import ops
 
 from keras_randadapt import arguments
-from keras_randadapt import bases
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
+from keras_randadapt.bases import versions
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.site import Site
@@ -41,10 +42,14 @@ class VeRA(base.Adapter):
         basis: The frozen random matrices. `"uniform"` and `"gaussian"` have
             independent entries. `"sparse"` and `"very_sparse"` have ternary
             entries, kept as int8, of which one in 3, or one in
-            `sqrt(min(input_dim, output_dim))`, is not zero. `"hadamard"`
-            means randomized Hadamard transforms, which take no memory. With
-            every basis, entries have the variance of `kaiming_uniform`: 2 /
-            input_dim in `A`, 2 / rank in `B`.
+            `sqrt(min(input_dim, output_dim))`, is not zero; few entries are
+            changed so that the delta has the full rank, `min(rank, input_dim,
+            output_dim)` (see `bases.SparseTernary`). `"hadamard"` means
+            randomized Hadamard transforms, which take no memory. With every
+            basis, entries have the variance of `kaiming_uniform`: 2 /
+            input_dim in `A`, 2 / rank in `B`. `"sparse_v1"` and
+            `"very_sparse_v1"` are the sparse bases of earlier versions, which
+            may have empty rows and columns.
         d_initial: float. The first value of `d`.
         scaling: float. A constant factor.
         seed: int. See `Adapter`.
@@ -85,7 +90,7 @@ class VeRA(base.Adapter):
     ):
         super().__init__(**kwargs)
         self.rank = arguments.check_rank(rank)
-        self.basis = bases.check_kind(basis)
+        self.basis = versions.check_version(basis)
         self.d_initial = arguments.check_scaling(d_initial, "d_initial")
         self.scaling = arguments.check_scaling(scaling)
 
@@ -100,7 +105,7 @@ class VeRA(base.Adapter):
         self.basis_b = self._add_basis("B", self.output_dim, expand=True)
 
     def _add_basis(self, side, dim, expand):
-        basis = bases.make_basis(
+        basis = versions.make_version(
             self.basis,
             dim,
             self.rank,
@@ -174,10 +179,14 @@ class VeRA(base.Adapter):
         b = ops.cast(self.vera_b, "float32") * self._scale_b()
         return ops.cast(b, dtype)
 
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        return cls(**versions.read_spelling(config))
+
     def get_config(self) -> Config:
         return {
             "rank": self.rank,
-            "basis": self.basis,
+            "basis": versions.spelling(self.basis),
             "d_initial": self.d_initial,
             "scaling": self.scaling,
             **super().get_config(),

@@ -34,7 +34,7 @@ def make_basis(
     *,
     expand: bool = False,
     smaller_dim: int | None = None,
-    fill: bool = False,
+    fill: bool | str = False,
     stages: int = 2,
 ) -> Basis:
     """A basis of shape `(rank, dim)`, or `(dim, rank)` with `expand`.
@@ -49,7 +49,7 @@ def make_basis(
         role: string. The purpose of the basis.
         expand: bool. See above.
         smaller_dim: int. The smaller dimension of the site; `dim` by default.
-        fill: See `SparseTernary`.
+        fill: bool, or `"full_rank"`. See `SparseTernary`.
         stages: See `RandomizedHadamard`.
 
     Returns:

@@ -10,13 +10,16 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt._types import Tensor
+from keras_randadapt.bases import regular_blocks
 from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
 
 # Digests by the key of a basis. They are computed whenever values are drawn,
 # so that no draw is needed for a digest alone.
-_digests = {}
+_digests: dict[tuple[Hashable, ...], str] = {}
+# The numbers of entries that are not 0, likewise.
+_entries: dict[tuple[Hashable, ...], int] = {}
 
 
 class RandomMatrix:
@@ -38,8 +41,8 @@ class RandomMatrix:
         role: string. The purpose of the basis. Each role has other values.
     """
 
-    scale = 1.0
     dtype = "float32"
+    _scale = 1.0
 
     def __init__(self, rows: int, columns: int, seed: int, role: str):
         self.shape = (
@@ -49,6 +52,11 @@ class RandomMatrix:
         self.seed = random.check_seed(seed)
         self.role = role
         self._variable = None
+
+    @property
+    def scale(self) -> float:
+        """The factor that gives the values variance 1."""
+        return self._scale
 
     def values(self) -> np.ndarray:
         """The matrix without its scale, as a NumPy array of `dtype`."""
@@ -178,7 +186,7 @@ class Uniform(RandomMatrix):
     `RandomMatrix`.
     """
 
-    scale = math.sqrt(3.0)
+    _scale = math.sqrt(3.0)
 
     def _draw(self):
         # The values are multiples of 2**-23 and exact in float32.
@@ -198,12 +206,27 @@ class SparseTernary(RandomMatrix):
         seed: int in `[0, 2**64)`.
         role: string.
         sparsity: Number, at least 1. One entry in `sparsity` is not 0.
-        fill: Whether to add entries so that columns can be assigned to rows
-            evenly: each column to a row where it has an entry, and at most
-            `ceil(columns / rows)` columns to a row. A column without such a
-            row gets one more entry, with a random sign. Without `fill`, a
-            fraction `(1 - 1 / sparsity) ** rows` of the columns is empty,
-            which in a matrix of few rows may be most of them.
+        fill: `False`, `"full_rank"` or `True`. Without it, a fraction `(1 - 1
+            / sparsity) ** rows` of the columns is empty, which in a matrix of
+            few rows may be most of them.
+
+            `"full_rank"` changes at most one entry in each line across the
+            longer side, so that the matrix has full rank. Cut the longer side
+            into square blocks; the last may be smaller, and is square with
+            the first lines of the shorter side. Then each block is regular.
+            No row and no column is empty, the first block alone gives the
+            matrix full rank, and the columns can be assigned to rows evenly.
+            The scale is then `sqrt(size / entries)`, so that the mean square
+            of the scaled entries is 1, however many entries were added.
+
+            `True` is the earlier scheme. It adds entries so that columns can
+            be assigned to rows evenly: each column to a row where it has an
+            entry, and at most `ceil(columns / rows)` columns to a row. The
+            scale stays `sqrt(sparsity)`, and the rank may be smaller than
+            both dimensions.
+
+    Raises:
+        ValueError: If `fill` is something else.
     """
 
     dtype = "int8"
@@ -215,22 +238,36 @@ class SparseTernary(RandomMatrix):
         seed: int,
         role: str,
         sparsity: float = 3.0,
-        fill: bool = False,
+        fill: bool | str = False,
     ):
         super().__init__(rows, columns, seed, role)
         self.sparsity = float(sparsity)
-        self.fill = bool(fill)
-        self.scale = math.sqrt(self.sparsity)
+        if isinstance(fill, str):
+            arguments.check_choice(fill, ("full_rank",), "fill")
+            self.fill: bool | str = fill
+        else:
+            self.fill = bool(fill)
 
     @property
     def key(self) -> tuple[Hashable, ...]:
         return (*super().key, self.sparsity, self.fill)
 
+    @property
+    def scale(self) -> float:
+        if self.fill != "full_rank":
+            return math.sqrt(self.sparsity)
+        if self.key not in _entries:
+            self.values()
+        return math.sqrt(math.prod(self.shape) / _entries[self.key])
+
     def _draw(self):
         values = random.ternaries(
             self.seed, self.role, self.shape, self.sparsity
         )
-        if self.fill:
+        if self.fill == "full_rank":
+            regular_blocks.make_regular(values, self.seed, self.role)
+            _entries[self.key] = int(np.count_nonzero(values))
+        elif self.fill:
             self._fill(values)
         return values
 

@@ -12,6 +12,7 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.ops import RandomizedTransform
 from keras_randadapt.ops import program as steps
 from keras_randadapt.ops import randomized_transform
+from keras_randadapt.ops.fast_products import split_last
 
 #: The choices of `hadamard`: a transform of the dimension itself, or padding.
 HADAMARD = ("exact", "pad")
@@ -63,11 +64,10 @@ class RandomizedHadamard:
         self._plans = _plans(
             dim, rank, seed, role, stages, rows, hadamard, expand
         )
-        sizes = [
+        self._sizes = [
             plan.input_dim if expand else plan.output_dim
             for plan in self._plans
         ]
-        self._splits = [int(n) for n in np.cumsum(sizes)[:-1]]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -144,7 +144,7 @@ class RandomizedHadamard:
             x = x * before
         parts = [x] * len(self._plans)
         if split:
-            parts = ops.split(x, self._splits, axis=-1)
+            parts = split_last(x, self._sizes)
         parts = [
             randomized_transform(part, plan, adjoint)
             for part, plan in zip(parts, self._plans)

@@ -436,7 +436,7 @@ def plain_classes(model):
     adapted = type(model)
     state = model._randadapt
     flags = [(layer, layer.trainable) for layer, _ in state.layer_flags]
-    with layer_lib.as_base_class(*state.changed_layers):
+    with layer_lib.as_base_class(*state.layers.values()):
         model.__class__ = adapted._own_class
         for layer, flag in state.layer_flags:
             _compat.set_layer_trainable_flag(layer, flag)

@@ -17,6 +17,8 @@ import numpy as np
 from keras_randadapt import _compat
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import adapted_model
+from keras_randadapt.model import clones
+from keras_randadapt.model import distribution
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
@@ -27,6 +29,7 @@ from keras_randadapt.optimizers import wrapper
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import stack
+from keras_randadapt.sites import straight_through
 from keras_randadapt.sites import supported
 
 
@@ -86,6 +89,7 @@ def attach(change, attachment):
     if not state_lib.is_adapted(model):
         _become_adapted(change, layers)
     record_common(change)
+    carry_gradients(change)
     state = model._randadapt
     for address, adapter in built.items():
         _become_site(change, layers[address])
@@ -178,6 +182,7 @@ def _become_adapted(change, layers):
         ),
     )
     change.set(model, "__class__", adapted_model.adapted_class(type(model)))
+    clones.keep_flags(change, layer_flags)
     change.record_flags()
     # A model frozen as a whole would train no adapter.
     _compat.set_layer_trainable_flag(model, True)
@@ -190,9 +195,11 @@ def leave_model(change):
     """Gives a model without adapters back what it had, but its class."""
     model = change.model
     state = model._randadapt
+    _stop_carrying(change)
     for part in state.parts:
         change.on_undo(functools.partial(parts_lib.claim, part, model))
         parts_lib.release(part, model)
+    clones.forget_flags(change, state.layer_flags)
     transaction.restore_flags(state.layer_flags, state.variable_flags)
 
 
@@ -205,10 +212,32 @@ def models_of(model):
     ]
 
 
+def carry_gradients(change):
+    """Lets gradients pass the quantized heads that are no sites."""
+    for layer in change.model._randadapt.layers.values():
+        if (
+            layer_lib.own_class(layer) is None
+            and straight_through.stops_gradient(layer)
+            and supported.supported_class(layer) is not None
+        ):
+            change.set(
+                layer,
+                "__class__",
+                straight_through.carrying_class(type(layer)),
+            )
+
+
+def _stop_carrying(change):
+    for layer in change.model._randadapt.layers.values():
+        if isinstance(layer, straight_through.CarriesGradient):
+            change.set(layer, "__class__", layer._site_base)
+
+
 def _become_site(change, layer):
     if isinstance(layer, layer_lib.AdaptedLayer):
         return
-    change.set(layer, "__class__", supported.site_class(type(layer)))
+    own = layer_lib.own_class(layer) or type(layer)
+    change.set(layer, "__class__", supported.site_class(own))
     change.attach_sublayer(layer, "adapter", stack.AdapterStack())
 
 
@@ -229,6 +258,7 @@ def leave_unused_site(change, address):
     if isinstance(layer, layer_lib.AdaptedLayer):
         change.detach_sublayer(layer, "adapter")
         change.set(layer, "__class__", layer._site_base)
+        carry_gradients(change)
 
 
 def show(model, names):
@@ -337,6 +367,7 @@ def _before(model):
     """
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
+        distribution.check_scope(model)
         fresh = type(optimizer).from_config(optimizer.get_config())
     else:
         fresh = None

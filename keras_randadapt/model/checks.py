@@ -11,6 +11,7 @@ from keras_randadapt import _compat
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
 from keras_randadapt.adapters.base import Adapter
+from keras_randadapt.model import distribution
 from keras_randadapt.model import parts
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import layer as layer_lib
@@ -217,7 +218,7 @@ def check_attachable(model, layers, addresses, kept):
                 f"({others}): an adapter here would not reach them, and a "
                 "merge would change them. Leave the layer out with `exclude`."
             )
-        _check_distribution(place, kernel)
+        distribution.check_kernel(place, kernel)
     for address in kept:
         for layer in _compat.flatten_layers(layers[address]):
             if supported.has_keras_lora(layer):
@@ -297,19 +298,4 @@ def check_called(template, address, layers):
             f"KerasHub's {type(parent).__name__} does not call "
             f"'{layers[address].name}' but reads its kernel, so {missed} would "
             "be missed. Leave it out with `exclude`."
-        )
-
-
-def _check_distribution(place, kernel):
-    if keras.config.backend() != "jax":
-        return
-    if keras.distribution.distribution() is not None:
-        return
-    sharding = getattr(kernel.value, "sharding", None)
-    if sharding is not None and len(sharding.device_set) > 1:
-        raise ValueError(
-            f"The kernel of '{place}' is laid out over "
-            f"{len(sharding.device_set)} devices, but no distribution is "
-            "active, so adapters would live on one device. Call `inject` "
-            "under the same `keras.distribution` that built the model."
         )

@@ -13,6 +13,7 @@ from keras_randadapt.matrices import low_rank as matrices
 from keras_randadapt.matrices import merging
 from keras_randadapt.model import attach
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import low_rank_report
 from keras_randadapt.model import moving_state
@@ -119,6 +120,7 @@ def combine(
     state = state_lib.state_of(model)
     weights = _check_weights(state, weights)
     checks.check_new_name(model, name)
+    distribution.check_scope(model)
     plan = _check_plan(method, rank, density, seed)
     progress.check_verbose(verbose)
     sites = _sites(state, weights)

@@ -12,6 +12,7 @@ from keras_randadapt.model import advice
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import linear
@@ -73,7 +74,8 @@ def inject(
         ValueError: If the model is not built, a target matches nothing or
             only layers that can't be adapted, a name means a layer with a
             kernel that can't be adapted, the method can't take a site's
-            shape, or the name is taken. The model is then unchanged.
+            shape, the name is taken, or the model was built under another
+            `tf.distribute` scope. The model is then unchanged.
 
     Example:
 
@@ -89,6 +91,7 @@ def inject(
     ```
     """
     checks.check_model(model)
+    distribution.check_scope(model)
     checks.check_adapter(adapter)
     checks.check_new_name(model, name)
     layers = layers_of(model)

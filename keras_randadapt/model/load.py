@@ -14,6 +14,7 @@ from keras_randadapt.adapters import configs
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import file_checks
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
@@ -227,6 +228,7 @@ def checked(
         moving = model._randadapt.moving
     else:
         checks.check_new_name(model, name)
+        distribution.check_scope(model)
         counts = {address: t.size for address, t in by_address.items()}
         built = _built(path, template, name, layers, addresses, sources, counts)
         moving = moving_state.find(layers)

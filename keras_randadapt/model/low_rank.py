@@ -10,6 +10,7 @@ from keras_randadapt.adapters import LoRA
 from keras_randadapt.model import attach
 from keras_randadapt.model import build as build_lib
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
@@ -81,6 +82,7 @@ def replaceable(model, name):
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
     name = checks.one_name(state, name)
+    distribution.check_scope(model)
     record = state.records[name]
     # A condition of injection may not hold now, such as a distribution.
     checks.check_attachable(model, state.layers, record.addresses, record.kept)

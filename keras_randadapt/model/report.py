@@ -8,6 +8,7 @@ import keras
 
 from keras_randadapt import _compat
 from keras_randadapt.model import file_format
+from keras_randadapt.sites import quantized
 
 
 class Report:
@@ -21,6 +22,11 @@ class Report:
         head_parameters: The number of trainable weights of the layers that
             `keep_trainable` named.
         base_parameters: The number of the model's other weights, all frozen.
+            Quantized kernels count as the float kernels that they stand for,
+            so a model has one number of base parameters in every precision.
+        keras_base_parameters: The number of these weights in Keras's
+            `count_params`. It differs in a quantized model: two numbers of a
+            packed int4 kernel count once, and scales count too.
         file_bytes: The size of the file that `save_adapter` writes, with
             heads.
         left_out: dict from the structural addresses of layers with kernels
@@ -53,10 +59,18 @@ class Report:
         ]
         self.head_parameters = sum(_size(weight) for weight in heads)
         kept = {id(weight) for weight in heads}
-        self.base_parameters = sum(
-            _size(variable)
-            for layer, _ in state.layer_flags
+        layers = [layer for layer, _ in state.layer_flags]
+        float_sizes = {}
+        for layer in layers:
+            float_sizes.update(quantized.float_sizes(layer))
+        base = [
+            variable
+            for layer in layers
             for variable in _unique(_compat.owned_variables(layer), kept)
+        ]
+        self.keras_base_parameters = sum(_size(variable) for variable in base)
+        self.base_parameters = sum(
+            float_sizes.get(id(variable), _size(variable)) for variable in base
         )
         self.file_bytes = file_format.size(model, name)
         self.left_out = dict(left_out)
@@ -73,6 +87,7 @@ class Report:
             ("adapter parameters", f"{self.adapter_parameters:,}"),
             ("head parameters", f"{self.head_parameters:,}"),
             ("frozen base parameters", f"{self.base_parameters:,}"),
+            *self._row_of_keras(),
             ("trained", f"{100 * trained / max(total, 1):.4f} %"),
             ("adapter file", _bytes(self.file_bytes)),
         ]
@@ -86,6 +101,10 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _row_of_keras(self):
+        if self.keras_base_parameters != self.base_parameters:
+            yield "  as Keras counts", f"{self.keras_base_parameters:,}"
 
 
 def _size(variable):

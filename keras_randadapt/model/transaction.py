@@ -72,6 +72,12 @@ class Change:
         self.on_undo(functools.partial(_put, owner, attribute, before))
         setattr(owner, attribute, value)
 
+    def unset(self, owner, attribute):
+        """Deletes an attribute of the instance."""
+        before = vars(owner).get(attribute, _MISSING)
+        self.on_undo(functools.partial(_put, owner, attribute, before))
+        vars(owner).pop(attribute, None)
+
     def assign(self, variable, value):
         """Assigns a value to a variable; a copy of the old one is kept."""
         before = np.array(keras.ops.convert_to_numpy(variable))

@@ -19,6 +19,17 @@ class SavedAdaptedModel(adapted_model.AdaptedModel):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
+        name = config["base"]["class_name"]
+        known = keras.saving.get_registered_object(name)
+        if isinstance(known, type) and issubclass(
+            known, adapted_model.AdaptedModel
+        ):
+            # `keras.models.clone_model` hands over the class of the model
+            # that it clones. The clone has no adapters.
+            custom_objects = {**(custom_objects or {}), name: known._own_class}
+            return keras.saving.deserialize_keras_object(
+                config["base"], custom_objects=custom_objects
+            )
         model = keras.saving.deserialize_keras_object(
             config["base"], custom_objects=custom_objects
         )

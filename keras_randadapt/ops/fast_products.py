@@ -10,9 +10,17 @@ shape. On a CPU, JAX and PyTorch compute it several times slower than
 them compute the second form.
 """
 
+import itertools
+
 import keras
 
 _BACKEND = keras.config.backend()
+
+
+def _split(x, sizes):
+    ends = list(itertools.accumulate(sizes))
+    return keras.ops.split(x, ends[:-1], axis=-1)
+
 
 if _BACKEND == "torch":
     import torch
@@ -44,6 +52,15 @@ if _BACKEND == "torch":
             return x.reshape(shape)
         return keras.ops.reshape(x, shape)
 
+    def split_last(x, sizes):
+        """Parts of these sizes of the last axis.
+
+        Keras reads the sizes from a tensor, which no exporter can follow.
+        """
+        if isinstance(x, torch.Tensor):
+            return torch.split(x, sizes, -1)
+        return _split(x, sizes)
+
     def placed(x):
         """A tensor on Keras's default device, where layers expect it."""
         return keras.ops.convert_to_tensor(x)
@@ -57,6 +74,9 @@ if _BACKEND == "torch":
 else:
     matmul = keras.ops.matmul
     reshape = keras.ops.reshape
+
+    def split_last(x, sizes):
+        return _split(x, sizes)
 
     def placed(x):
         return x

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from keras_randadapt._types import Tensor
+from keras_randadapt.ops.sparse import dense
 from keras_randadapt.ops.transforms import _backend
 
 
@@ -29,14 +30,16 @@ def with_gradient(
         backward: Function of the tuple of kept arguments and of the gradient
             with respect to the output. It returns a tuple with a gradient for
             each argument, kept or not; the gradient may be `None`.
-        *arguments: Tensors.
+        *arguments: Tensors. Sparse ones are made dense.
         drop: int. The number of first arguments that are not kept. `forward`
             must be linear in them.
 
     Returns:
         A tensor.
     """
-    return _backend.with_gradient(forward, backward, *arguments, drop=drop)
+    return _backend.with_gradient(
+        forward, backward, *map(dense, arguments), drop=drop
+    )
 
 
 def fence(awaited: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

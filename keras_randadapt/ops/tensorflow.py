@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import threading
 
 import tensorflow as tf
 
@@ -87,12 +88,36 @@ def apply(x, program):
             # The gradient of `tf.split` has no static shape.
             batch = [None] * (upstream.shape.rank - 1)
             upstream = tf.ensure_shape(upstream, [*batch, dim])
-            return apply(upstream, program.transpose)
+            with _in_gradient():
+                return apply(upstream, program.transpose)
 
         return y, gradient
 
     # Keras passes variables on without converting them.
-    return linear(tf.convert_to_tensor(x))
+    x = tf.convert_to_tensor(x)
+    if getattr(_local, "in_gradient", False):
+        return _run(x, program)
+    return linear(x)
+
+
+# What the thread is computing.
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def _in_gradient():
+    """A block that computes a gradient, in which no function has its own.
+
+    A SavedModel has the gradients of the functions that it was traced from,
+    but no gradients of these gradients, and loading it would warn of each that
+    is missing. TensorFlow can differentiate the operations by itself.
+    """
+    before = getattr(_local, "in_gradient", False)
+    try:
+        _local.in_gradient = True
+        yield
+    finally:
+        _local.in_gradient = before
 
 
 def _run(x, program):
@@ -324,6 +349,8 @@ def _constant(array, dtype, transposed=False):
 
 def with_gradient(forward, backward, *arguments, drop=0):
     """See `keras_randadapt.ops.with_gradient`."""
+    if getattr(_local, "in_gradient", False):
+        return forward(*map(tf.convert_to_tensor, arguments))
 
     @tf.custom_gradient
     def function(*arguments):
@@ -334,7 +361,8 @@ def with_gradient(forward, backward, *arguments, drop=0):
 
         def gradient(upstream):
             # The gradient of `tf.split` has no static shape.
-            return backward(kept, tf.ensure_shape(upstream, shape))
+            with _in_gradient():
+                return backward(kept, tf.ensure_shape(upstream, shape))
 
         return y, gradient
 

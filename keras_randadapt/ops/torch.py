@@ -79,6 +79,9 @@ def _apply(x, before, after, program):
 
 
 def _linear(x, program):
+    if torch.jit.is_tracing():
+        # ONNX knows PyTorch's operations, and no autograd function.
+        return _run(x, program)
     if _is_untracked(x):
         return _run(*_unwrapped(x), program)
     return _Linear.apply(x, program)
@@ -100,9 +103,6 @@ def _is_untracked(*tensors):
         and not (
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         )
-        # A trace keeps an autograd function as one node. Without it, the trace
-        # would record constants, which its check compares.
-        and not torch.jit.is_tracing()
     )
 
 
@@ -283,6 +283,11 @@ def _(x, key, before, after):
 
 def _run(x, program, before=None, after=None):
     batch = x.shape[:-1]
+    if torch.jit.is_tracing():
+        # No operation may depend on the size of the batch, because the trace
+        # would take that of its example for all batches.
+        y = _run_rows(x.reshape(-1, x.shape[-1]), program)
+        return y.reshape(*batch, y.shape[-1])
     if len(batch) != 1:
         x = x.reshape(batch.numel(), x.shape[-1])
     block = max(1, _BLOCK // program.largest_dim)
@@ -400,6 +405,9 @@ def _constants(step, x):
 
 def with_gradient(forward, backward, *arguments, drop=0):
     """See `keras_randadapt.ops.with_gradient`."""
+    if torch.jit.is_tracing():
+        # ONNX knows PyTorch's operations, and no autograd function.
+        return forward(*arguments)
     return _WithGradient.apply(forward, backward, drop, *arguments)
 
 

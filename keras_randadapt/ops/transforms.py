@@ -10,6 +10,7 @@ import keras
 from keras_randadapt._types import Tensor
 from keras_randadapt.ops import program as steps
 from keras_randadapt.ops.plan import RandomizedTransform
+from keras_randadapt.ops.sparse import dense
 
 _BACKENDS = ("jax", "tensorflow", "torch", "numpy")
 if keras.config.backend() not in _BACKENDS:
@@ -200,6 +201,7 @@ def _cached_program(order, normalize, transpose):
 
 
 def _as_tensor(x):
+    x = dense(x)
     if keras.ops.is_tensor(x) and not isinstance(x, keras.Variable):
         # Keras would move a PyTorch tensor to its default device.
         return x

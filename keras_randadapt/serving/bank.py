@@ -21,6 +21,7 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import layout as layout_lib
+from keras_randadapt.serving import requests
 from keras_randadapt.serving import tenants
 from keras_randadapt.serving.head import TenantHead
 
@@ -91,7 +92,7 @@ class AdapterBank:
         self._first: tenants.File | None = None
         self._closed = False
         self._table: Any = None
-        for name, file in _listed(adapters).items():
+        for name, file in requests.listed(adapters).items():
             try:
                 self.add(name, file)
             except BaseException:
@@ -184,10 +185,10 @@ class AdapterBank:
         """
         batch_size = arguments.check_rank(batch_size, "batch_size")
         if adapters is None and not isinstance(x, Mapping):
-            pairs = [_split(batch) for batch in x]
+            pairs = [requests.split(batch) for batch in x]
             batches = [self._predict(b, n, batch_size) for b, n in pairs]
         elif adapters is None:
-            inputs, names = _split(x)
+            inputs, names = requests.split(x)
             batches = [self._predict(inputs, names, batch_size)]
         else:
             batches = [self._predict(x, adapters, batch_size)]
@@ -200,7 +201,7 @@ class AdapterBank:
             Tensors like the outputs of `model(x)`.
         """
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
-        rows = self._rows(adapters, _examples(x))
+        rows = self._rows(adapters, requests.examples(x))
         return computation.outputs(
             self.model, self._layout, x, keras.ops.convert_to_tensor(rows)
         )
@@ -264,8 +265,8 @@ class AdapterBank:
 
     def _predict(self, x, adapters, batch_size):
         adapters = list(adapters)
-        count = _examples(x)
-        _check_count(adapters, count)
+        count = requests.examples(x)
+        requests.check_count(adapters, count)
         found = []
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
@@ -289,7 +290,7 @@ class AdapterBank:
     def _rows(self, adapters, count):
         """The weights of each example: float32 `(examples, size)`."""
         adapters = list(adapters)
-        _check_count(adapters, count)
+        requests.check_count(adapters, count)
         with self._lock:
             self._check_open()
             places = self._places(adapters)
@@ -412,51 +413,3 @@ def _attachment(like, built, template=None):
         built=built,
         frozen=True,
     )
-
-
-def _listed(adapters):
-    if adapters is None:
-        return {}
-    if isinstance(adapters, Mapping):
-        return dict(adapters)
-    folder = paths.check_path(adapters)
-    if not os.path.isdir(folder):
-        raise ValueError(
-            "`adapters` must be a dict from name to file, or a folder. "
-            f"Received: adapters={adapters!r}"
-        )
-    return {
-        os.path.splitext(file)[0]: os.path.join(folder, file)
-        for file in sorted(os.listdir(folder))
-        if file.endswith(".safetensors")
-    }
-
-
-def _split(batch):
-    """The inputs and the names of a batch that has both."""
-    if not isinstance(batch, Mapping) or "adapter" not in batch:
-        raise ValueError(
-            "Give `adapters`, one name for each example, or inputs that are a "
-            "dict with an entry 'adapter'."
-        )
-    inputs = dict(batch)
-    names = np.asarray(inputs.pop("adapter")).ravel().tolist()
-    return inputs, names
-
-
-def _examples(x):
-    sizes = {int(np.shape(a)[0]) for a in keras.tree.flatten(x)}
-    if len(sizes) != 1:
-        raise ValueError(
-            "All inputs must have the same number of examples. "
-            f"Received: {sorted(sizes)}"
-        )
-    return sizes.pop()
-
-
-def _check_count(adapters, count):
-    if len(adapters) != count:
-        raise ValueError(
-            "`adapters` must have a name for each example. Received: "
-            f"{len(adapters)} names for {count} examples."
-        )

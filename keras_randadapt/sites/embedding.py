@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import straight_through
 from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
 
@@ -43,7 +44,8 @@ class AdaptedEmbedding(AdaptedLayer):
             y = ops.take(_compat.kernel_of(self), ids, axis=0)
             y = ops.cast(y, self.compute_dtype)
         else:
-            y = self._site_base.quantized_call(self, ids)
+            with self._lock_if_quantized():
+                y = self._site_base.quantized_call(self, ids)
         for adapter in self.adapter.active():
             y = y + adapter.lookup(ids, y.dtype, training)
         return y
@@ -79,17 +81,11 @@ class AdaptedReversibleEmbedding(AdaptedEmbedding):
                 logits = logits + adapter.delta_transpose(
                     adapter.drop(x, training), training
                 )
-        if self.logit_soft_cap is not None:
-            cap = self.logit_soft_cap
-            logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
-        return logits
+        return straight_through.soft_capped(self, logits)
 
     def _base_reverse(self, inputs):
         if self.quantization_mode is not None:
-            with _compat.instance_attributes(self, logit_soft_cap=None):
-                return self._site_base.quantized_call(
-                    self, inputs, reverse=True
-                )
+            return straight_through.reverse_product(self, inputs)
         if self.tie_weights:
             kernel = ops.transpose(
                 ops.convert_to_tensor(_compat.kernel_of(self))

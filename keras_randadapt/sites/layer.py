@@ -14,10 +14,7 @@ from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt.sites import product
-
-# A quantized product sets the layer's bias and activation aside during a call,
-# and two threads must not see each other's changes.
-_QUANTIZED_CALL_LOCK = threading.RLock()
+from keras_randadapt.sites import straight_through
 
 _CLASS_LOCK = threading.RLock()
 
@@ -80,7 +77,7 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         # thread must not call the layer without them.
         if self.quantization_mode is None:
             return contextlib.nullcontext()
-        return _QUANTIZED_CALL_LOCK
+        return straight_through.QUANTIZED_CALL_LOCK
 
     def _is_training(self, training):
         if training is None:
@@ -240,12 +237,17 @@ def as_base_class(*layers):
     their site's class and later restore that.
     """
     with _CLASS_LOCK:
-        sites = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
-        classes = [type(layer) for layer in sites]
+        changed = [layer for layer in layers if own_class(layer)]
+        classes = [type(layer) for layer in changed]
         try:
-            for layer in sites:
-                layer.__class__ = layer._site_base
+            for layer in changed:
+                layer.__class__ = own_class(layer)
             yield
         finally:
-            for layer, cls in zip(sites, classes):
+            for layer, cls in zip(changed, classes):
                 layer.__class__ = cls
+
+
+def own_class(layer):
+    """The class that a layer had before injection changed it, or `None`."""
+    return getattr(type(layer), "_site_base", None)

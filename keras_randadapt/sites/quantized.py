@@ -1,5 +1,7 @@
 """Quantized base kernels as floats, and floats quantized like a site's."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -48,3 +50,48 @@ def requantized(site, kernel):
         arguments["config"] = site.quantization_config
     twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
     return _compat.paired_quantized_variables(site, twin)
+
+
+def float_sizes(layer):
+    """The sizes in the float model of a quantized layer's own variables.
+
+    Args:
+        layer: Any layer, with or without adapters.
+
+    Returns:
+        dict from the `id` of a variable to the number of weights that it
+        stands for: for a quantized kernel those of the float kernel, and 0
+        for scales and the like, which no float model has. It is empty for
+        layers that are not quantized and for classes without a known kernel.
+    """
+    if getattr(layer, "quantization_mode", None) is None:
+        return {}
+    kernels = _kernels(layer)
+    if not kernels:
+        return {}
+    plain = _compat.unquantized_variables(layer)
+    sizes = {
+        id(variable): 0
+        for variable in _compat.owned_variables(layer)
+        if not any(variable is one for one in plain)
+    }
+    for variable, shape in kernels:
+        sizes[id(variable)] = math.prod(shape)
+    return sizes
+
+
+def _kernels(layer):
+    """`(variable, float shape)` pairs of a quantized layer's kernels."""
+    if isinstance(layer, keras.layers.Embedding):
+        shape = (layer.input_dim, layer.output_dim)
+        kernels = [(_compat.kernel_of(layer), shape)]
+        if not getattr(layer, "tie_weights", True):
+            kernels.append((layer.reverse_embeddings, shape))
+        return kernels
+    if isinstance(layer, keras.layers.Dense):
+        shape = (int(layer.input_spec.axes[-1]), layer.units)
+    elif isinstance(layer, keras.layers.EinsumDense):
+        shape = _compat.kernel_shape(layer)
+    else:
+        return []
+    return [(_compat.quantized_kernel_of(layer), shape)]

@@ -56,9 +56,7 @@ def supported_class(layer, kinds=KERNEL_KINDS):
     computation. If it does, this library does not know its computation, and
     the result is `None`, as for all other layers.
     """
-    own = type(layer)
-    if issubclass(own, layer_lib.AdaptedLayer):
-        own = own._site_base
+    own = layer_lib.own_class(layer) or type(layer)
     for cls in own.__mro__:
         if cls in _SITE_CLASSES:
             if overridden(own, cls) or _SITE_CLASSES[cls].kind not in kinds:

@@ -7,6 +7,7 @@ import pytest
 from keras_randadapt import bases
 from keras_randadapt import random
 from tests import gradients
+from tests import sparse
 from tests import zoo
 
 #: `digest()` of every kind, shape (20, 6), seed 7, role "golden".
@@ -115,9 +116,86 @@ class TestValues:
         # No more than one entry a column was added.
         assert ((after != 0).sum(0) - (before != 0).sum(0)).max() <= 1
 
+    def test_unknown_fill(self):
+        with pytest.raises(ValueError, match="`fill` must be"):
+            bases.SparseTernary(4, 2, 0, "x", fill="rank")
+
     def test_unknown_kind(self):
         with pytest.raises(ValueError, match="`basis` must be one of"):
             _make("normal", 4, 2)
+
+
+@pytest.mark.one_backend
+class TestFullRank:
+    """`fill="full_rank"`, in exact arithmetic."""
+
+    #: `digest()` for shape, sparsity 3 or `sqrt` of the smaller dimension.
+    GOLDEN = {
+        ((20, 6), 9.0): "c5806b49aa1af51c",
+        ((6, 20), 3.0): "9c52df9f12653f82",
+        ((8, 8), 8**0.5): "329be4f833a6e583",
+        ((70, 150), 70**0.5): "dba18123f8432b87",
+    }
+
+    @pytest.mark.parametrize("shape, sparsity", GOLDEN, ids=str)
+    def test_golden(self, shape, sparsity):
+        basis = self._filled(shape, sparsity, 7)
+        assert basis.digest() == self.GOLDEN[shape, sparsity]
+
+    def _filled(self, shape, sparsity, seed=0):
+        return bases.SparseTernary(
+            *shape, seed, "golden", sparsity, fill="full_rank"
+        )
+
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1), (1, 7), (7, 1), (4, 8), (8, 4), (5, 12), (12, 5), (16, 16)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("sparsity", [1.0, 3.0, 9.0, 1e6])
+    def test_every_block_is_regular(self, shape, sparsity):
+        short, long = sorted(shape)
+        for seed in range(20):
+            values = self._filled(shape, sparsity, seed).values()
+            lines = values if shape[0] == short else values.T
+            for start in range(0, long, short):
+                size = min(short, long - start)
+                block = lines[:size, start : start + size]
+                assert sparse.rank_of(block) == size
+            assert values.any(axis=0).all() and values.any(axis=1).all()
+            assert set(np.unique(values)) <= {-1, 0, 1}
+            drawn = random.ternaries(seed, "golden", shape, sparsity)
+            changed = drawn != values
+            assert changed.sum(axis=0 if shape[0] == short else 1).max() <= 1
+
+    @pytest.mark.parametrize(
+        "shape, sparsity",
+        [((5, 12), 9.0), ((12, 5), 3.0), ((70, 150), 12.0), ((9, 9), 1.0)],
+        ids=str,
+    )
+    def test_against_plain_elimination(self, shape, sparsity):
+        for seed in range(5):
+            basis = self._filled(shape, sparsity, seed)
+            expected = sparse.filled(shape, seed, "golden", sparsity)
+            np.testing.assert_array_equal(basis.values(), expected)
+            np.testing.assert_allclose(
+                basis.dense(), sparse.unit(shape, seed, "golden", sparsity)
+            )
+
+    @pytest.mark.parametrize(
+        "shape, sparsity", [((6, 768), 768**0.5), ((768, 4), 3.0), ((8, 8), 3)]
+    )
+    def test_mean_square_is_one(self, shape, sparsity):
+        for seed in range(5):
+            basis = self._filled(shape, sparsity, seed)
+            # The scale is known without the values, and the same with them.
+            assert self._filled(shape, sparsity, seed).scale == basis.scale
+            assert np.mean(basis.dense() ** 2) == pytest.approx(1)
+
+    def test_few_entries_change_where_the_draw_is_nearly_regular(self):
+        filled = self._filled((300, 300), 3.0).values()
+        drawn = random.ternaries(0, "golden", (300, 300), 3.0)
+        assert np.sum(filled != drawn) < 10
 
 
 class TestProducts:
