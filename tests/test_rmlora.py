@@ -443,15 +443,28 @@ class TestFiles:
         model, x, y = _adapted()
         _fit(model, x, y)
         model.save_weights(tmp_path / "a.weights.h5")
-        plain, _, _ = _adapted(update_rank=4)
-        _fit(plain, x, y)
+        other, _, _ = _adapted()
+        other.compile("adam", "mse")
+        other.fit(x, y, verbose=0)
         with pytest.warns(UserWarning, match="Skipping variable loading"):
-            plain.load_weights(tmp_path / "a.weights.h5")
-        for expected, value in zip(_values(model), _values(plain)):
+            other.load_weights(tmp_path / "a.weights.h5")
+        for expected, value in zip(_values(model), _values(other)):
             np.testing.assert_array_equal(expected, value)
-        plain.save_weights(tmp_path / "b.weights.h5")
+
+    def test_weights_of_before_the_first_step(self, tmp_path):
+        early, x, y = _adapted()
+        early.save_weights(tmp_path / "a.weights.h5")
+        model, _, _ = _adapted()
+        _fit(model, x, y)
         with pytest.warns(UserWarning, match="starts afresh"):
-            model.load_weights(tmp_path / "b.weights.h5")
+            model.load_weights(tmp_path / "a.weights.h5")
+
+    def test_weights_of_another_update_rank(self, tmp_path):
+        model, x, y = _adapted()
+        model.save_weights(tmp_path / "a.weights.h5")
+        plain, _, _ = _adapted(update_rank=4)
+        with pytest.raises(ValueError, match="update_rank=1 in the file and 4"):
+            plain.load_weights(tmp_path / "a.weights.h5")
 
     def test_model_with_a_compile_of_its_own(self, tmp_path):
         """Keras restores no compilation of such a model, adapted or not."""
