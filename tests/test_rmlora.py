@@ -451,8 +451,8 @@ class TestFiles:
         for expected, value in zip(_values(model), _values(other)):
             np.testing.assert_array_equal(expected, value)
 
-    def test_weights_of_before_the_first_step(self, tmp_path):
-        early, x, y = _adapted()
+    def test_weights_of_before_compile(self, tmp_path):
+        early, x, y = _adapted(compile=False)
         early.save_weights(tmp_path / "a.weights.h5")
         model, _, _ = _adapted()
         _fit(model, x, y)
