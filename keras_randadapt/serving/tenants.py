@@ -131,6 +131,11 @@ def check_alike(first, other):
         first: The `File` of the bank's first tenant.
         other: Another `File`.
     """
+    _check_configs(
+        other.path,
+        configs.deserialize(other.metadata["adapter"]),
+        configs.deserialize(first.metadata["adapter"]),
+    )
     for key in sorted(first.metadata.keys() | other.metadata.keys()):
         ours, theirs = first.metadata.get(key), other.metadata.get(key)
         if key in _OWN or ours == theirs:
@@ -232,30 +237,35 @@ def _arrays(file, own, address, adapter):
     return arrays
 
 
+def _check_configs(path, own, template):
+    """Raises `ValueError` unless adapters are alike, or LoRAs that can be.
+
+    Args:
+        path: The file's path.
+        own: The file's template.
+        template: The bank's.
+    """
+    ours, theirs = template.get_config(), own.get_config()
+    keys = sorted(ours.keys() | theirs.keys())
+    differing = [k for k in keys if ours.get(k) != theirs.get(k)]
+    if type(own) is LoRA and type(template) is LoRA:
+        free = ("rank", "alpha", "scaling", "seed", "dropout", "rslora")
+        differing = [key for key in differing if key not in free]
+    if type(own) is type(template) and not differing:
+        return
+    raise ValueError(
+        f"'{path}' can't share this bank: it has a {type(own).__name__}, and "
+        f"the bank a {type(template).__name__}"
+        + "".join(
+            f", {key}={theirs.get(key)!r} and {ours.get(key)!r}"
+            for key in differing
+        )
+        + "."
+    )
+
+
 def _fitted(file, own, template, arrays, adapter):
     """A LoRA of a smaller rank and another scaling, as one of the bank's."""
-    ours, theirs = template.get_config(), own.get_config()
-    free = ("rank", "alpha", "scaling", "seed", "dropout", "rslora")
-    others = sorted(
-        key
-        for key in ours.keys() | theirs.keys()
-        if key not in free and ours.get(key) != theirs.get(key)
-    )
-    if type(own) is not LoRA or type(template) is not LoRA or others:
-        differing = others or sorted(
-            k
-            for k in ours.keys() | theirs.keys()
-            if ours.get(k) != theirs.get(k)
-        )
-        raise ValueError(
-            f"'{file.path}' can't share this bank: it has a "
-            f"{type(own).__name__}, and the bank a {type(template).__name__}"
-            + "".join(
-                f", {key}={theirs.get(key)!r} and {ours.get(key)!r}"
-                for key in differing
-            )
-            + "."
-        )
     missing = adapter.rank - own.rank
     if missing < 0:
         raise ValueError(
