@@ -13,6 +13,11 @@ from keras_randadapt.sites import supported
 from tests import rotation
 from tests import zoo
 
+# What is trained here is trained in front of a random head on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The head of task:keras_randadapt.AdapterWarning"
+)
+
 #: Templates with ranks that fit the smallest kernels of the zoo.
 METHODS = {
     "lora": lambda seed=0: kra.LoRA(2, alpha=3, seed=seed),

@@ -27,8 +27,9 @@ _Basis = TypeVar("_Basis", bound=Any)
 # key that describes their content.
 _shared = contextvars.ContextVar("keras_randadapt_shared_bases", default=None)
 
-# How many stored values the adapter that is being built may have, and how many
-# it has so far: a list of two ints. `None` where there is no limit.
+# How many stored values the adapter that is being built may have, how many it
+# has so far, and how many a file holds for all sites: a list of three ints.
+# `None` where there is no limit.
 _limit = contextvars.ContextVar("keras_randadapt_limit", default=None)
 
 
@@ -48,7 +49,7 @@ def shared_bases():
 
 
 @contextlib.contextmanager
-def at_most(count):
+def at_most(count, total=None):
     """An adapter that is built in this block may store only so many values.
 
     The config of a file may claim a rank of millions. The weights in the file
@@ -59,10 +60,11 @@ def at_most(count):
     Args:
         count: int, the number of values that the file holds for the adapter,
             or `None` for no limit.
+        total: int, the number that it holds for all sites.
     """
     before = _limit.get()
     try:
-        _limit.set(None if count is None else [count, 0])
+        _limit.set(None if count is None else [count, 0, total])
         yield
     finally:
         _limit.set(before)
@@ -178,7 +180,7 @@ class AdapterVariables(keras.layers.Layer):
         limit = _limit.get()
         if limit is None:
             return
-        allowed, so_far = limit
+        allowed, so_far, _ = limit
         limit[1] = so_far + math.prod(shape)
         if limit[1] > allowed:
             raise ValueError(
@@ -192,12 +194,12 @@ class AdapterVariables(keras.layers.Layer):
         if limit is None:
             return
         kernel = self.site.input_dim * self.site.output_dim
-        # A basis has a dimension of the kernel, one that the trained weights
-        # have too, and at most another one of the kernel.
-        if math.prod(shape) > 4 * max(limit[0], 1) * max(kernel, 1):
+        # A basis has a dimension of the kernel, one that trained weights have
+        # too, at this site or another, and at most one more of the kernel.
+        if math.prod(shape) > 4 * max(limit[2], 1) * max(kernel, 1):
             raise ValueError(
                 f"its basis '{name}' would have the shape {tuple(shape)}, and "
-                f"the file holds {limit[0]} values."
+                f"the file holds {limit[2]} values."
             )
 
     def _frozen_variable(self, name, values, shape, dtype):

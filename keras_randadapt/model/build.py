@@ -50,10 +50,12 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
             path = layers[address].path
             if not path or paths.count(path) > 1:
                 path = address
-            count = None if counts is None else counts[address]
+            limit = None, None
+            if counts is not None:
+                limit = counts[address], sum(counts.values())
             with (
                 _compat.name_scope("adapter", path),
-                adapter_variables.at_most(count),
+                adapter_variables.at_most(*limit),
             ):
                 clone.build_at(clone.site)
     return clones
