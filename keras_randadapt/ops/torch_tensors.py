@@ -12,7 +12,9 @@ def as_tensors(owner, arrays, dtype, device):
 
     `None` stays `None`.
     """
-    if torch.compiler.is_compiling():
+    # A trace records where a tensor is made. The trace that checks it would find
+    # the tensor made, and differ.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _copies(arrays, dtype, device)
     known = _known_tensors.setdefault(owner, {})
     if (device, dtype) not in known:
@@ -30,16 +32,6 @@ def _copies(arrays, dtype, device):
     # backward pass.
     with torch.inference_mode(False):
         return tuple(
-            None if a is None else _copy(a, dtype, device) for a in arrays
+            None if a is None else torch.tensor(a, dtype=dtype, device=device)
+            for a in arrays
         )
-
-
-def _copy(array, dtype, device):
-    if torch.jit.is_tracing():
-        # `torch.tensor` would be recorded where it makes the tensor, and the
-        # trace that checks the first one finds the tensor made.
-        name = str(dtype).removeprefix("torch.")
-        if device.type == "cpu" and name != "bfloat16":
-            # NumPy has all other dtypes, so no conversion is recorded.
-            return torch.from_numpy(array.astype(name))
-    return torch.tensor(array, dtype=dtype, device=device)

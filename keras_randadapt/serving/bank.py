@@ -369,6 +369,8 @@ class AdapterBank:
                 names = (layout_lib.ADAPTER, layout_lib.HEADS)
                 attach.activate(change, names, train=())
                 attach.refresh(change)
+            for address in [*built, *heads]:
+                change.set(layers[address].adapter, "per_example", True)
         self._template, self._built = attachment.template, built
         self._layers, self._kept, self._last = layers, kept, last
         values = self._values(file)

@@ -37,6 +37,7 @@ class AdapterStack(keras.layers.Layer):
         frozen_names: tuple of the names of active adapters that are not
             trained.
         weighted: `(name, Weight)` pairs, for the adapters that have a weight.
+        per_example: Whether the site belongs to a bank; see `per_example`.
         constants: `(name, float)` pairs, which replace the weights inside a
             block in a training step.
         relays_in: `(name, Relay)` pairs, from which adapters of this site take
@@ -51,6 +52,7 @@ class AdapterStack(keras.layers.Layer):
         self.frozen_names = ()
         self.weighted = ()
         self.constants = ()
+        self.per_example = False
         self.relays_in = ()
         self.relays_out = ()
 
@@ -121,7 +123,10 @@ class AdapterStack(keras.layers.Layer):
             # A method that is not additive has the constant 1, if any.
             if weight is not None and not (name in constants and weight == 1):
                 adapter = weighted.Weighted(adapter, weight)
-            found.append(per_example.of_batch(adapter))
+            # torch.compile can't read a context, so only a bank's sites do.
+            if self.per_example:
+                adapter = per_example.of_batch(adapter)
+            found.append(adapter)
         return found
 
     def load_own_variables(self, store):
