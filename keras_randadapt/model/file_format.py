@@ -89,11 +89,16 @@ def count(adapter):
 
 
 def site_tensors(state, name):
+    return values_of(state.adapters(name))
+
+
+def values_of(adapters):
+    """The tensors of sites, by address of the adapter."""
     return {
         address: np.concatenate(
             [_array(w).astype("float32").ravel() for w in a.stored_weights()]
         )
-        for address, a in state.adapters(name).items()
+        for address, a in adapters.items()
     }
 
 

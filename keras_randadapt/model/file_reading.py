@@ -65,6 +65,11 @@ def read(filepath):
             f"does not hold: {unknown[:5]}"
             + (" and more." if len(unknown) > 5 else ".")
         )
+    # The counts are summed before a list is made of them, since a damaged count
+    # would fill the memory.
+    sites = sum(n for _, n in metadata["kernel_views"])
+    if sites != len(site_keys(tensors)):
+        raise ValueError(f"'{filepath}' is damaged: it misses sites.")
     if version > 1:
         _check_version_2(filepath, metadata, tensors)
     return tensors, metadata
@@ -95,8 +100,8 @@ def check_finite(filepath, tensors):
         raise ValueError(
             f"'{filepath}' holds NaN or infinity in {len(wrong)} of its "
             f"{len(tensors)} tensors: {wrong[:5]}. The training that wrote it "
-            "diverged, most likely. Pass `allow_non_finite=True` to load it "
-            "all the same."
+            "diverged, most likely. `load_adapter` loads it all the same "
+            "if it is given `allow_non_finite=True`."
         )
 
 
