@@ -26,9 +26,7 @@ def check_transformers_export(backbone):
             "keras_randadapt.merged(model): model.export_to_transformers(path)`"
             ", or call `keras_randadapt.merge(model)` first."
         )
-    modes = {
-        site.quantization_mode for site in sites if site.quantization_mode
-    }
+    modes = {site.quantization_mode for site in sites if site.quantization_mode}
     if modes:
         raise ValueError(
             f"The model has kernels in {sorted(modes)}, and KerasHub would "
