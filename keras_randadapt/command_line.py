@@ -21,6 +21,8 @@ from keras_randadapt.model import fingerprint
 
 __all__ = ["main"]
 
+_A_FILE = "an adapter file, as `save_adapter` writes it"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -60,18 +62,20 @@ def _parser():
     inspect = commands.add_parser(
         "inspect", help="say what a file holds and what it was trained on"
     )
-    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("file", metavar="FILE", help=_A_FILE)
     inspect.set_defaults(run=_inspect)
     diff = commands.add_parser(
         "diff", help="say in what two files differ; the exit code is 1 then"
     )
-    diff.add_argument("files", metavar="FILE", nargs=2)
+    diff.add_argument("files", metavar="FILE", nargs=2, help=_A_FILE)
     diff.set_defaults(run=_diff)
     convert = commands.add_parser(
         "convert", help="write a file whose adapter is a LoRA of the same"
     )
-    convert.add_argument("source", metavar="IN")
-    convert.add_argument("target", metavar="OUT")
+    convert.add_argument("source", metavar="IN", help=_A_FILE)
+    convert.add_argument(
+        "target", metavar="OUT", help="the file to write; it may be IN"
+    )
     size = convert.add_mutually_exclusive_group()
     size.add_argument(
         "--rank", type=int, help="the rank at every site, instead of its own"

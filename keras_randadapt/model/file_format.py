@@ -31,6 +31,9 @@ from keras_randadapt.sites import supported
 VERSION = 2
 METADATA_KEY = "keras_randadapt"
 
+#: The key of the metadata of a training file; see `training_file`.
+TRAINING_KEY = "keras_randadapt_training"
+
 # A stand-in for digests of layers, which all have this length. The size of a
 # file depends only on the length.
 _SOME_DIGEST = "0" * 16

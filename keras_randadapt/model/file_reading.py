@@ -19,6 +19,12 @@ def read(filepath):
     try:
         with safetensors.safe_open(filepath, framework="np") as file:
             header = file.metadata() or {}
+            if file_format.TRAINING_KEY in header:
+                raise ValueError(
+                    f"'{filepath}' is the training file of an "
+                    "`AdapterCheckpoint`, which its `resume` reads. The "
+                    "adapter files are beside it."
+                )
             if file_format.METADATA_KEY not in header:
                 raise ValueError(
                     f"'{filepath}' is a safetensors file, but not one that "
