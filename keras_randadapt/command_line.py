@@ -1,10 +1,11 @@
-"""`python -m keras_randadapt`: looks at adapter files from a shell.
+"""`python -m keras_randadapt`: adapter files from a shell.
 
 Exit codes are those of `diff`: 0 for success and equal files, 1 for files that
 differ, 2 for an error.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from keras_randadapt.model import file_conversion
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
 
 __all__ = ["main"]
+
+_A_FILE = "an adapter file, as `save_adapter` writes it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
@@ -51,20 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser():
     parser = argparse.ArgumentParser(
         prog="keras_randadapt",
-        description="Looks at adapter files. No model is needed.",
+        description="Looks at adapter files, and makes LoRA files of them. "
+        "No model is needed.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser(
         "inspect", help="say what a file holds and what it was trained on"
     )
-    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("file", metavar="FILE", help=_A_FILE)
     inspect.set_defaults(run=_inspect)
     diff = commands.add_parser(
         "diff", help="say in what two files differ; the exit code is 1 then"
     )
-    diff.add_argument("files", metavar="FILE", nargs=2)
+    diff.add_argument("files", metavar="FILE", nargs=2, help=_A_FILE)
     diff.set_defaults(run=_diff)
-    for command in (inspect, diff):
+    convert = commands.add_parser(
+        "convert", help="write a file whose adapter is a LoRA of the same"
+    )
+    convert.add_argument("source", metavar="IN", help=_A_FILE)
+    convert.add_argument(
+        "target", metavar="OUT", help="the file to write; it may be IN"
+    )
+    size = convert.add_mutually_exclusive_group()
+    size.add_argument(
+        "--rank", type=int, help="the rank at every site, instead of its own"
+    )
+    size.add_argument(
+        "--energy",
+        type=float,
+        help="the share of the update's energy to keep, such as 0.99",
+    )
+    convert.set_defaults(run=_convert)
+    for command in (inspect, diff, convert):
         command.add_argument(
             "--json", action="store_true", help="print JSON for programs"
         )
@@ -163,6 +185,19 @@ def _lines(told):
 
 def _arguments(config):
     return ", ".join(f"{key}={value!r}" for key, value in config.items())
+
+
+def _convert(options):
+    done = file_conversion.convert_file(
+        options.source, options.target, options.rank, options.energy, verbose=0
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(done), indent=2))
+        return 0
+    print(done)
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
 
 
 def _diff(options):

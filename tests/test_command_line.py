@@ -123,10 +123,10 @@ def test_errors(path, tmp_path, capsys, command):
     assert raised.value.code == 2
 
 
-def test_process(path):
+def test_process(path, tmp_path):
     """It starts no backend, whatever the user's is."""
     code = (
-        "import runpy, sys; sys.argv = ['x', 'inspect', sys.argv[1]];"
+        "import runpy, sys; sys.argv = ['x', 'convert', *sys.argv[1:]];"
         "sys.orig_argv = ['python', '-m', 'keras_randadapt'];"
         "\ntry: runpy.run_module('keras_randadapt', run_name='__main__')"
         "\nexcept SystemExit as end: assert not end.code"
@@ -134,13 +134,14 @@ def test_process(path):
         "\nassert not {'torch', 'tensorflow'} & set(sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, path],
+        [sys.executable, "-c", code, path, str(tmp_path / "lora")],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "RLoRA 'default'" in done.stdout
+    assert "RLoRA 'default' as a LoRA" in done.stdout
+    assert command_line.described(tmp_path / "lora")["method"] == "LoRA"
     done = subprocess.run(
         [sys.executable, "-m", "keras_randadapt", "inspect", "nowhere"],
         capture_output=True,

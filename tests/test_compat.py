@@ -1,5 +1,7 @@
 """One test a symbol of Keras's private API: which one moved, if one did."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -646,3 +648,44 @@ def test_quantized_kernel_of_another_name():
     layer.build((None, 6))
     assert _compat.quantized_kernel_of(layer) is layer.quantized_kernel
     assert layer.quantized_kernel.dtype == "uint8"
+
+
+@pytest.mark.one_backend
+def test_check_before_export(monkeypatch, tmp_path):
+    """Tasks and backbones call it before anything is written."""
+    import keras_hub
+    from keras_hub.src.utils.transformers.export import hf_exporter
+
+    backbone = keras_hub.models.GemmaBackbone(
+        vocabulary_size=5,
+        num_layers=1,
+        num_query_heads=1,
+        num_key_value_heads=1,
+        hidden_dim=2,
+        intermediate_dim=4,
+        head_dim=2,
+    )
+    task = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    # At the end KerasHub's own function is there again.
+    monkeypatch.setattr(
+        hf_exporter, "export_backbone", hf_exporter.export_backbone
+    )
+    seen = []
+
+    def check(backbone):
+        seen.append(backbone)
+        raise ValueError("no export")
+
+    for _ in range(2):
+        assert _compat.check_before_export(check)
+    for model in (backbone, task):
+        with pytest.raises(ValueError, match="no export"):
+            model.export_to_transformers(tmp_path / "files")
+    assert seen == [backbone, backbone] and not list(tmp_path.iterdir())
+
+
+def test_check_before_export_without_an_exporter(monkeypatch):
+    monkeypatch.setitem(sys.modules, _compat.kerashub._EXPORTER, None)
+    assert not _compat.check_before_export(print)
+    monkeypatch.delitem(sys.modules, "keras_hub", raising=False)
+    assert not _compat.check_before_export(print)

@@ -5,6 +5,7 @@ Every symbol here uses private API, so each has its own test in
 the symbol, before a user's `fit` fails.
 """
 
+from keras_randadapt._compat.kerashub import check_before_export
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
 from keras_randadapt._compat.layers import attach_sublayer
@@ -67,6 +68,7 @@ __all__ = [
     "call_context",
     "calls_in_graph",
     "causal_padding",
+    "check_before_export",
     "check_variables_are_known",
     "compiled_functions",
     "copy_weight_decay_exclusions",

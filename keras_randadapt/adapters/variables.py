@@ -331,6 +331,14 @@ class AdapterVariables(keras.layers.Layer):
                 )
         return [w for w in self.weights if id(w) not in left_out]
 
+    def has_derived(self) -> bool:
+        """Whether `start_from` derives variables from the base kernel."""
+        return any(
+            layer._derived_names
+            for layer in _compat.flatten_layers(self)
+            if isinstance(layer, AdapterVariables)
+        )
+
     def description(self) -> dict[str, Any]:
         """What the adapter is, for Keras's weights files.
 

@@ -19,6 +19,7 @@ from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import adapted_model
 from keras_randadapt.model import clones
 from keras_randadapt.model import distribution
+from keras_randadapt.model import exporting
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import parts as parts_lib
 from keras_randadapt.model import state as state_lib
@@ -162,6 +163,8 @@ def _connect(change, source, layer, name):
 
 def _become_adapted(change, layers):
     model = change.model
+    # It stays in KerasHub, where it does nothing for models without adapters.
+    _compat.check_before_export(exporting.check_transformers_export)
     layer_flags = []
     variable_flags = []
     for layer in _compat.flatten_layers(model):

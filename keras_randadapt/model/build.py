@@ -36,19 +36,54 @@ def build_adapters(template, name, layers, addresses, sources, counts=None):
             site = supported.site_of(
                 address, layers[address], layers[source], number
             )
-            # The clone is checked, since its rank may be one of its own.
-            clones[address] = template.for_site(site, name)
-            clones[address].check(site)
+            clones[address] = _clone(template, name, site)
         except ValueError as error:
             (place,) = layers.named([address])
             raise ValueError(f"At '{place}': {error}") from error
-    paths = [layers[address].path for address in addresses]
+    paths = {address: layers[address].path for address in addresses}
+    return _built(clones, paths, counts)
+
+
+def build_at_sites(template, name, sites, counts=None):
+    """Adapters by address, built for sites whose layers are not there.
+
+    Args:
+        template: An unbuilt adapter.
+        name: The adapter's name.
+        sites: dict from address to `Site`.
+        counts: See `build_adapters`.
+
+    Returns:
+        dict from address to adapter.
+
+    Raises:
+        ValueError: If the method does not take one of the sites.
+    """
+    template.check_addresses(list(sites))
+    clones = {}
+    for address, site in sites.items():
+        try:
+            clones[address] = _clone(template, name, site)
+        except ValueError as error:
+            raise ValueError(f"At '{address}': {error}") from error
+    return _built(clones, {address: address for address in sites}, counts)
+
+
+def _clone(template, name, site):
+    clone = template.for_site(site, name)
+    # The clone is checked, since its rank may be one of its own.
+    clone.check(site)
+    return clone
+
+
+def _built(clones, paths, counts):
+    taken = list(paths.values())
     with adapter_variables.shared_bases():
         for address, clone in clones.items():
             # Two layers of one path would have variables of one path, which
             # torch's parameter lists confuse.
-            path = layers[address].path
-            if not path or paths.count(path) > 1:
+            path = paths[address]
+            if not path or taken.count(path) > 1:
                 path = address
             limit = None, None
             if counts is not None:

@@ -124,8 +124,9 @@ def combine(
     plan = _check_plan(method, rank, density, seed)
     progress.check_verbose(verbose)
     sites = _sites(state, weights)
+    views = low_rank.views_of(state.layers, sites)
     if plan.rank is not None:
-        low_rank.check_rank(plan.rank, state.layers, sites)
+        low_rank.check_rank(plan.rank, views)
     kept = _kept_values(state, weights, heads_from)
     moving = _moving(state, weights, heads_from)
     checks.check_attachable(model, state.layers, sites, list(kept))
@@ -146,7 +147,7 @@ def combine(
         ranks,
         seed=plan.seed,
     )
-    low_rank.warn_of_size(state.layers, ranks)
+    low_rank.warn_of_size(ranks, views)
     attachment = attach.Attachment(
         template=template,
         name=name,

@@ -75,12 +75,41 @@ def to_lora(
     state, name = low_rank.replaceable(model, name)
     record = state.records[name]
     updates.check_is_delta(name, record.template)
-    rank, energy = _check_size(rank, energy)
+    rank, energy = check_size(rank, energy)
     progress.check_verbose(verbose)
+    views = low_rank.views_of(state.layers, record.addresses)
     if rank is not None:
-        low_rank.check_rank(rank, state.layers, record.addresses)
+        low_rank.check_rank(rank, views)
+    factors, ranks, lost = factors_of(
+        state.adapters(name), name, rank, energy, verbose
+    )
+    template, built = low_rank.build(
+        state.layers,
+        name,
+        factors,
+        ranks,
+        seed=record.template.seed,
+        dropout=record.template.dropout,
+    )
+    low_rank.warn_of_size(ranks, views)
+    low_rank.replace(model, name, template, built)
+    return low_rank_report.LowRankReport(model, name, lost)
 
-    adapters = state.adapters(name)
+
+def factors_of(adapters, name, rank, energy, verbose):
+    """The factors of the LoRA that an adapter becomes.
+
+    Args:
+        adapters: dict from address to a built adapter that adds a delta.
+        name: The adapter's name.
+        rank: See `to_lora`, as all that follow.
+        energy: float or `None`.
+        verbose: 1, 0 or `"auto"`.
+
+    Returns:
+        `(factors, ranks, lost)`: three dicts from address, to the two NumPy
+        factors, to the rank, and to the share of the energy that is lost.
+    """
     found = {}
     for address in progress.shown(adapters, verbose):
         parts = updates.parts_of(adapters[address], address, name)
@@ -90,22 +119,15 @@ def to_lora(
             found[address] = matrices.without_zeros(parts)
         else:
             found[address] = matrices.shortest(parts, energy or 1.0)
-    ranks = {a: rank or max(1, one.rank) for a, one in found.items()}
-    template, built = low_rank.build(
-        state.layers,
-        name,
-        {a: (one.left, one.right) for a, one in found.items()},
-        ranks,
-        seed=record.template.seed,
-        dropout=record.template.dropout,
+    return (
+        {address: (one.left, one.right) for address, one in found.items()},
+        {address: rank or max(1, one.rank) for address, one in found.items()},
+        {address: one.lost for address, one in found.items()},
     )
-    low_rank.warn_of_size(state.layers, ranks)
-    low_rank.replace(model, name, template, built)
-    lost = {address: one.lost for address, one in found.items()}
-    return low_rank_report.LowRankReport(model, name, lost)
 
 
-def _check_size(rank, energy):
+def check_size(rank, energy):
+    """Validates the arguments `rank` and `energy`."""
     if rank is not None and energy is not None:
         raise ValueError(
             "`rank` and `energy` both choose the ranks: give one of them. "

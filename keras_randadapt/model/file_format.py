@@ -31,6 +31,9 @@ from keras_randadapt.sites import supported
 VERSION = 2
 METADATA_KEY = "keras_randadapt"
 
+#: The key of the metadata of a training file; see `training_file`.
+TRAINING_KEY = "keras_randadapt_training"
+
 # A stand-in for digests of layers, which all have this length. The size of a
 # file depends only on the length.
 _SOME_DIGEST = "0" * 16
@@ -89,11 +92,16 @@ def count(adapter):
 
 
 def site_tensors(state, name):
+    return values_of(state.adapters(name))
+
+
+def values_of(adapters):
+    """The tensors of sites, by address of the adapter."""
     return {
         address: np.concatenate(
             [_array(w).astype("float32").ravel() for w in a.stored_weights()]
         )
-        for address, a in state.adapters(name).items()
+        for address, a in adapters.items()
     }
 
 

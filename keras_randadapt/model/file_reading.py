@@ -19,6 +19,12 @@ def read(filepath):
     try:
         with safetensors.safe_open(filepath, framework="np") as file:
             header = file.metadata() or {}
+            if file_format.TRAINING_KEY in header:
+                raise ValueError(
+                    f"'{filepath}' is the training file of an "
+                    "`AdapterCheckpoint`, which its `resume` reads. The "
+                    "adapter files are beside it."
+                )
             if file_format.METADATA_KEY not in header:
                 raise ValueError(
                     f"'{filepath}' is a safetensors file, but not one that "
@@ -65,6 +71,11 @@ def read(filepath):
             f"does not hold: {unknown[:5]}"
             + (" and more." if len(unknown) > 5 else ".")
         )
+    # The counts are summed before a list is made of them, since a damaged count
+    # would fill the memory.
+    sites = sum(n for _, n in metadata["kernel_views"])
+    if sites != len(site_keys(tensors)):
+        raise ValueError(f"'{filepath}' is damaged: it misses sites.")
     if version > 1:
         _check_version_2(filepath, metadata, tensors)
     return tensors, metadata
@@ -95,8 +106,8 @@ def check_finite(filepath, tensors):
         raise ValueError(
             f"'{filepath}' holds NaN or infinity in {len(wrong)} of its "
             f"{len(tensors)} tensors: {wrong[:5]}. The training that wrote it "
-            "diverged, most likely. Pass `allow_non_finite=True` to load it "
-            "all the same."
+            "diverged, most likely. `load_adapter` loads it all the same "
+            "if it is given `allow_non_finite=True`."
         )
 
 

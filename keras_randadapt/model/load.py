@@ -194,7 +194,7 @@ def checked(
     tensors, metadata = content or file_reading.read(path)
     if not allow_non_finite:
         file_reading.check_finite(path, tensors)
-    template = _template(path, metadata)
+    template = template_of(path, metadata)
     name = metadata["name"] if name is None else name
     checks.check_model(model)
     layers = state_lib.layers_of(model)
@@ -263,7 +263,8 @@ def checked(
     )
 
 
-def _template(path, metadata):
+def template_of(path, metadata):
+    """The template that a file's metadata describe."""
     try:
         return configs.deserialize(metadata["adapter"])
     except (AttributeError, TypeError, KeyError, ValueError) as error:

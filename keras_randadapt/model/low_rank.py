@@ -35,13 +35,42 @@ def build(layers, name, factors, ranks, **options):
     Raises:
         ValueError: If a factor is not finite in the adapter's dtype.
     """
+    template = _template(ranks, options)
+    built = build_lib.build_adapters(template, name, layers, list(factors), {})
+    _give(built, factors)
+    return template, built
+
+
+def build_at_sites(sites, name, factors, ranks, **options):
+    """LoRA adapters with these factors, without a model.
+
+    Args:
+        sites: dict from address to `Site`.
+        name: See `build`, as all that follow.
+        factors: dict.
+        ranks: dict.
+        **options: Arguments of `LoRA`.
+
+    Returns:
+        See `build`.
+    """
+    template = _template(ranks, options)
+    built = build_lib.build_at_sites(template, name, sites)
+    _give(built, factors)
+    return template, built
+
+
+def _template(ranks, options):
     largest = max(ranks.values())
-    template = LoRA(
+    return LoRA(
         largest,
         site_ranks={a: r for a, r in ranks.items() if r < largest},
         **options,
     )
-    built = build_lib.build_adapters(template, name, layers, list(factors), {})
+
+
+def _give(built, factors):
+    """Assigns factors to built adapters."""
     for address, (a, b) in factors.items():
         adapter, rank = built[address], len(b)
         whole_a = _float32(keras.ops.convert_to_numpy(adapter.lora_a)).copy()
@@ -59,7 +88,6 @@ def build(layers, name, factors, ranks, **options):
             )
         adapter.lora_a.assign(whole_a)
         adapter.lora_b.assign(whole_b)
-    return template, built
 
 
 def _float32(values):
@@ -123,10 +151,21 @@ def _put(change, name, template, built):
     attach.refresh(change)
 
 
-def check_rank(rank, layers, addresses):
-    """Raises `ValueError` if a rank exceeds a dimension of a kernel view."""
-    for address in addresses:
-        view = supported.view_of(layers[address])
+def views_of(layers, addresses):
+    """dict from the addresses of sites to their kernel views."""
+    return {
+        address: supported.view_of(layers[address]) for address in addresses
+    }
+
+
+def check_rank(rank, views):
+    """Raises `ValueError` if a rank exceeds a dimension of a kernel view.
+
+    Args:
+        rank: int.
+        views: dict from address to `KernelView`.
+    """
+    for address, view in views.items():
         if rank > min(view):
             raise ValueError(
                 f"`rank` must be at most {min(view)}, the smaller dimension "
@@ -136,21 +175,34 @@ def check_rank(rank, layers, addresses):
             )
 
 
-def warn_of_size(layers, ranks, stacklevel=3):
-    """Warns of LoRA adapters that are larger than the kernels they adapt."""
-    larger = {
-        address: rank
+def size_warning(ranks, views):
+    """The warning of LoRA adapters that are larger than their kernels.
+
+    Args:
+        ranks: dict from address to rank.
+        views: dict from address to `KernelView`.
+
+    Returns:
+        A string, or `None` if no adapter is.
+    """
+    larger = [
+        address
         for address, rank in ranks.items()
-        if rank * sum(view := supported.view_of(layers[address]))
-        > view[0] * view[1]
-    }
-    if larger:
-        address, rank = next(iter(larger.items()))
-        warnings.warn(
-            f"At {len(larger)} of {len(ranks)} sites the LoRA is larger than "
-            f"the kernel, such as rank {rank} at '{address}', whose kernel "
-            f"view is {tuple(supported.view_of(layers[address]))}. A smaller "
-            "`rank` makes it smaller, and the report says what that loses.",
-            AdapterWarning,
-            stacklevel=stacklevel,
-        )
+        if rank * sum(views[address]) > views[address][0] * views[address][1]
+    ]
+    if not larger:
+        return None
+    address = larger[0]
+    return (
+        f"At {len(larger)} of {len(ranks)} sites the LoRA is larger than "
+        f"the kernel, such as rank {ranks[address]} at '{address}', whose "
+        f"kernel view is {tuple(views[address])}. A smaller `rank` makes it "
+        "smaller, and the report says what that loses."
+    )
+
+
+def warn_of_size(ranks, views, stacklevel=3):
+    """Warns of LoRA adapters that are larger than the kernels they adapt."""
+    message = size_warning(ranks, views)
+    if message is not None:
+        warnings.warn(message, AdapterWarning, stacklevel=stacklevel)

@@ -32,28 +32,43 @@ class LowRankReport(report.Report):
         super().__init__(model, name)
         adapters = model._randadapt.adapters(name)
         self.ranks = {a: adapter.rank for a, adapter in adapters.items()}
-        self.site_bytes = {
-            address: 4 * adapter.rank * (adapter.input_dim + adapter.output_dim)
-            for address, adapter in adapters.items()
-        }
+        self.site_bytes = site_bytes(adapters)
         self.energy_lost = {address: lost[address] for address in adapters}
 
     def __str__(self):
-        rows = [("site", "rank", "bytes", "energy lost")]
-        rows += [
-            (
-                address,
-                f"{rank:,}",
-                f"{self.site_bytes[address]:,}",
-                f"{100 * self.energy_lost[address]:.4g} %",
-            )
-            for address, rank in self.ranks.items()
-        ]
-        first, *others = (max(map(len, column)) for column in zip(*rows))
-        lines = [super().__str__()]
-        for address, *cells in rows:
-            padded = (c.rjust(w) for c, w in zip(cells, others, strict=True))
-            lines.append(f"  {address.ljust(first)}  {'  '.join(padded)}")
-        return "\n".join(lines)
+        table = lines(self.ranks, self.site_bytes, self.energy_lost)
+        return "\n".join([super().__str__(), *table])
 
     __repr__ = __str__
+
+
+def site_bytes(adapters):
+    """dict from address to the bytes of a LoRA in an adapter file."""
+    return {
+        address: 4 * adapter.rank * (adapter.input_dim + adapter.output_dim)
+        for address, adapter in adapters.items()
+    }
+
+
+def lines(ranks, sizes, lost):
+    """The lines of a table of the sites.
+
+    Args:
+        ranks: dict from address to rank.
+        sizes: dict from address to bytes.
+        lost: dict from address to the share of the energy that was lost.
+    """
+    rows = [("site", "rank", "bytes", "energy lost")]
+    rows += [
+        (
+            address,
+            f"{rank:,}",
+            f"{sizes[address]:,}",
+            f"{100 * lost[address]:.4g} %",
+        )
+        for address, rank in ranks.items()
+    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    for address, *cells in rows:
+        padded = (c.rjust(w) for c, w in zip(cells, others, strict=True))
+        yield f"  {address.ljust(first)}  {'  '.join(padded)}"

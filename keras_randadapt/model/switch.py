@@ -324,7 +324,9 @@ def _check_together(state, names):
                 raise ValueError(
                     f"Adapters '{owner[address]}' and '{name}' both keep "
                     f"'{address}' trainable, each with weights of its own: "
-                    f"only one can be active. Received: names={names}"
+                    f"only one can be active. Received: names={names}. "
+                    "Make one adapter of both: `keras_randadapt.combine`, "
+                    "whose `heads_from` chooses the weights."
                 )
             owner[address] = name
 

@@ -15,12 +15,13 @@ import safetensors
 import safetensors.numpy
 
 from keras_randadapt import _compat
+from keras_randadapt.model import file_format
 from keras_randadapt.model import paths
 from keras_randadapt.model import save as save_lib
 from keras_randadapt.model import state as state_lib
 
 VERSION = 1
-_KEY = "keras_randadapt_training"
+_KEY = file_format.TRAINING_KEY
 
 
 def write(model, target, told):

@@ -6,12 +6,14 @@ import numpy as np
 from keras_randadapt.matrices import low_rank as matrices
 
 
-def check_is_delta(name, template):
+def check_is_delta(name, template, way=None):
     """Raises `ValueError` unless a method adds a delta and nothing else.
 
     Args:
         name: The adapter's name.
         template: Its template.
+        way: Optional sentence that says what to do instead. The default is for
+            an adapter in a model.
     """
     adds_more = template.adapts_bias or template.adapts_output
     if template.additive and template.adapts_kernel and not adds_more:
@@ -19,14 +21,17 @@ def check_is_delta(name, template):
     raise ValueError(
         f"The adapter '{name}' is a `{type(template).__name__}`, and it does "
         "more than adding an update of its own to kernels, so no `LoRA` "
-        "computes the same. "
-        + (
+        f"computes the same. {way or _way(template)}"
+    )
+
+
+def _way(template):
+    if template.mergeable:
+        return (
             "Save it as it is with `save_adapter`, or fold it into the kernels "
             "with `merge`."
-            if template.mergeable
-            else "Save it as it is with `save_adapter`."
         )
-    )
+    return "Save it as it is with `save_adapter`."
 
 
 def parts_of(adapter, address, name):

@@ -353,6 +353,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="is not compiled"):
             kra.callbacks.AdapterCheckpoint(path).resume(model)
 
+    def test_it_is_no_adapter_file(self, path):
+        model, _, _ = zoo.classifier()
+        file = path.parent / "a.training.safetensors"
+        with pytest.raises(ValueError, match="training file of an .*`resume`"):
+            kra.load_adapter(model, file)
+
     @pytest.mark.parametrize("damage", ["cut", "foreign", "version"])
     def test_damaged(self, path, damage):
         file = path.parent / "a.training.safetensors"

@@ -1,5 +1,6 @@
 """Exported programs: no warnings, and right for every batch size."""
 
+import importlib.util
 import logging
 import warnings
 
@@ -202,3 +203,53 @@ class TestTraces:
                 np.testing.assert_allclose(
                     program(x), model(x), rtol=1e-4, atol=1e-5
                 )
+
+
+class TestLiteRT:
+    """`export(format="litert")`, which Keras has from TensorFlow."""
+
+    @pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras refuses others")
+    @pytest.mark.parametrize(
+        ("name", "merged"),
+        [
+            ("rlora", False),
+            ("rlora", True),
+            ("randlora_hadamard", False),
+            # No kernel can hold it.
+            ("bottleneck", False),
+        ],
+    )
+    # TensorFlow recommends another package than its own interpreter.
+    @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+    def test_outputs(self, name, merged, tmp_path):
+        import tensorflow as tf
+
+        model, x = _adapted(name), zoo.normal(1, 12)
+        out = zoo.outputs(model, x)
+        if merged:
+            kra.merge(model)
+        path = str(tmp_path / "model.tflite")
+        model.export(path, format="litert", verbose=False)
+        run = tf.lite.Interpreter(model_path=path).get_signature_runner()
+        (key,) = run.get_input_details()
+        (y,) = run(**{key: x}).values()
+        np.testing.assert_allclose(y.ravel(), out, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.skipif(BACKEND == "tensorflow", reason="it works there")
+    @pytest.mark.skipif(
+        importlib.util.find_spec("litert_torch") is not None,
+        reason="what Keras asks for is installed",
+    )
+    def test_where_keras_has_none(self, tmp_path):
+        """docs/serving.md quotes what Keras says."""
+        words = "LiteRT"
+        recent = tuple(map(int, keras.version().split(".")[:2])) >= (3, 15)
+        if BACKEND == "torch" and recent:
+            words = (
+                "To export to LiteRT with the PyTorch backend, you must "
+                "install the `litert-torch` package"
+            )
+        with pytest.raises((ImportError, ValueError), match=words):
+            _adapted("rlora").export(
+                tmp_path / "model.tflite", format="litert", verbose=False
+            )
