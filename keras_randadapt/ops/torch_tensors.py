@@ -12,8 +12,8 @@ def as_tensors(owner, arrays, dtype, device):
 
     `None` stays `None`.
     """
-    # A trace records where a tensor is made. The trace that checks it would find
-    # the tensor made, and differ.
+    # A trace records where a tensor is made. The trace that checks it finds
+    # the tensor made, and would differ.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _copies(arrays, dtype, device)
     known = _known_tensors.setdefault(owner, {})
