@@ -22,6 +22,7 @@ from keras_randadapt.model import switch
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import layout as layout_lib
 from keras_randadapt.serving import requests
+from keras_randadapt.serving import saved_model
 from keras_randadapt.serving import tenants
 from keras_randadapt.serving.head import TenantHead
 
@@ -229,6 +230,31 @@ class AdapterBank:
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    def export(self, filepath: Path) -> None:
+        """Writes the model and all tenants as one TensorFlow SavedModel.
+
+        Its signature has one input more than the model: `adapter`, a string
+        for each example, which is a tenant's name. The empty string is the base
+        model. An unknown name is an error of an operation. TensorFlow alone
+        runs it.
+
+        Args:
+            filepath: The folder to make.
+
+        Raises:
+            ValueError: On another backend than TensorFlow, or if the bank has
+                no tenant.
+        """
+        saved_model.check_backend()
+        path = paths.check_path(filepath)
+        with self._lock:
+            self._check_open()
+            if self._first is None:
+                raise ValueError("The bank has no tenant yet. Call `add`.")
+            names = list(self._names)
+            table = self._table[[0, *(self._names[name] for name in names)]]
+            saved_model.write(path, self.model, self._layout, names, table)
 
     def status(self) -> str:
         """A few lines about the bank: method, tenants and bytes."""

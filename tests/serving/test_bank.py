@@ -1,5 +1,7 @@
 """`AdapterBank`: each example of a batch with the adapter of its tenant."""
 
+import subprocess
+import sys
 import threading
 
 import keras
@@ -429,3 +431,65 @@ def test_ten_thousand_requests(tmp_path):
     with kra.serving.AdapterBank(_model(), tmp_path) as bank:
         path = tmp_path / "bob.safetensors"
         assert _requests(bank, outputs, 1250, path) == []
+
+
+_ONLY_TENSORFLOW = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+model = tf.saved_model.load(sys.argv[1])
+serve = model.signatures["serving_default"]
+given = np.load(sys.argv[2])
+inputs = {"x": tf.constant(given["x"]), "adapter": tf.constant(given["names"])}
+found = serve(**inputs)["output_0"]
+np.save(sys.argv[3], found.numpy())
+try:
+    serve(x=inputs["x"], adapter=tf.constant(["nobody"] * len(given["x"])))
+except tf.errors.InvalidArgumentError as error:
+    assert "no tenants called" in str(error) and "nobody" in str(error), error
+else:
+    raise AssertionError("an unknown name was answered")
+assert "keras_randadapt" not in sys.modules
+"""
+
+
+@pytest.mark.one_backend("tensorflow")
+class TestSavedModel:
+    @pytest.mark.cpu_seconds(15, reason="a process imports TensorFlow")
+    @pytest.mark.parametrize("name", ["rlora", "lora"])
+    def test_in_a_process_of_tensorflow_alone(self, tmp_path, name):
+        files = tmp_path / "files"
+        files.mkdir()
+        outputs = _tenants(files, METHODS[name])
+        inner = _model()
+        with kra.serving.AdapterBank(inner, files) as bank:
+            bank.model.inputs[0].name = "x"
+            bank.export(tmp_path / "saved")
+        names = np.array([one or "" for one in NAMES])
+        np.savez(tmp_path / "given.npz", x=X, names=names.astype("S"))
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                _ONLY_TENSORFLOW,
+                tmp_path / "saved",
+                tmp_path / "given.npz",
+                tmp_path / "found.npy",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        _close(np.load(tmp_path / "found.npy"), _expected(outputs))
+
+
+def test_no_saved_model(tmp_path):
+    _tenants(tmp_path, METHODS["rlora"])
+    with kra.serving.AdapterBank(_model()) as bank:
+        match = "no tenant yet"
+        if keras.config.backend() != "tensorflow":
+            match = "takes the TensorFlow backend"
+        with pytest.raises(ValueError, match=match):
+            bank.export(tmp_path / "saved")
