@@ -217,6 +217,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     def _save(self, epoch, logs, epochs):
         if self._is_to_be_saved(epoch, logs):
             path = self._path(epoch + 1, logs)
+            self._say(f"Epoch {epoch + 1}: saving the adapter to {path}")
             save.save_adapter(self.model, path, self.name)
             if path in self._written:
                 self._written.remove(path)
@@ -242,7 +243,6 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def _is_to_be_saved(self, epoch, logs):
         if not self.save_best_only:
-            self._say(f"Epoch {epoch + 1}: saving the adapter")
             return True
         value = (logs or {}).get(self.monitor)
         if value is None:
@@ -263,7 +263,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             return False
         self._say(
             f"Epoch {epoch + 1}: {self.monitor} improved from {self.best} to "
-            f"{value:.5g}, saving the adapter"
+            f"{value:.5g}"
         )
         self.best = value
         return True

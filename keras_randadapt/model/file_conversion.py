@@ -19,12 +19,20 @@ from keras_randadapt.model import paths
 from keras_randadapt.model import updates
 from keras_randadapt.sites.site import Site
 
+_IN_THE_MODEL = (
+    "Load the file into its model, call `keras_randadapt.to_lora` there and "
+    "save."
+)
 _NO_FINGERPRINT = (
     "The file is of version 1 and has no fingerprint of the base kernels, so "
     "its LoRA is of version 1 too, and `load_adapter` will warn that it can't "
-    "tell the base weights. For the current version, load the file into its "
-    "model, call `keras_randadapt.to_lora` there and save."
+    "tell the base weights. For the current version there is another way. "
+    + _IN_THE_MODEL
 )
+# No model bounds what a file claims. The largest kernels are those of token
+# embeddings, and they are smaller by far.
+_MOST_IN_A_DIMENSION = 2**24
+_MOST_IN_A_KERNEL = 2**32
 _VIEW = re.compile(r"([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
 
 
@@ -192,8 +200,7 @@ class _OnlySiteOfFile(_SiteOfFile):
 def _refuse_untold(field) -> NoReturn:
     raise ValueError(
         f"the method takes the `{field}` of each site into account, which only "
-        "the model tells. Load the file into its model, call "
-        "`keras_randadapt.to_lora` there and save."
+        f"the model tells. {_IN_THE_MODEL}"
     )
 
 
@@ -201,8 +208,7 @@ def _refuse_base(source, template):
     raise ValueError(
         f"The adapter of '{source}' is a `{type(template).__name__}` whose "
         "update is computed from the base kernels, which the file does not "
-        "hold. Load it into its model, call `keras_randadapt.to_lora` there "
-        "and save."
+        f"hold. {_IN_THE_MODEL}"
     )
 
 
@@ -222,6 +228,14 @@ def _sites(source, tensors, metadata):
                 f"'{address}' must be like '768x768'. Received: {view!r}"
             )
         rows, columns = map(int, match.groups())
+        largest = max(rows, columns)
+        if largest > _MOST_IN_A_DIMENSION or rows * columns > _MOST_IN_A_KERNEL:
+            raise ValueError(
+                f"'{source}' claims a kernel of {rows:,} rows and {columns:,} "
+                f"columns for '{address}', which is too large to convert "
+                f"without the model: at most {_MOST_IN_A_DIMENSION:,} in a "
+                f"dimension and {_MOST_IN_A_KERNEL:,} in all. {_IN_THE_MODEL}"
+            )
         sites[address] = cls(
             input_dim=rows, output_dim=columns, address=address
         )

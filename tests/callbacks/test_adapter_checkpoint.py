@@ -257,6 +257,7 @@ class TestHabits:
         _fit(_model(), 2, [_Scripted(val_loss=[3.0, 4.0]), checkpoint])
         said = capsys.readouterr().out
         assert "Epoch 1: val_loss improved from None to 3" in said
+        assert f"Epoch 1: saving the adapter to {path}\n" in said
         assert "Epoch 2: val_loss did not improve" in said
 
     @pytest.mark.parametrize(

@@ -257,6 +257,14 @@ class TestRefused:
         assert _matches("other bases than its seed gives", capsys)
         assert not (tmp_path / "b.st").exists()
 
+    @pytest.mark.parametrize("view", ["6x16777217", "999999x999999"])
+    def test_kernels_that_no_model_has(self, tmp_path, capsys, view):
+        """They would fill the memory."""
+        path, _, _, _ = _saved(tmp_path / "a.st", kra.RLoRA(3))
+        adapter_files.edit(path, {"kernel_views": [[view, 2]]})
+        assert _convert(path, tmp_path / "b.st") == 2
+        assert _matches("claims a kernel of .*too large.*to_lora", capsys)
+
     def test_values_that_are_no_numbers(self, tmp_path, capsys):
         path, _, _, _ = _saved(tmp_path / "a.st", kra.RLoRA(3))
         tensors, _ = adapter_files.read(path)
