@@ -272,6 +272,7 @@ class TestExact:
 
 @LARGER
 @pytest.mark.every_backend
+@pytest.mark.cpu_seconds(10, reason="TensorFlow compiles each model")
 @pytest.mark.parametrize(
     "site",
     [

@@ -1126,7 +1126,7 @@ from tests import zoo
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     model, x, targets = zoo.dense()
     model.compile("sgd", "mse")
-kra.inject(model, kra.LoRA(2), targets)
+    kra.inject(model, kra.LoRA(2), targets)
 callback = kra.callbacks.PACBayes(x, x[:, :6])
 try:
     model.fit(x, x[:, :6], callbacks=[callback])
