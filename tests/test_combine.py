@@ -119,7 +119,6 @@ class TestMethods:
             rank = sum(known[name] for name in weights)
             assert set(report.ranks.values()) == {rank}
 
-    @pytest.mark.every_backend
     def test_linear_of_a_rank(self):
         model, x = _model()
         dense = {name: _dense(model, name) for name in WEIGHTS}
@@ -148,7 +147,6 @@ class TestMethods:
         kra.set_active(model, "both")
         np.testing.assert_array_equal(zoo.outputs(model, x), base)
 
-    @pytest.mark.every_backend
     def test_concat(self):
         model, x = _model()
         adapters = {n: model._randadapt.adapters(n) for n in WEIGHTS}
@@ -165,7 +163,6 @@ class TestMethods:
                 methods.numpy(adapters["lora"][address].lora_a),
             )
 
-    @pytest.mark.every_backend
     def test_svd(self):
         """Its rank is the largest of the adapters at the site."""
         model, x = _model({"rlora": ["b", "c"]})
@@ -178,7 +175,6 @@ class TestMethods:
             methods.close(update, (u[:, :rank] * s[:rank]) @ v[:rank])
 
     @LARGER
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("density", [None, 0.5, 1])
     def test_ties(self, density):
         # Entries of these have no equal sizes, of which some would be kept.
@@ -196,7 +192,6 @@ class TestMethods:
             methods.close(update, expected, 2e-6)
 
     @LARGER
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("density", [None, 0.4])
     def test_dare(self, density):
         weights = {"lora": 0.7, "randlora": -0.3}
@@ -332,7 +327,6 @@ def _train_heads(model, names):
 
 
 class TestHeads:
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("active", ["lora", "rlora"])
     def test_the_only_head(self, active):
         model, x = _model(kept=["rlora"])

@@ -160,7 +160,6 @@ class TestExact:
             methods.numpy(_adapter(model).delta_kernel()), delta
         )
 
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("initialization", ["pissa", "olora", "olora_v1"])
     def test_small_changes_of_factors_from_the_kernel(self, initialization):
         """The update is not lost in the rounding of what it started from."""
@@ -194,7 +193,6 @@ class TestExact:
         kra.to_lora(model)
         methods.close(_adapter(model).delta_kernel(), dense, 1e-6)
 
-    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "make, reference",
         [
@@ -243,7 +241,6 @@ class TestExact:
         methods.close(_adapter(model).delta_kernel(), dense)
         methods.close(zoo.outputs(model, x), before)
 
-    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "make",
         [
@@ -309,7 +306,6 @@ def test_every_kind_of_site(site):
 
 
 class TestRankAndEnergy:
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("method", ["vera", "randlora", "said", "lora"])
     def test_rank(self, method):
         make, reference, own = METHODS[method]
@@ -326,7 +322,6 @@ class TestRankAndEnergy:
         assert _one(report.site_bytes) == 4 * 2 * sum(VIEW)
 
     @LARGER
-    @pytest.mark.every_backend
     @pytest.mark.parametrize("energy", [0.5, 0.9, np.float32(0.99), 1, 1.0])
     def test_energy(self, energy):
         model, x = _model(kra.RandLoRA(3))
@@ -355,7 +350,6 @@ class TestRankAndEnergy:
         template = model._randadapt.records["default"].template
         assert template.rank == max(ranks)
 
-    @pytest.mark.every_backend
     def test_a_rank_that_the_update_does_not_have(self):
         """The other ranks add nothing, and training uses them."""
         model, x = _model(kra.LoRA(2))

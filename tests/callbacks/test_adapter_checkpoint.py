@@ -72,7 +72,18 @@ METHODS = {
 
 
 @pytest.mark.needs_optimizer
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            # Dropout, and masks that depend on the step.
+            marks=[pytest.mark.every_backend] * (name in ("lora", "rmlora")),
+        )
+        for name in METHODS
+    ],
+)
 def test_training_goes_on_bit_for_bit(tmp_path, name):
     make = METHODS[name]
     whole = _model(make())

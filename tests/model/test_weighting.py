@@ -60,7 +60,18 @@ def _kernels(model):
 ADDITIVE = [name for name, make in METHODS.items() if make().additive]
 
 
-@pytest.mark.parametrize("name", ADDITIVE)
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.every_backend]
+            * (name in ("lora", "rlora", "randlora")),
+        )
+        for name in ADDITIVE
+    ],
+)
 def test_update_times_weight(name):
     """The sum of the updates times their weights, in all ways of computing."""
     model, x, targets = zoo.dense()

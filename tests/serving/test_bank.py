@@ -79,7 +79,18 @@ def _close(found, expected, tolerance=1e-5):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.every_backend]
+            * (name in ("rlora", "vera", "lora", "ia3")),
+        )
+        for name in METHODS
+    ],
+)
 def test_each_row_is_what_its_adapter_gives(name, tmp_path):
     outputs = _tenants(tmp_path, METHODS[name])
     assert np.abs(outputs["alice"] - outputs["bob"]).max() > 0.01

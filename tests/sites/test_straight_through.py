@@ -86,6 +86,7 @@ def _kernel_of(head, arguments):
     return found[0] - found[1]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("site", [False, True], ids=["no site", "site"])
 @pytest.mark.parametrize(
     "mode", ["int8", "int4", "int4 blocks", "int4 rounding"]
