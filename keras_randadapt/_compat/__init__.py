@@ -6,6 +6,7 @@ the symbol, before a user's `fit` fails.
 """
 
 from keras_randadapt._compat.kerashub import check_before_export
+from keras_randadapt._compat.converters import transformers_converters
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
 from keras_randadapt._compat.layers import attach_sublayer
@@ -112,6 +113,7 @@ __all__ = [
     "trainable_by_nature",
     "trained_variables",
     "training_phase",
+    "transformers_converters",
     "unpickle_model",
     "unrounded",
     "values_of_jax_state",

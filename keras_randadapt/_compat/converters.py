@@ -1,0 +1,36 @@
+"""KerasHub's private converters of transformers' checkpoints."""
+
+import functools
+
+
+@functools.lru_cache(maxsize=1)
+def transformers_converters():
+    """dict from transformers' model types to KerasHub's converter modules.
+
+    KerasHub has the model types in a chain of comparisons. Its strings are the
+    candidates, and the loader tells which of them are model types.
+
+    Returns:
+        dict from string to module. It is empty without KerasHub.
+    """
+    try:
+        from keras_hub.src.utils.transformers import preset_loader
+    except ImportError:
+        return {}
+    loader = preset_loader.TransformersPresetLoader
+    found = {}
+    for text in _strings(loader.__init__.__code__.co_consts):
+        try:
+            found[text] = loader(None, {"model_type": text}).converter
+        except ValueError:
+            # It is another string of the code, such as an error's.
+            continue
+    return found
+
+
+def _strings(constants):
+    for constant in constants:
+        if isinstance(constant, (tuple, frozenset)):
+            yield from _strings(constant)
+        elif isinstance(constant, str):
+            yield constant

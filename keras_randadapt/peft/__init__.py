@@ -1,0 +1,16 @@
+"""Adapters in the format of Hugging Face's PEFT, both ways.
+
+An adapter that was trained in Keras is served wherever PEFT's are, and PEFT's
+adapters run in Keras. Neither `peft` nor `transformers` is imported: files are
+read and written.
+"""
+
+from keras_randadapt.peft.name_map import NameMap
+from keras_randadapt.peft.name_map import name_map
+from keras_randadapt.peft.parts import ModulePart
+
+__all__ = ["ModulePart", "NameMap", "name_map"]
+
+
+def __dir__():
+    return __all__

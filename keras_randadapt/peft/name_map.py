@@ -1,0 +1,269 @@
+"""`name_map`: the modules of transformers that hold the sites of a model."""
+
+import difflib
+
+import keras
+
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.peft import family
+from keras_randadapt.peft import hub_config
+from keras_randadapt.peft import parts as parts_lib
+from keras_randadapt.peft import recording
+from keras_randadapt.peft import shapes as shapes_lib
+from keras_randadapt.peft.parts import ModulePart
+from keras_randadapt.sites import supported
+
+_KERNELS = ("kernel", "embeddings")
+
+
+class NameMap:
+    """Which modules of transformers hold which sites. `print` it.
+
+    Attributes:
+        model_type: The type of the model in transformers, such as `"llama"`.
+        prefix: The name under which task classes of transformers hold the
+            base model, such as `"model"`, or `""`.
+        parts: dict from the structural address of a site to a tuple of
+            `ModulePart`. A site that several modules hold has several.
+        refused: dict from the address of a layer that could be a site to a
+            string that says why no module holds it.
+        variables: dict from the name of a tensor in checkpoints to a list of
+            `(variable, origin)`, the variables whose values are in it.
+        config: The config of the checkpoint, as far as KerasHub knows it.
+        config_differs: Names of arguments of the backbone that the config does
+            not give.
+        lost: dict from the path of a variable to a string that says why its
+            values can't go back to a checkpoint.
+
+    Example:
+
+    ```python
+    names = kra.peft.name_map(classifier)
+    print(names.model_type, names.modules()[:2])
+    ```
+    """
+
+    def __init__(self, model_type, prefix):
+        self.model_type = model_type
+        self.prefix = prefix
+        self.parts: dict[str, tuple[ModulePart, ...]] = {}
+        self.refused: dict[str, str] = {}
+        self.variables = {}
+        self.config = {}
+        self.config_differs = []
+        self.lost = {}
+
+    def modules(self) -> list[str]:
+        """The names of all modules that hold a site, each once."""
+        return list(self.by_module())
+
+    def by_module(self) -> dict[str, list[tuple[str, ModulePart]]]:
+        """dict from module to a list of `(address, part)`."""
+        found: dict[str, list[tuple[str, ModulePart]]] = {}
+        for address, parts in self.parts.items():
+            for part in parts:
+                found.setdefault(part.module, []).append((address, part))
+        return found
+
+    def find(self, module: str) -> str | None:
+        """The module of the map that a name means, or `None`.
+
+        Args:
+            module: A name with or without the prefix. It may also be the one
+                of checkpoint files.
+        """
+        known = {}
+        for parts in self.parts.values():
+            for part in parts:
+                for name in (part.module, part.file_module):
+                    known[name] = part.module
+                    if self.prefix:
+                        known[name.removeprefix(f"{self.prefix}.")] = (
+                            part.module
+                        )
+        return known.get(module)
+
+    def near(self, module: str) -> list[str]:
+        """Names of modules that look like one that is not in the map."""
+        return difflib.get_close_matches(module, self.modules(), 3)
+
+    def __str__(self):
+        lines = [
+            f"{len(self.parts)} sites in modules of transformers' "
+            f"'{self.model_type}', and {len(self.refused)} in none:"
+        ]
+        width = max(map(len, (*self.parts, *self.refused)), default=0)
+        for address, parts in self.parts.items():
+            for part in parts:
+                lines.append(
+                    f"  {address.ljust(width)}  {part.module} "
+                    f"({part.kind}, {part.describe()})"
+                )
+        for address, why in self.refused.items():
+            lines.append(f"  {address.ljust(width)}  none: {why}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def name_map(model: keras.Model) -> NameMap:
+    """The modules of transformers that hold the layers of a KerasHub model.
+
+    It is derived from the converter with which KerasHub loads checkpoints of
+    transformers: the converter is run on stand-ins, and what it assigns to
+    each variable is noted. Nothing is downloaded and nothing in the model
+    changes. A site is in the map if a low-rank update of its kernel view is
+    exactly one of the modules' weights.
+
+    Args:
+        model: A backbone or task of KerasHub, with or without adapters.
+
+    Returns:
+        A `NameMap`.
+
+    Raises:
+        TypeError: If `model` is no Keras model.
+        ValueError: If the model has no KerasHub backbone, or if KerasHub has
+            no converter for its class.
+
+    Example:
+
+    ```python
+    print(kra.peft.name_map(classifier))
+    ```
+    """
+    state_lib.check_is_model(model)
+    layers = state_lib.layers_of(model)
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, keras.Model):
+        backbone = model
+    found = hub_config.family_of(backbone)
+    if found is None:
+        raise ValueError(
+            "KerasHub has no converter from transformers for a "
+            f"{type(backbone).__name__}, so the names of its layers there are "
+            "not known. `kra.peft` takes KerasHub's backbones and tasks of "
+            "the families that `from_preset` can load from Hugging Face. "
+            f"Received: model={model.name!r} (of type {type(model).__name__})"
+        )
+    converter, config, wrong = found
+    names = NameMap(
+        config["model_type"], family.prefix_of(config["model_type"])
+    )
+    names.config, names.config_differs = config, wrong
+    runs = [recording.record(converter.convert_weights, backbone, config)]
+    if backbone is not model and hasattr(converter, "convert_head"):
+        runs.append(recording.record(converter.convert_head, model, config))
+    _fill(names, layers, runs)
+    return names
+
+
+def _fill(names, layers, runs):
+    assignments = [one for run in runs for one in run.assignments]
+    addresses = {id(layer): address for address, layer in layers.items()}
+    sites = {
+        address: layer
+        for address, layer in layers.items()
+        if supported.supported_class(layer) is not None and layer.built
+    }
+    cache = {}
+
+    def split(one, origin):
+        # Layers of one kind share an index.
+        key = (
+            id(origin.index),
+            type(one.layer).__name__,
+            getattr(one.layer, "equation", None),
+            origin.shapes,
+        )
+        if key not in cache:
+            found = parts_lib.splits(one.layer, origin.index, origin.shapes)
+            cache[key] = (found, origin.index)
+        return cache[key][0]
+
+    def is_site(one):
+        return (
+            one.attribute in _KERNELS and addresses.get(id(one.layer)) in sites
+        )
+
+    def accept(one, origin):
+        if one.attribute == "bias":
+            return all(len(shape) == 1 for shape in origin.shapes)
+        return not is_site(one) or split(one, origin) is not None
+
+    origins, refused = shapes_lib.origins_of(assignments, accept)
+    prefixed = any(
+        key.startswith(f"{names.prefix}.")
+        for origin in origins.values()
+        for key in origin.keys
+    )
+    for i, one in enumerate(assignments):
+        address = addresses.get(id(one.layer))
+        if i in refused:
+            if one.value is not None:
+                names.lost[one.variable.path] = refused[i]
+            if is_site(one):
+                names.refused[address] = refused[i]
+            continue
+        origin = origins[i]
+        for key in origin.keys:
+            names.variables.setdefault(key, []).append((one, origin))
+        if is_site(one):
+            _add_site(names, address, one, origin, split(one, origin), prefixed)
+    stopped = "; ".join(run.stopped for run in runs if run.stopped)
+    for address in sites:
+        if address not in names.parts and address not in names.refused:
+            names.refused[address] = (
+                f"KerasHub's converter stopped before it: {stopped}"
+                if stopped
+                else "KerasHub's converter does not fill it"
+            )
+    # The order is the model's, as everywhere.
+    names.parts = {a: names.parts[a] for a in sites if a in names.parts}
+    names.refused = {a: names.refused[a] for a in sites if a in names.refused}
+    _refuse_overlaps(names)
+
+
+def _add_site(names, address, one, origin, splits, prefixed):
+    parameters = [k for k in origin.keys if not k.endswith(".weight")]
+    if parameters:
+        names.refused[address] = (
+            f"'{parameters[0]}' is a parameter in transformers, and no module"
+        )
+        return
+    if getattr(one.layer, "tie_weights", False):
+        names.refused[address] = (
+            "the embedding and the output head share its weights, and PEFT "
+            "adapts one of the two"
+        )
+        return
+    parts = []
+    for key, split, shape in zip(origin.keys, splits, origin.shapes):
+        kind, columns, inputs, outputs = split
+        module = key.removesuffix(".weight")
+        if names.prefix and not prefixed:
+            module = f"{names.prefix}.{module}"
+        parts.append(
+            ModulePart(
+                module=family.renamed(names.model_type, module),
+                file_module=module,
+                kind=kind,
+                weight_shape=shape,
+                columns=columns,
+                inputs=inputs,
+                outputs=outputs,
+            )
+        )
+    names.parts[address] = tuple(parts)
+
+
+def _refuse_overlaps(names):
+    """Takes out sites that hold the same weights of one module."""
+    for module, places in names.by_module().items():
+        outputs = [o for _, part in places for o in part.outputs.tolist()]
+        if len(places) > 1 and len(set(outputs)) < len(outputs):
+            for address, _ in places:
+                names.parts.pop(address, None)
+                names.refused[address] = (
+                    f"other layers have the weights of '{module}' too"
+                )
