@@ -5,11 +5,13 @@ adapters run in Keras. Neither `peft` nor `transformers` is imported: files are
 read and written.
 """
 
-from keras_randadapt.peft.name_map import NameMap
-from keras_randadapt.peft.name_map import name_map
+from keras_randadapt.peft.loading import load
+from keras_randadapt.peft.names import NameMap
+from keras_randadapt.peft.names import name_map
 from keras_randadapt.peft.parts import ModulePart
+from keras_randadapt.peft.saving import save
 
-__all__ = ["ModulePart", "NameMap", "name_map"]
+__all__ = ["ModulePart", "NameMap", "load", "name_map", "save"]
 
 
 def __dir__():

@@ -52,6 +52,7 @@ class NameMap:
         self.config = {}
         self.config_differs = []
         self.lost = {}
+        self._known = {}
 
     def modules(self) -> list[str]:
         """The names of all modules that hold a site, each once."""
@@ -72,16 +73,12 @@ class NameMap:
             module: A name with or without the prefix. It may also be the one
                 of checkpoint files.
         """
-        known = {}
-        for parts in self.parts.values():
-            for part in parts:
-                for name in (part.module, part.file_module):
-                    known[name] = part.module
-                    if self.prefix:
-                        known[name.removeprefix(f"{self.prefix}.")] = (
-                            part.module
-                        )
-        return known.get(module)
+        if not self._known:
+            for ours, places in self.by_module().items():
+                for name in (ours, places[0][1].file_module):
+                    self._known[name] = ours
+                    self._known[name.removeprefix(f"{self.prefix}.")] = ours
+        return self._known.get(module)
 
     def near(self, module: str) -> list[str]:
         """Names of modules that look like one that is not in the map."""
