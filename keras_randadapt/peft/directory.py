@@ -17,12 +17,8 @@ CARD = "README.md"
 #: Configs have some kilobytes.
 _MOST_CONFIG_BYTES = 4_000_000
 
-_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
+#: The dtypes of safetensors that NumPy has and that adapters come in.
+_DTYPES = ("F64", "F32", "F16")
 
 
 def check_path(directory):
@@ -122,35 +118,55 @@ def read_tensors(directory, name=WEIGHTS):
     if name == WEIGHTS and not os.path.exists(path):
         _refuse_pickles(directory)
     _check_file(directory, path)
-    # The library checks sizes and offsets against the file before anything is
-    # allocated.
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        parsed = safetensors.deserialize(data)
+        # The library checks sizes and offsets against the file.
+        with safetensors.safe_open(path, framework="np") as file:
+            dtypes = {k: file.get_slice(k).get_dtype() for k in file.keys()}
+            arrays = {
+                key: file.get_tensor(key)
+                for key, dtype in dtypes.items()
+                if dtype in _DTYPES
+            }
     except (safetensors.SafetensorError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is no safetensors file, or is damaged or cut short: "
             f"{error}"
         ) from error
-    return {
-        key: _array(path, key, one["dtype"], one["shape"], one["data"])
-        for key, one in parsed
-    }
-
-
-def _array(path, key, dtype, shape, data):
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"'{path}' holds '{key}' as {dtype}. Adapters are read in the "
-            "dtypes F64, F32, F16 and BF16."
-        )
-    array = np.frombuffer(bytes(data), _DTYPES[dtype]).reshape(shape)
-    if dtype == "BF16":
-        # NumPy has no bfloat16, which is the upper half of float32.
-        return (array.astype("<u4") << 16).view("<f4")
+    for key, dtype in dtypes.items():
+        if dtype not in (*_DTYPES, "BF16"):
+            raise ValueError(
+                f"'{path}' holds '{key}' as {dtype}. Adapters are read in the "
+                f"dtypes {[*_DTYPES, 'BF16']}."
+            )
+    halves = _upper_halves(path, [k for k in dtypes if k not in arrays])
     with np.errstate(over="ignore"):
-        return array.astype("float32")
+        return {
+            key: halves[key] if key in halves else arrays[key].astype("float32")
+            for key in dtypes
+        }
+
+
+def _upper_halves(path, keys):
+    """Tensors in bfloat16, which NumPy lacks, as float32.
+
+    Args:
+        path: A file of safetensors that the library has checked.
+        keys: The tensors' names.
+    """
+    if not keys:
+        return {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        found = {}
+        for key in keys:
+            start, end = header[key]["data_offsets"]
+            file.seek(8 + length + start)
+            # bfloat16 is the upper half of float32.
+            upper = np.frombuffer(file.read(end - start), "<u2")
+            whole = (upper.astype("<u4") << 16).view("<f4")
+            found[key] = whole.reshape(header[key]["shape"])
+    return found
 
 
 def _refuse_pickles(directory):

@@ -58,6 +58,9 @@ _RENAMED = {
     ),
 }
 
+#: Routers of mixtures of experts, which are no linear layers in transformers.
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.(gate|router)$")
+
 
 def prefix_of(model_type):
     """The name under which task classes hold the base model, or `""`.
@@ -78,3 +81,12 @@ def renamed(model_type, module):
     for pattern, name in _RENAMED.get(model_type, ()):
         module = re.sub(pattern, name, module)
     return module
+
+
+def is_router(module):
+    """Whether a module is the router of a mixture of experts.
+
+    Args:
+        module: The name in the files of a checkpoint.
+    """
+    return _ROUTER.search(module) is not None

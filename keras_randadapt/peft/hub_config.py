@@ -14,6 +14,8 @@ from keras_randadapt import _compat
 
 #: How often a value is asked for that can't be a stand-in, at most.
 _MOST_VALUES = 20
+#: How many pairs of values are tried that may have to be equal.
+_MOST_PAIRS = 100
 
 
 class _NeedsValue(Exception):
@@ -179,23 +181,26 @@ def config_of(backbone, model_type, converter):
             chosen.append(path)
             if not _choose(config, path, conversion, candidates):
                 return config, sorted(conversion.arguments)
-        except _FAILURES:
+        except Exception:
+            # It is KerasHub's code, which may raise anything on a config that
+            # it does not expect. The caller is told that nothing is known.
             return config, sorted(conversion.arguments)
     else:
         return config, sorted(conversion.arguments)
     # What is optional is there only if it makes a difference. What was chosen
     # early may fit better now that the others are there.
-    for path in dict.fromkeys([*chosen, *conversion.asked]):
+    paths = list(dict.fromkeys([*chosen, *conversion.asked]))
+    for path in paths:
         if wrong:
-            wrong = _improve(config, path, conversion, candidates, wrong)
+            wrong = _improve(config, [path], conversion, candidates, wrong)
+    # Two values may be compared with each other.
+    for pair in itertools.islice(itertools.permutations(paths, 2), _MOST_PAIRS):
+        if wrong:
+            wrong = _improve(config, pair, conversion, candidates, wrong)
     _, values, wrong = conversion.result(config)
     for path, value in values.items():
         _put(config, path, value)
     return config, wrong
-
-
-#: The errors of a converter that can't go on with a config.
-_FAILURES = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
 def _choose(config, path, conversion, candidates):
@@ -209,7 +214,8 @@ def _choose(config, path, conversion, candidates):
         except _NeedsValue as error:
             # Another value is needed first. This one is at least possible.
             score = 0 if error.args != (path,) else -1
-        except _FAILURES:
+        except Exception:
+            # KerasHub's code may raise anything on a value that is none.
             score = -1
         if score > fitting:
             best, fitting = value, score
@@ -217,14 +223,31 @@ def _choose(config, path, conversion, candidates):
     return fitting >= 0
 
 
-def _improve(config, path, conversion, candidates, wrong):
+def _improve(config, paths, conversion, candidates, wrong):
+    """Gives paths other values, both the same, if more arguments fit then.
+
+    Args:
+        config: A dict, which is changed.
+        paths: The paths.
+        conversion: A `_Conversion`.
+        candidates: Values to try.
+        wrong: The names of the arguments that do not fit now.
+
+    Returns:
+        The names of those that do not fit any more.
+    """
     for value in candidates:
+        trial = config
+        for path in paths:
+            trial = _with(trial, path, value)
         try:
-            _, _, others = conversion.result(_with(config, path, value))
-        except (_NeedsValue, *_FAILURES):
+            _, _, others = conversion.result(trial)
+        except Exception:
+            # KerasHub's code may raise anything on a value that is none.
             continue
         if len(others) < len(wrong):
-            _put(config, path, value)
+            for path in paths:
+                _put(config, path, value)
             wrong = others
     return wrong
 
@@ -317,6 +340,8 @@ def family_of(backbone):
     converters = _compat.transformers_converters()
     own = type(backbone)
     own = getattr(own, "_own_class", None) or own
+    if not converters or not _is_family(own):
+        return None
     related = {
         model_type: converter
         for model_type, converter in converters.items()
@@ -336,3 +361,11 @@ def family_of(backbone):
         return None
     # Ties are rare: a type without anything of its own comes first.
     return min(found, key=lambda one: len(one[2]))
+
+
+def _is_family(cls):
+    """Whether a class is that of a family, and not of all backbones."""
+    import keras_hub
+
+    base = keras_hub.models.Backbone
+    return issubclass(cls, base) and cls is not base

@@ -313,7 +313,7 @@ def _kept_of_modules(path, others, names, layers):
                 "and no layer of this model has it alone, so it can't be kept "
                 "trainable. Save the adapter without it in `modules_to_save`."
             )
-        (assigned, origin), = places
+        ((assigned, origin),) = places
         if array.shape != tuple(origin.shapes[0]):
             raise ValueError(
                 f"'{path}' holds '{name}' with the shape {array.shape}, and in "

@@ -1,6 +1,7 @@
 """`name_map`: the modules of transformers that hold the sites of a model."""
 
 import difflib
+from typing import Any
 
 import keras
 
@@ -43,16 +44,16 @@ class NameMap:
     ```
     """
 
-    def __init__(self, model_type, prefix):
+    def __init__(self, model_type: str, prefix: str):
         self.model_type = model_type
         self.prefix = prefix
         self.parts: dict[str, tuple[ModulePart, ...]] = {}
         self.refused: dict[str, str] = {}
-        self.variables = {}
-        self.config = {}
-        self.config_differs = []
-        self.lost = {}
-        self._known = {}
+        self.variables: dict[str, list] = {}
+        self.config: dict[str, Any] = {}
+        self.config_differs: list[str] = []
+        self.lost: dict[str, str] = {}
+        self._known: dict[str, str] = {}
 
     def modules(self) -> list[str]:
         """The names of all modules that hold a site, each once."""
@@ -226,6 +227,13 @@ def _add_site(names, address, one, origin, splits, prefixed):
     if parameters:
         names.refused[address] = (
             f"'{parameters[0]}' is a parameter in transformers, and no module"
+        )
+        return
+    routers = [k for k in origin.keys if family.is_router(k[: -len(".weight")])]
+    if routers:
+        names.refused[address] = (
+            f"'{routers[0]}' is a router's, which is no linear layer in "
+            "transformers, so PEFT does not adapt it"
         )
         return
     if getattr(one.layer, "tie_weights", False):

@@ -70,7 +70,9 @@ class Tensor:
         """Why no `replay` is possible, or `None`."""
         if isinstance(self.function, str):
             return self.function
-        return next((part.opaque for part in self._parts() if part.opaque), None)
+        return next(
+            (part.opaque for part in self._parts() if part.opaque), None
+        )
 
     def keys(self):
         """The names of the tensors that it is made of, each once, in order."""
@@ -140,9 +142,7 @@ class Tensor:
             ]
         if function in _MOVES:
             return Tensor(function, arguments, options)
-        return Tensor(
-            f"`numpy.{function.__name__}`", tuple(arguments), options
-        )
+        return Tensor(f"`numpy.{function.__name__}`", tuple(arguments), options)
 
     def __array_ufunc__(self, function, method, *arguments, **options):
         return Tensor(f"`numpy.{function.__name__}`", arguments)
@@ -236,16 +236,16 @@ class _StandIn:
     """An object of the model, whose variables only note what they are given."""
 
     def __init__(self, real, noted):
-        object.__setattr__(self, "_real", real)
-        object.__setattr__(self, "_noted", noted)
+        object.__setattr__(self, "stands_for", real)
+        object.__setattr__(self, "noted", noted)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         # Converters look at classes.
-        return type(self._real)
+        return type(self.stands_for)
 
     def __getattr__(self, name):
-        real, noted = self._real, self._noted
+        real, noted = self.stands_for, self.noted
         public = name.lstrip("_")
         if isinstance(real, keras.layers.Layer):
             # A site's kernel is the variable, whatever its adapters make of it.

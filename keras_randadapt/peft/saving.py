@@ -71,7 +71,8 @@ def save(
     Args:
         model: An adapted backbone or task of KerasHub.
         directory: Path of the directory. It is made if it is not there. Files
-            of these names are replaced, and other files stay.
+            of these names are replaced or, without heads, removed. Other files
+            stay.
         name: Optional string. The adapter's name; by default the only one.
         base_model: Optional string. Where readers find the base model: a name
             at Hugging Face, or a path. llama.cpp needs it or its `--base`.
@@ -110,6 +111,10 @@ def save(
     os.makedirs(target, exist_ok=True)
     for filename, data in files.items():
         paths.replace(os.path.join(target, filename), data)
+    heads = os.path.join(target, directory_lib.HEADS)
+    if directory_lib.HEADS not in files and os.path.lexists(heads):
+        # It is an earlier adapter's, and `load` would read it.
+        os.unlink(heads)
 
 
 def _check_arguments(base_model, base):
@@ -388,9 +393,7 @@ def _config(modules, rank, names, base_model, base, is_dora):
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": any(
-            one.kind == "conv1d" for one in modules.values()
-        ),
+        "fan_in_fan_out": any(one.kind == "conv1d" for one in modules.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,

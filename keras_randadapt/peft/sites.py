@@ -136,7 +136,9 @@ def scales(path, names, updates, views):
             found[address] = SiteUpdate(scale=scale)
             continue
         vectors = [
-            u.scale_inputs[p.inputs] for p, u in here if u.scale_inputs is not None
+            u.scale_inputs[p.inputs]
+            for p, u in here
+            if u.scale_inputs is not None
         ]
         whole = len(here) == len(parts) and all(by_input)
         if not whole or any(

@@ -146,8 +146,8 @@ def _t5gemma():
     )
 
 
-def torch_model(family, task=True, seed=0):
-    """A task or base model of transformers with random weights."""
+def torch_model(family, seed=0):
+    """A task model of transformers with random weights."""
     import torch
     import transformers
 
@@ -158,7 +158,7 @@ def torch_model(family, task=True, seed=0):
         config = getattr(transformers, config_name)(**arguments)
     torch.manual_seed(seed)
     cls = getattr(transformers, task_name)
-    model = cls(config) if task else transformers.AutoModel.from_config(config)
+    model = cls(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
