@@ -698,3 +698,21 @@ def test_transformers_converters():
         assert callable(converter.convert_backbone_config), model_type
         assert issubclass(converter.backbone_cls, keras.Model), model_type
     assert found["gemma"] is found["gemma2"] is not found["llama"]
+
+
+def test_exported_config():
+    import keras_hub
+
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=11,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=32,
+        max_sequence_length=6,
+    )
+    config = _compat.exported_config(backbone)
+    assert config["model_type"] == "gpt2" and config["n_embd"] == 8
+    kra.inject(backbone, kra.LoRA(2), targets=["query"])
+    assert _compat.exported_config(backbone) == config
+    assert _compat.exported_config(_model()) is None

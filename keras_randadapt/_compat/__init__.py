@@ -6,6 +6,7 @@ the symbol, before a user's `fit` fails.
 """
 
 from keras_randadapt._compat.kerashub import check_before_export
+from keras_randadapt._compat.converters import exported_config
 from keras_randadapt._compat.converters import transformers_converters
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
@@ -77,6 +78,7 @@ __all__ = [
     "exclude_from_weight_decay",
     "flatten_layers",
     "forget_jax_state",
+    "exported_config",
     "fresh_step",
     "has_values",
     "instance_attributes",

@@ -28,6 +28,26 @@ def transformers_converters():
     return found
 
 
+def exported_config(backbone):
+    """The config of transformers that KerasHub's exporter gives a backbone.
+
+    Args:
+        backbone: A backbone of KerasHub.
+
+    Returns:
+        A dict, or `None` where the exporter does not know the family.
+    """
+    try:
+        from keras_hub.src.utils.transformers.export import hf_exporter
+    except ImportError:
+        return None
+    make = hf_exporter.MODEL_CONFIGS.get(type(backbone).__name__)
+    if make is None:
+        return None
+    config = make(backbone)
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
 def _strings(constants):
     for constant in constants:
         if isinstance(constant, (tuple, frozenset)):

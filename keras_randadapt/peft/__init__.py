@@ -6,12 +6,20 @@ read and written.
 """
 
 from keras_randadapt.peft.loading import load
+from keras_randadapt.peft.merged import save_merged
 from keras_randadapt.peft.names import NameMap
 from keras_randadapt.peft.names import name_map
 from keras_randadapt.peft.parts import ModulePart
 from keras_randadapt.peft.saving import save
 
-__all__ = ["ModulePart", "NameMap", "load", "name_map", "save"]
+__all__ = [
+    "ModulePart",
+    "NameMap",
+    "load",
+    "name_map",
+    "save",
+    "save_merged",
+]
 
 
 def __dir__():

@@ -58,6 +58,9 @@ _RENAMED = {
     ),
 }
 
+#: Activations that have another name in Keras's configs.
+ACTIVATIONS = {"gelu_approximate": "gelu_pytorch_tanh"}
+
 #: Routers of mixtures of experts, which are no linear layers in transformers.
 _ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.(gate|router)$")
 

@@ -108,10 +108,11 @@ class _Conversion:
     """
 
     def __init__(self, backbone, converter):
-        self.arguments = backbone.get_config()
+        # The config of an adapted model has its adapters too.
+        self.arguments = own_class(backbone).get_config(backbone)
         self._function = converter.convert_backbone_config
         parameters = inspect.signature(self._function).parameters
-        more = [type(backbone), None][: len(parameters) - 1]
+        more = [own_class(backbone), None][: len(parameters) - 1]
         self._more = more
         own = inspect.signature(converter.backbone_cls.__init__).parameters
         self._defaults = {
@@ -327,6 +328,11 @@ def _put(config, path, value):
     config[path[-1]] = value
 
 
+def own_class(model):
+    """The class of a model, with or without adapters."""
+    return getattr(type(model), "_own_class", None) or type(model)
+
+
 def family_of(backbone):
     """The converter of a backbone, and the config of its checkpoint.
 
@@ -338,8 +344,7 @@ def family_of(backbone):
         has no converter.
     """
     converters = _compat.transformers_converters()
-    own = type(backbone)
-    own = getattr(own, "_own_class", None) or own
+    own = own_class(backbone)
     if not converters or not _is_family(own):
         return None
     related = {

@@ -35,6 +35,7 @@ class NameMap:
             not give.
         lost: dict from the path of a variable to a string that says why its
             values can't go back to a checkpoint.
+        stopped: Why KerasHub's converter stopped half-way, or `""`.
 
     Example:
 
@@ -53,6 +54,7 @@ class NameMap:
         self.config: dict[str, Any] = {}
         self.config_differs: list[str] = []
         self.lost: dict[str, str] = {}
+        self.stopped = ""
         self._known: dict[str, str] = {}
 
     def modules(self) -> list[str]:
@@ -190,6 +192,14 @@ def _fill(names, layers, runs):
         return not is_site(one) or split(one, origin) is not None
 
     origins, refused = shapes_lib.origins_of(assignments, accept)
+    whole = dict(origins)
+    for i in refused:
+        # A layer may be filled by what is no module's, such as a parameter.
+        if is_site(assignments[i]):
+            found, _ = shapes_lib.origins_of(
+                [assignments[i]], lambda one, origin: True
+            )
+            whole.update({i: origin for origin in found.values()})
     prefixed = any(
         key.startswith(f"{names.prefix}.")
         for origin in origins.values()
@@ -197,18 +207,17 @@ def _fill(names, layers, runs):
     )
     for i, one in enumerate(assignments):
         address = addresses.get(id(one.layer))
+        for key in whole[i].keys if i in whole else ():
+            names.variables.setdefault(key, []).append((one, whole[i]))
         if i in refused:
-            if one.value is not None:
+            if one.value is not None and i not in whole:
                 names.lost[one.variable.path] = refused[i]
             if is_site(one):
                 names.refused[address] = refused[i]
-            continue
-        origin = origins[i]
-        for key in origin.keys:
-            names.variables.setdefault(key, []).append((one, origin))
-        if is_site(one):
+        elif is_site(one):
+            origin = origins[i]
             _add_site(names, address, one, origin, split(one, origin), prefixed)
-    stopped = "; ".join(run.stopped for run in runs if run.stopped)
+    stopped = names.stopped = "; ".join(r.stopped for r in runs if r.stopped)
     for address in sites:
         if address not in names.parts and address not in names.refused:
             names.refused[address] = (

@@ -238,6 +238,7 @@ class _StandIn:
     def __init__(self, real, noted):
         object.__setattr__(self, "stands_for", real)
         object.__setattr__(self, "noted", noted)
+        object.__setattr__(self, "own", {})
 
     @property  # type: ignore[misc]
     def __class__(self):
@@ -246,6 +247,8 @@ class _StandIn:
 
     def __getattr__(self, name):
         real, noted = self.stands_for, self.noted
+        if name in self.own:
+            return self.own[name]
         public = name.lstrip("_")
         if isinstance(real, keras.layers.Layer):
             # A site's kernel is the variable, whatever its adapters make of it.
@@ -258,7 +261,7 @@ class _StandIn:
         return _stand_in(value, noted)
 
     def __setattr__(self, name, value):
-        raise TypeError(f"the converter sets the attribute `{name}`")
+        self.own[name] = value
 
 
 class _Variable:

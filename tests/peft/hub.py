@@ -107,6 +107,32 @@ def vit_classifier(num_classes=3):
     )
 
 
+def t5gemma():
+    return _models().T5GemmaBackbone(
+        vocabulary_size=61,
+        encoder_hidden_dim=24,
+        encoder_intermediate_dim=40,
+        encoder_num_layers=1,
+        encoder_num_attention_heads=2,
+        encoder_num_key_value_heads=1,
+        encoder_head_dim=12,
+        encoder_layer_types=["full_attention"],
+        decoder_hidden_dim=24,
+        decoder_intermediate_dim=40,
+        decoder_num_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_num_key_value_heads=1,
+        decoder_head_dim=12,
+        decoder_layer_types=["full_attention"],
+        dropout_rate=0.0,
+        rms_norm_eps=1e-6,
+        query_pre_attn_scalar=12,
+        attention_bias=False,
+        hidden_activation="gelu_approximate",
+        cross_attention_hidden_size=24,
+    )
+
+
 def no_converter():
     return _models().BloomBackbone(**{k: v for k, v in _ENCODER.items()})
 
