@@ -1,9 +1,29 @@
 """Small models of transformers and KerasHub's conversions of them."""
 
+import importlib.metadata
 import os
 
 import keras
 import numpy as np
+import pytest
+
+#: For tests of families that older releases of KerasHub convert in part.
+needs_new_hub = pytest.mark.skipif(
+    importlib.metadata.version("keras-hub").split(".")[:2] < ["0", "32"],
+    reason="older KerasHub has fewer converters, and reads transformers 4's "
+    "files alone",
+)
+
+#: For tests that import PyTorch. TensorFlow, which KerasHub imports, crashes
+#: the process if PyTorch comes after it, and the backend comes first.
+NEEDS_TORCH = [
+    pytest.mark.one_backend("torch"),
+    pytest.mark.skipif(
+        keras.config.backend() != "torch",
+        reason="PyTorch can't be imported after TensorFlow",
+    ),
+    needs_new_hub,
+]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -201,6 +221,13 @@ def inputs(backbone, seed=0):
     (tensor,) = backbone.input.values() if named else (backbone.input,)
     x = generator.normal(size=(2, *tensor.shape[1:])).astype("float32")
     return {name: x for name in backbone.input} if named else x
+
+
+def needs_torch(test):
+    """Marks a test that imports PyTorch."""
+    for mark in NEEDS_TORCH:
+        test = mark(test)
+    return test
 
 
 def keras_outputs(model, x):

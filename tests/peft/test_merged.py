@@ -31,6 +31,7 @@ def _adapted(model, adapter=None, targets="all-linear"):
     return model
 
 
+@families.needs_torch
 @pytest.mark.parametrize(
     "family",
     [
@@ -72,6 +73,7 @@ def test_transformers_computes_the_same(family, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4 + 2 * apart)
 
 
+@families.needs_torch
 def test_the_head_of_a_decoder_is_there(tmp_path):
     """transformers' causal model computes the merged logits."""
     import torch
@@ -95,6 +97,7 @@ def test_the_head_of_a_decoder_is_there(tmp_path):
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
 
 
+@families.needs_torch
 @pytest.mark.slow("KerasHub's loader is slow, and two families are enough")
 @pytest.mark.parametrize("family", ["qwen3", "swin"])
 def test_keras_hub_reads_it_again(family, tmp_path):
@@ -113,6 +116,7 @@ def test_keras_hub_reads_it_again(family, tmp_path):
     )
 
 
+@families.needs_torch
 @pytest.mark.slow("it needs the package gguf")
 def test_gguf(tmp_path):
     """A GGUF file of the checkpoint has every tensor, read back."""
@@ -196,6 +200,7 @@ def test_a_model_without_adapters_and_one_merged_already(tmp_path):
     assert files[0] != files[1] == files[2]
 
 
+@families.needs_new_hub
 def test_what_is_refused(tmp_path):
     model = hub.roberta()
     with pytest.raises(ValueError, match="more than this model holds"):

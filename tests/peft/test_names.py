@@ -9,6 +9,7 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import family
 from keras_randadapt.peft import recording
 from keras_randadapt.peft import shapes
+from tests.peft import families
 from tests.peft import hub
 
 pytestmark = pytest.mark.one_backend
@@ -55,6 +56,7 @@ def test_several_sites_in_one_module():
     assert "outputs 24 to 47" in str(names)
 
 
+@families.needs_new_hub
 def test_several_modules_in_one_site():
     names = kra.peft.name_map(hub.swin())
     parts = next(p for p in names.parts.values() if len(p) > 1)
@@ -144,6 +146,7 @@ def test_the_first_llama_has_the_names_of_the_third():
     assert "model.layers.0.self_attn.q_proj" in names.modules()
 
 
+@families.needs_new_hub
 def test_find_takes_all_names_of_a_module():
     names = kra.peft.name_map(hub.swin())
     module = names.modules()[1]
@@ -160,6 +163,7 @@ def test_find_takes_all_names_of_a_module():
     assert module in names.near(module + "x")
 
 
+@families.needs_new_hub
 def test_config_is_what_the_converter_reads():
     """Arguments with factors, sums, tuples and comparisons are undone."""
     assert kra.peft.name_map(hub.gpt2()).config["n_embd"] == 24

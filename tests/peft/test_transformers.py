@@ -13,7 +13,7 @@ import keras_randadapt as kra
 from keras_randadapt.model import state as state_lib
 from tests.peft import families
 
-pytestmark = pytest.mark.one_backend
+pytestmark = families.NEEDS_TORCH
 
 _QUICK = ("bert", "llama")
 _ALL = [
