@@ -319,8 +319,7 @@ def _kept_of_modules(path, others, names, layers):
                 f"'{path}' holds '{name}' with the shape {array.shape}, and in "
                 f"this model it must be {tuple(origin.shapes[0])}."
             )
-        if origin.index is not None:
-            array = array.reshape(-1)[origin.index]
+        array = array.reshape(-1)[origin.place(key)[1]]
         address = addresses[id(assigned.layer)]
         values.setdefault(address, {})[id(assigned.variable)] = array
     kept = {}

@@ -94,14 +94,10 @@ def _check_complete(names):
     for key, places in names.variables.items():
         covered = np.zeros(_shape(key, places), bool).reshape(-1)
         for one, origin in places:
-            start, stop = _range(key, origin)
-            if origin.index is None:
+            if origin.coordinates is None:
                 covered[:] = True
-                continue
-            index = origin.index[
-                (origin.index >= start) & (origin.index < stop)
-            ]
-            covered[index - start] = True
+            else:
+                covered[origin.place(key)[1]] = True
         if not covered.all():
             reasons.append(
                 f"'{key}' (KerasHub leaves out {np.sum(~covered):,} of its "
@@ -121,13 +117,6 @@ def _check_complete(names):
 def _shape(key, places):
     origin = places[0][1]
     return origin.shapes[origin.keys.index(key)]
-
-
-def _range(key, origin):
-    """Where a tensor's numbers begin and end in an index."""
-    sizes = [int(np.prod(shape)) for shape in origin.shapes]
-    n = origin.keys.index(key)
-    return sum(sizes[:n]), sum(sizes[: n + 1])
 
 
 def _check_not_quantized(model):
@@ -190,12 +179,11 @@ def _tensor(key, names):
     for one, origin in places:
         variable = keras.ops.cast(one.variable, "float32")
         ours = np.asarray(keras.ops.convert_to_numpy(variable))
-        if origin.index is None:
+        if origin.coordinates is None:
             values[:] = ours.reshape(-1)
             continue
-        start, stop = _range(key, origin)
-        inside = (origin.index >= start) & (origin.index < stop)
-        values[origin.index[inside] - start] = ours[inside]
+        inside, index = origin.place(key)
+        values[index] = ours if inside is None else ours[inside]
     return values.reshape(shape)
 
 

@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import family
@@ -158,6 +159,22 @@ def name_map(model: keras.Model) -> NameMap:
     return names
 
 
+class _Same:
+    """Arrays that compare equal if all their numbers do."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __eq__(self, other):
+        return _are_equal(self.arrays, other.arrays)
+
+
+def _are_equal(ours, theirs):
+    if isinstance(ours, np.ndarray) or ours is None:
+        return np.array_equal(ours, theirs)
+    return len(ours) == len(theirs) and all(map(_are_equal, ours, theirs))
+
+
 def _fill(names, layers, runs):
     assignments = [one for run in runs for one in run.assignments]
     addresses = {id(layer): address for address, layer in layers.items()}
@@ -169,16 +186,17 @@ def _fill(names, layers, runs):
     cache = {}
 
     def split(one, origin):
-        # Layers of one kind share an index.
+        # Layers of one kind share arrays.
         key = (
-            id(origin.index),
+            id(origin.coordinates),
             type(one.layer).__name__,
             getattr(one.layer, "equation", None),
             origin.shapes,
         )
         if key not in cache:
-            found = parts_lib.splits(one.layer, origin.index, origin.shapes)
-            cache[key] = (found, origin.index)
+            found = parts_lib.splits(one.layer, origin)
+            # The arrays are kept, so that no other ones get their `id`.
+            cache[key] = (found, origin.coordinates)
         return cache[key][0]
 
     def is_site(one):
@@ -186,18 +204,26 @@ def _fill(names, layers, runs):
             one.attribute in _KERNELS and addresses.get(id(one.layer)) in sites
         )
 
-    def accept(one, origin):
+    def axes(one):
         if one.attribute == "bias":
-            return all(len(shape) == 1 for shape in origin.shapes)
-        return not is_site(one) or split(one, origin) is not None
+            return 1
+        return parts_lib.axes_of(one.layer) if is_site(one) else None
 
-    origins, refused = shapes_lib.origins_of(assignments, accept)
+    def accept(one, origin):
+        if not is_site(one):
+            return _Same(origin.coordinates)
+        found = split(one, origin)
+        return None if found is None else _Same([s[1:] for s in found])
+
+    origins, refused = shapes_lib.origins_of(assignments, axes, accept)
     whole = dict(origins)
     for i in refused:
         # A layer may be filled by what is no module's, such as a parameter.
         if is_site(assignments[i]):
             found, _ = shapes_lib.origins_of(
-                [assignments[i]], lambda one, origin: True
+                [assignments[i]],
+                lambda one: None,
+                lambda one, origin: _Same(origin.coordinates),
             )
             whole.update({i: origin for origin in found.values()})
     prefixed = any(
@@ -228,7 +254,7 @@ def _fill(names, layers, runs):
     # The order is the model's, as everywhere.
     names.parts = {a: names.parts[a] for a in sites if a in names.parts}
     names.refused = {a: names.refused[a] for a in sites if a in names.refused}
-    _refuse_overlaps(names)
+    _refuse_incomplete(names)
 
 
 def _add_site(names, address, one, origin, splits, prefixed):
@@ -271,13 +297,20 @@ def _add_site(names, address, one, origin, splits, prefixed):
     names.parts[address] = tuple(parts)
 
 
-def _refuse_overlaps(names):
-    """Takes out sites that hold the same weights of one module."""
+def _refuse_incomplete(names):
+    """Takes out sites of modules that the sites do not hold exactly once."""
     for module, places in names.by_module().items():
-        outputs = [o for _, part in places for o in part.outputs.tolist()]
-        if len(places) > 1 and len(set(outputs)) < len(outputs):
-            for address, _ in places:
-                names.parts.pop(address, None)
-                names.refused[address] = (
-                    f"other layers have the weights of '{module}' too"
-                )
+        outputs = np.concatenate([part.outputs for _, part in places])
+        n_out = places[0][1].dims[1]
+        if len(np.unique(outputs)) < len(outputs):
+            why = f"other layers have the weights of '{module}' too"
+        elif len(outputs) < n_out:
+            why = (
+                f"the sites have {len(outputs):,} of the {n_out:,} outputs of "
+                f"'{module}'"
+            )
+        else:
+            continue
+        for address, _ in places:
+            names.parts.pop(address, None)
+            names.refused[address] = why

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 
+from keras_randadapt.sites import dense
 from keras_randadapt.sites import supported
 
 _CONVOLUTIONS = (
@@ -67,81 +68,108 @@ class ModulePart:
         return f"outputs {first} to {last}{order}"
 
 
-def splits(layer, index, shapes):
+def splits(layer, origin):
     """How the tensors of a checkpoint make up the kernel view of a layer.
 
     Args:
         layer: A layer of a supported class.
-        index: Integer array of the kernel's shape; see `shapes.Origin`. `None`
-            where the kernel is the one tensor itself.
-        shapes: The tensors' shapes.
+        origin: A `shapes.Origin` of its kernel.
 
     Returns:
-        A list with `(kind, columns, inputs, outputs)` for each tensor, or
+        A list with a `(kind, columns, inputs, outputs)` for each tensor, or
         `None` if the outputs of a tensor are not outputs of the view, or its
         inputs not inputs. A low-rank update can't go from one to the other
         then.
     """
-    if index is None:
-        if len(shapes[0]) != 2 or not isinstance(layer, keras.layers.Embedding):
-            index = np.arange(int(np.prod(shapes[0]))).reshape(shapes[0])
-        else:
-            # A vocabulary is large, and the index would be larger.
-            rows, columns = map(np.arange, shapes[0])
-            return [("embedding", columns, rows, columns)]
-    view = _view_of(layer, index)
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    # Each column must come from one tensor.
-    owners = np.searchsorted(starts, view[0], side="right") - 1
+    if origin.coordinates is None:
+        if axes_of(layer) != len(origin.shapes[0]):
+            return None
+        ones = np.eye(len(origin.shapes[0]), dtype=int)
+        coordinates = [
+            np.broadcast_to(
+                np.arange(n, dtype=np.int32).reshape(n * one + 1 - one), shape
+            )
+            for shape in origin.shapes
+            for n, one in zip(shape, ones)
+        ]
+    else:
+        coordinates = origin.coordinates
+    views = [_view_of(layer, one) for one in coordinates]
+    if origin.owner is None:
+        owners = np.zeros(views[0].shape[1], np.int32)
+    else:
+        owner = _view_of(layer, origin.owner)
+        # Each column must come from one tensor.
+        if not _is_constant(owner, 0):
+            return None
+        owners = owner[0]
     found = []
-    for i, shape in enumerate(shapes):
+    for i, shape in enumerate(origin.shapes):
         columns = np.flatnonzero(owners == i)
-        part = view if len(columns) == view.shape[1] else view[:, columns]
-        split = _split(layer, part - starts[i], shape, sizes[i])
+        parts = views
+        if len(columns) < len(owners):
+            parts = [view[:, columns] for view in views]
+        split = _split(layer, parts, shape)
         if split is None:
             return None
         found.append((split[0], columns, *split[1:]))
     return found
 
 
-def _view_of(layer, index):
+def axes_of(layer):
+    """The number of axes of a layer's weight in PyTorch."""
+    if isinstance(layer, _CONVOLUTIONS):
+        # PyTorch's convolutions have as many axes as Keras's.
+        return layer.rank + 2
+    return 2
+
+
+def _view_of(layer, array):
+    """A layer's kernel view of an array, without copying it if possible."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        array = array.transpose(dense.einsum_plan_of(layer).view_axes)
+    return array.reshape(supported.view_of(layer))
+
+
+def _split(layer, views, shape):
+    if len(shape) != axes_of(layer) or not views[0].size:
+        return None
+    first, *others = views
     if isinstance(layer, keras.layers.Embedding):
-        return index
-    tensor = keras.ops.convert_to_tensor(np.ascontiguousarray(index))
-    return keras.ops.convert_to_numpy(supported.as_view(layer, tensor))
+        return _oriented("embedding", first, others, shape, by_rows=True)
+    kind = "linear" if len(shape) == 2 else "conv"
+    found = _oriented(kind, first, others, shape, by_rows=False)
+    if found is None and len(shape) == 2:
+        found = _oriented("conv1d", first, others, shape, by_rows=True)
+    return found
 
 
-def _split(layer, view, shape, size):
-    # PyTorch's convolutions have as many axes as Keras's.
-    axes = len(layer.kernel.shape) if isinstance(layer, _CONVOLUTIONS) else 2
-    if len(shape) != axes or not view.size:
+def _oriented(kind, first, others, shape, by_rows):
+    """The split if the weight's first axis is along the view's rows, or not."""
+    along, across = (1, 0) if by_rows else (0, 1)
+    if not _is_constant(first, along) or not all(
+        _is_constant(other, across) for other in others
+    ):
         return None
-    width = size // shape[0]
-    # The corner tells most of those that do not fit.
-    if not _factors(view[:3, :3], width) or not _factors(view, width):
+    line = first[:, 0] if by_rows else first[0]
+    rest = [other[0] if by_rows else other[:, 0] for other in others]
+    rest = np.ravel_multi_index(tuple(rest), shape[1:])
+    inputs, outputs = (line, rest) if by_rows else (rest, line)
+    n_in = shape[0] if by_rows else int(np.prod(shape[1:]))
+    # Every input once, and no output twice.
+    if len(np.unique(inputs)) != n_in or len(inputs) != n_in:
         return None
-    if view.min() < 0 or view.max() >= size:
+    if len(np.unique(outputs)) != len(outputs):
         return None
-    firsts, others = np.divmod(view[:, 0], width)
-    first_of_columns, other_of_columns = np.divmod(view[0], width)
-    by_row = len(view) == 1 or firsts[0] == firsts[-1]
-    if isinstance(layer, keras.layers.Embedding):
-        if by_row and len(view) > 1:
-            return None
-        return "embedding", firsts, other_of_columns
-    if by_row:
-        kind = "linear" if len(shape) == 2 else "conv"
-        return kind, others, first_of_columns
-    if len(shape) != 2:
-        return None
-    return "conv1d", firsts, other_of_columns
+    return kind, np.asarray(inputs), np.asarray(outputs)
 
 
-def _factors(view, width):
-    """Whether rows and columns of a weight depend on one axis each."""
-    first, other = np.divmod(view, width)
-    return bool(
-        (np.all(first == first[:1]) and np.all(other == other[:, :1]))
-        or (np.all(first == first[:, :1]) and np.all(other == other[:1]))
-    )
+def _is_constant(view, axis):
+    """Whether a matrix has equal numbers along an axis."""
+    if view.strides[axis] == 0 or view.shape[axis] == 1:
+        return True
+    # The corner tells most matrices that are not.
+    for part in (view[:3, :3], view):
+        if np.any(part != np.take(part, [0], axis=axis)):
+            return False
+    return True

@@ -2,8 +2,8 @@
 
 A recorded converter says how the numbers of a checkpoint move, and not which
 shapes its tensors have. Few shapes are possible for a variable of a given
-shape. Each is tried with tensors whose values are their own index, which then
-show where every number goes.
+shape. Each is tried with tensors whose values are their own coordinate along
+one axis, which then show where every number goes.
 """
 
 import dataclasses
@@ -12,6 +12,9 @@ import math
 
 import numpy as np
 
+#: No vector of a checkpoint is longer, and its coordinates would take memory.
+_LONGEST = 2**22
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
@@ -19,24 +22,51 @@ class Origin:
 
     Attributes:
         keys: The names of the tensors of the checkpoint.
-        shapes: Their shapes.
-        index: Integer array of the variable's shape. The tensors' numbers are
-            counted through, those of the first tensor first. `None` where the
-            variable is the tensor itself.
+        shapes: Their shapes, which have one number of axes.
+        coordinates: For each axis, an integer array of the variable's shape.
+            Those arrays are mostly views of vectors, so they take no memory.
+            `None` where the variable is the one tensor itself.
+        owner: Integer array of the variable's shape, the number of the tensor
+            that each number comes from. `None` where there is one tensor.
     """
 
     keys: tuple
     shapes: tuple
-    index: np.ndarray | None
+    coordinates: tuple | None
+    owner: np.ndarray | None
+
+    def place(self, key):
+        """Where a tensor's numbers are in the variable.
+
+        Args:
+            key: The tensor's name.
+
+        Returns:
+            `(inside, index)`: a boolean array of the variable's shape, or
+            `None` for all of it, and the index of each of these numbers in the
+            flattened tensor.
+        """
+        shape = self.shapes[self.keys.index(key)]
+        if self.coordinates is None:
+            return None, np.arange(math.prod(shape)).reshape(shape)
+        if self.owner is None:
+            return None, np.ravel_multi_index(self.coordinates, shape)
+        inside = self.owner == self.keys.index(key)
+        return inside, np.ravel_multi_index(
+            tuple(one[inside] for one in self.coordinates), shape
+        )
 
 
-def origins_of(assignments, accept):
+def origins_of(assignments, axes, accept):
     """The origins of all variables whose values are moved and not computed.
 
     Args:
         assignments: list of `recording.Assignment`.
+        axes: Function of an assignment. It gives the number of axes that its
+            tensors have, or `None` where it is not known.
         accept: Function of an assignment and an `Origin`. It tells whether the
-            variable can have this origin.
+            variable can have this origin, as `None` or as what compares equal
+            for the same maps.
 
     Returns:
         `(origins, refused)`: a dict from the place of an assignment to its
@@ -60,16 +90,15 @@ def origins_of(assignments, accept):
             (one.shape, one.value.signature(), _kind(one)) for one in members
         )
         if signature not in known:
-            known[signature] = _solve(members, accept)
-        shapes, indices = known[signature]
-        if shapes is None:
-            refused.update(dict.fromkeys(group, indices))
+            known[signature] = _solve(members, axes, accept)
+        found = known[signature]
+        if isinstance(found, str):
+            refused.update(dict.fromkeys(group, found))
             continue
         # The names differ between groups of one signature, and nothing else.
-        of_key = dict(zip(_keys(members), shapes))
-        for i, index in zip(group, indices):
+        for i, origin in zip(group, found):
             keys = tuple(assignments[i].value.keys())
-            origins[i] = Origin(keys, tuple(of_key[k] for k in keys), index)
+            origins[i] = dataclasses.replace(origin, keys=keys)
     return origins, refused
 
 
@@ -98,36 +127,32 @@ def _groups(assignments, movable):
     return [seen[first] for first in sorted(seen)]
 
 
-def _solve(members, accept):
-    """The shapes of a group's tensors and the indices of its variables.
-
-    Returns:
-        `(shapes, indices)`, or `None` and a string that says why.
-    """
+def _solve(members, axes, accept):
+    """The origins of a group's variables, or a string that says why not."""
     keys = _keys(members)
     if len(keys) == len(members) == 1 and members[0].value.key is not None:
-        return [members[0].shape], [None]
+        return [Origin(tuple(keys), (members[0].shape,), None, None)]
     found = []
+    wanted = {axes(one) for one in members} - {None}
     for shapes in _candidates(members, keys):
-        indices = _indices(members, dict(zip(keys, shapes)))
-        if indices is None or not all(
-            accept(one, Origin(tuple(one.value.keys()), shapes, index))
-            for one, index in zip(members, indices)
-        ):
+        if wanted and {len(shape) for shape in shapes} != wanted:
             continue
-        found.append((shapes, indices))
+        origins = _origins(members, dict(zip(keys, shapes)))
+        if origins is None:
+            continue
+        answers = [accept(*pair) for pair in zip(members, origins)]
+        if all(answer is not None for answer in answers):
+            found.append((answers, origins))
     if not found:
-        return None, "the shapes of the checkpoint's tensors are not known"
-    shapes, indices = found[0]
-    for others, other_indices in found[1:]:
-        if others != shapes and any(
-            not np.array_equal(a, b) for a, b in zip(indices, other_indices)
-        ):
-            return None, (
+        return "the shapes of the checkpoint's tensors are not known"
+    answers, origins = found[0]
+    for other_answers, others in found[1:]:
+        if other_answers != answers:
+            return (
                 "the checkpoint's tensors may have the shape "
-                f"{shapes[0]} or {others[0]}"
+                f"{origins[0].shapes[0]} or {others[0].shapes[0]}"
             )
-    return found[0]
+    return origins
 
 
 def _candidates(members, keys):
@@ -146,7 +171,8 @@ def _candidates(members, keys):
                 if all(size % rows == 0 for size in sizes):
                     total = sum(sizes) // rows
                     several += [(rows, total), (total, rows)]
-            several.append((sum(sizes),))
+            if sum(sizes) <= _LONGEST:
+                several.append((sum(sizes),))
         yield from ((one,) for one in dict.fromkeys([*single, *several]))
     elif len(members) == 1:
         # One variable holds several tensors of one shape.
@@ -162,7 +188,9 @@ def _likely(shape):
     likely = [shape, *itertools.permutations(shape)]
     for rows, columns in _two_parts(shape):
         likely += [(rows, columns), (columns, rows)]
-    likely += [(math.prod(shape),), (1, *shape)]
+    likely.append((1, *shape))
+    if math.prod(shape) <= _LONGEST:
+        likely.append((math.prod(shape),))
     return list(dict.fromkeys(likely))
 
 
@@ -175,26 +203,44 @@ def _two_parts(shape):
             yield rows, math.prod(shape) // rows
 
 
-def _indices(members, shapes):
-    """The index of each variable for these shapes, or `None`."""
-    indices = []
+def _origins(members, shapes):
+    """The origin of each variable for these shapes, or `None`."""
+    origins = []
     for one in members:
-        arrays, start = {}, 0
-        for key in one.value.keys():
-            size = math.prod(shapes[key])
-            arrays[key] = _count(start, size).reshape(shapes[key])
-            start += size
-        try:
-            index = one.value.replay(arrays)
-        except (ValueError, IndexError, TypeError):
-            # NumPy refuses what does not fit.
+        keys = one.value.keys()
+        here = [shapes[key] for key in keys]
+        coordinates = []
+        for axis in range(len(here[0])):
+            arrays = {k: _coordinate(s, axis) for k, s in zip(keys, here)}
+            coordinates.append(_replayed(one, arrays))
+        owner = None
+        if len(keys) > 1:
+            numbers = map(np.int32, range(len(keys)))
+            arrays = {
+                key: np.broadcast_to(number, shape)
+                for key, shape, number in zip(keys, here, numbers)
+            }
+            owner = _replayed(one, arrays)
+        if any(array is None for array in coordinates):
             return None
-        if index.shape != one.shape:
-            return None
-        indices.append(index)
-    return indices
+        origins.append(
+            Origin(tuple(keys), tuple(here), tuple(coordinates), owner)
+        )
+    return origins
 
 
-def _count(start, size):
-    dtype = np.int32 if start + size < 2**31 else np.int64
-    return np.arange(start, start + size, dtype=dtype)
+def _coordinate(shape, axis):
+    """Each number's coordinate along an axis, without memory."""
+    ones = [1] * len(shape)
+    ones[axis] = shape[axis]
+    line = np.arange(shape[axis], dtype=np.int32).reshape(ones)
+    return np.broadcast_to(line, shape)
+
+
+def _replayed(one, arrays):
+    try:
+        made = one.value.replay(arrays)
+    except (ValueError, IndexError, TypeError):
+        # NumPy refuses what does not fit.
+        return None
+    return made if made.shape == one.shape else None

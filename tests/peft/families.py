@@ -9,7 +9,8 @@ import pytest
 
 #: For tests of families that older releases of KerasHub convert in part.
 needs_new_hub = pytest.mark.skipif(
-    importlib.metadata.version("keras-hub").split(".")[:2] < ["0", "32"],
+    [int(n) for n in importlib.metadata.version("keras-hub").split(".")[:2]]
+    < [0, 32],
     reason="older KerasHub has fewer converters, and reads transformers 4's "
     "files alone",
 )

@@ -236,11 +236,15 @@ def test_a_shape_that_may_be_two_is_refused():
     tensor = recording.Tensor(key="w.weight")
     value = np.reshape(np.transpose(tensor), [4, 6])
     one = _assignment(layer, "kernel", (4, 6), value)
-    origins, refused = shapes.origins_of([one], lambda one, origin: True)
+    origins, refused = shapes.origins_of(
+        [one], lambda one: None, lambda one, origin: str(origin.coordinates)
+    )
     assert not origins and "may have the shape" in refused[0]
     # A linear layer's is known: its rows are outputs.
     origins, refused = shapes.origins_of(
-        [one], lambda one, origin: origin.shapes == ((6, 4),)
+        [one],
+        lambda one: 2,
+        lambda one, origin: True if origin.shapes == ((6, 4),) else None,
     )
     assert origins[0].shapes == ((6, 4),) and not refused
 
@@ -251,10 +255,25 @@ def test_a_site_that_is_no_low_rank_update_is_refused():
 
     layer = keras.layers.Dense(4)
     layer.build((None, 4))
-    index = np.arange(16).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)
-    assert parts.splits(layer, index.reshape(4, 4), ((4, 4),)) is None
-    found = parts.splits(layer, np.arange(16).reshape(4, 4).T, ((4, 4),))
-    assert found[0][0] == "linear"
+    rows, columns = np.indices((4, 4))
+
+    def split(move):
+        origin = shapes.Origin(
+            ("w",), ((4, 4),), (move(rows), move(columns)), None
+        )
+        return parts.splits(layer, origin)
+
+    def mix(array):
+        # Half of the inputs and half of the outputs change places.
+        mixed = array.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)
+        return mixed.reshape(4, 4)
+
+    assert split(mix) is None
+    # A weight whose rows are twice the same one is no rearrangement.
+    assert split(lambda array: array[[0, 1, 1, 2]].T) is None
+    ((kind, columns, inputs, outputs),) = split(lambda array: array[::-1].T)
+    assert kind == "linear" and list(outputs) == [3, 2, 1, 0]
+    assert list(inputs) == list(columns) == [0, 1, 2, 3]
 
 
 def test_renamed_modules():
