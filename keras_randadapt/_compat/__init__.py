@@ -1,8 +1,8 @@
-"""The private Keras API that injection needs, and nothing else.
+"""The private API of Keras and KerasHub that the library needs.
 
 Every symbol here uses private API, so each has its own test in
-`tests/test_compat.py`. If a Keras release moves one, that test fails and names
-the symbol, before a user's `fit` fails.
+`tests/test_compat.py`. If a release moves one, that test fails and names the
+symbol, before a user's `fit` fails.
 """
 
 from keras_randadapt._compat.kerashub import check_before_export

@@ -33,6 +33,14 @@ class ModulePart:
         columns: Integer array, the columns of the kernel view.
         inputs: Integer array, an input of the module for each row of the view.
         outputs: Integer array, an output of the module for each of `columns`.
+
+    Example:
+
+    ```python
+    names = kra.peft.name_map(classifier)
+    for part in next(iter(names.parts.values())):
+        print(part.module, part.kind, part.dims, part.describe())
+    ```
     """
 
     module: str
