@@ -118,8 +118,10 @@ class _Conversion:
         self._defaults = {
             name: parameter.default
             for name, parameter in own.items()
-            # `None` stands for what the class finds out.
+            # `None` stands for what the class finds out. Dropout that the
+            # converter does not read matters to no checkpoint.
             if parameter.default not in (inspect.Parameter.empty, None)
+            and "drop" not in name
         }
         for name in own:
             # Some backbones leave arguments out of their configs.

@@ -64,8 +64,8 @@ def gpt2():
     )
 
 
-def bert():
-    return zoo.set_weights(_models().BertBackbone(**_ENCODER))
+def bert(**options):
+    return zoo.set_weights(_models().BertBackbone(**_ENCODER, **options))
 
 
 def roberta():

@@ -175,6 +175,11 @@ def test_config_is_what_the_converter_reads():
     assert names.config["intermediate_size"] == 40
     assert names.config["query_pre_attn_scalar"] == 12
     assert names.config_differs == []
+    # Its converter does not read the dropout.
+    assert kra.peft.name_map(hub.bert(dropout=0.0)).config_differs == []
+    assert kra.peft.name_map(hub.bert(num_segments=3)).config_differs == [
+        "num_segments"
+    ]
     names = kra.peft.name_map(hub.swin())
     assert names.config["depths"] == (1, 1) and names.config_differs == []
 
