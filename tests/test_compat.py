@@ -689,6 +689,8 @@ def test_check_before_export_without_an_exporter(monkeypatch):
     assert not _compat.check_before_export(print)
     monkeypatch.delitem(sys.modules, "keras_hub", raising=False)
     assert not _compat.check_before_export(print)
+
+
 def test_transformers_converters():
     """KerasHub's converters, by the names that transformers has."""
     found = _compat.transformers_converters()

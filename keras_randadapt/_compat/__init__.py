@@ -5,9 +5,9 @@ Every symbol here uses private API, so each has its own test in
 symbol, before a user's `fit` fails.
 """
 
-from keras_randadapt._compat.kerashub import check_before_export
 from keras_randadapt._compat.converters import exported_config
 from keras_randadapt._compat.converters import transformers_converters
+from keras_randadapt._compat.kerashub import check_before_export
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
 from keras_randadapt._compat.layers import attach_sublayer

@@ -123,47 +123,11 @@ def factors_of(adapters, name, rank, energy, verbose):
         {address: (one.left, one.right) for address, one in found.items()},
         {address: rank or max(1, one.rank) for address, one in found.items()},
         {address: one.lost for address, one in found.items()},
-    adapters = state.adapters(name)
-    found = {
-        address: closest_product(adapters[address], address, name, rank, energy)
-        for address in progress.shown(adapters, verbose)
-    }
-    ranks = {a: rank or max(1, one.rank) for a, one in found.items()}
-    template, built = low_rank.build(
-        state.layers,
-        name,
-        {a: (one.left, one.right) for a, one in found.items()},
-        ranks,
-        seed=record.template.seed,
-        dropout=record.template.dropout,
     )
 
 
 def check_size(rank, energy):
     """Validates the arguments `rank` and `energy`."""
-def closest_product(adapter, address, name, rank=None, energy=None):
-    """The update of one site as a product of two factors.
-
-    Args:
-        adapter: A built adapter that adds a delta.
-        address: The site's address.
-        name: The adapter's name.
-        rank: See `to_lora`, as `energy`.
-        energy: float or `None`.
-
-    Returns:
-        A `matrices.low_rank.LowRank`.
-    """
-    parts = updates.parts_of(adapter, address, name)
-    if rank is not None:
-        return matrices.closest(parts, rank)
-    if energy is None and len(parts) == 2:
-        return matrices.without_zeros(parts)
-    return matrices.shortest(parts, energy or 1.0)
-
-
-def check_size(rank, energy):
-    """Validates `rank` and `energy` of `to_lora`, and returns both."""
     if rank is not None and energy is not None:
         raise ValueError(
             "`rank` and `energy` both choose the ranks: give one of them. "

@@ -9,9 +9,11 @@ import numpy as np
 from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import LoRA
+from keras_randadapt.model import advice
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
+from keras_randadapt.model import distribution
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
@@ -88,8 +90,10 @@ def load(
     """
     checks.check_model(model)
     checks.check_new_name(model, name)
+    distribution.check_scope(model)
     source = _read(directory_lib.check_path(directory))
     plan = _planned(model, name, source)
+    advice.warn_of_inference_in_fit(model, plan.template)
     with attach.changing(model) as change:
         attach.attach(
             change,
@@ -185,7 +189,6 @@ def _planned(model, name, source):
     else:
         make = _dora if source.options.get("use_dora") else _lora
         template, built = make(name, found, layers, float(dropout))
-    checks.warn_of_inference_in_fit(model, template)
     return _Plan(
         template=template,
         built=built,

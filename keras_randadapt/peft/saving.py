@@ -144,7 +144,8 @@ def _files_of(model, name, base_model, base, rank, energy):
     )
     rank, energy = convert.check_size(rank, energy)
     if rank is not None:
-        low_rank.check_rank(rank, state.layers, record.addresses)
+        views = low_rank.views_of(state.layers, record.addresses)
+        low_rank.check_rank(rank, views)
     _check_moved(state, name)
     names = names_lib.name_map(model)
     check_expressible(names, record.addresses, name)
@@ -247,8 +248,10 @@ def _product(adapter, address, name, rank, energy):
         parts = updates.parts_of(adapter, address, name)
         if len(parts) == 2:
             return parts, 0.0
-    found = convert.closest_product(adapter, address, name, rank, energy)
-    return (found.left, found.right), found.lost
+    factors, _, lost = convert.factors_of(
+        {address: adapter}, name, rank, energy, verbose=0
+    )
+    return factors[address], lost[address]
 
 
 def _modules(names, state, adapters, found, is_dora):

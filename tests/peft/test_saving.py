@@ -189,6 +189,9 @@ def test_dora_of_a_part_of_a_module(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The head of task:keras_randadapt.AdapterWarning"
+)
 def test_a_head_has_a_file_of_its_own(tmp_path):
     model = hub.bert_classifier()
     kra.inject(model, kra.LoRA(2), ["query"], keep_trainable="logits")
