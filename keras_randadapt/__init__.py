@@ -12,6 +12,7 @@ from keras_randadapt import callbacks
 from keras_randadapt import hadamard
 from keras_randadapt import ops
 from keras_randadapt import optimizers
+from keras_randadapt import peft
 from keras_randadapt import random
 from keras_randadapt import regularizers
 from keras_randadapt import serving
@@ -81,6 +82,7 @@ __all__ = [
     "NOLA",
     "ops",
     "optimizers",
+    "peft",
     "RandLoRA",
     "random",
     "regularizers",

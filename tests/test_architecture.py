@@ -214,7 +214,7 @@ def test_tab_shows_the_public_api_and_nothing_else():
         assert getattr(kra, name) is not None
     for module in (kra.adapters, kra.analysis, kra.bases, kra.callbacks):
         assert set(dir(module)) == set(module.__all__), module.__name__
-    for module in (kra.ops, kra.optimizers, kra.regularizers):
+    for module in (kra.ops, kra.optimizers, kra.peft, kra.regularizers):
         assert set(dir(module)) == set(module.__all__), module.__name__
     # The module is above its public name's.
     assert callable(kra.optimizers.learning_rate_groups)

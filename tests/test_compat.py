@@ -689,3 +689,32 @@ def test_check_before_export_without_an_exporter(monkeypatch):
     assert not _compat.check_before_export(print)
     monkeypatch.delitem(sys.modules, "keras_hub", raising=False)
     assert not _compat.check_before_export(print)
+
+
+def test_transformers_converters():
+    """KerasHub's converters, by the names that transformers has."""
+    found = _compat.transformers_converters()
+    assert {"bert", "gpt2", "llama", "gemma", "gemma2", "vit"} <= set(found)
+    for model_type, converter in found.items():
+        assert callable(converter.convert_weights), model_type
+        assert callable(converter.convert_backbone_config), model_type
+        assert issubclass(converter.backbone_cls, keras.Model), model_type
+    assert found["gemma"] is found["gemma2"] is not found["llama"]
+
+
+def test_exported_config():
+    import keras_hub
+
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=11,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=32,
+        max_sequence_length=6,
+    )
+    config = _compat.exported_config(backbone)
+    assert config["model_type"] == "gpt2" and config["n_embd"] == 8
+    kra.inject(backbone, kra.LoRA(2), targets=["query"])
+    assert _compat.exported_config(backbone) == config
+    assert _compat.exported_config(_model()) is None

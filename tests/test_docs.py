@@ -205,6 +205,7 @@ def _modules():
         kra.bases,
         kra.analysis,
         kra.callbacks,
+        kra.peft,
         kra.random,
         kra.hadamard,
     )

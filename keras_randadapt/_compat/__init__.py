@@ -1,10 +1,12 @@
-"""The private Keras API that injection needs, and nothing else.
+"""The private API of Keras and KerasHub that the library needs.
 
 Every symbol here uses private API, so each has its own test in
-`tests/test_compat.py`. If a Keras release moves one, that test fails and names
-the symbol, before a user's `fit` fails.
+`tests/test_compat.py`. If a release moves one, that test fails and names the
+symbol, before a user's `fit` fails.
 """
 
+from keras_randadapt._compat.converters import exported_config
+from keras_randadapt._compat.converters import transformers_converters
 from keras_randadapt._compat.kerashub import check_before_export
 from keras_randadapt._compat.layers import KeepsTrainingFlag
 from keras_randadapt._compat.layers import alias_registered_class
@@ -76,6 +78,7 @@ __all__ = [
     "exclude_from_weight_decay",
     "flatten_layers",
     "forget_jax_state",
+    "exported_config",
     "fresh_step",
     "has_values",
     "instance_attributes",
@@ -112,6 +115,7 @@ __all__ = [
     "trainable_by_nature",
     "trained_variables",
     "training_phase",
+    "transformers_converters",
     "unpickle_model",
     "unrounded",
     "values_of_jax_state",

@@ -36,8 +36,9 @@ class EinsumPlan:
         sizes = dict(zip(kernel, kernel_shape))
         rows = [label for label in kernel if label not in y]
         columns = [label for label in kernel if label in y]
-        self._kernel_to_view = [kernel.index(a) for a in rows + columns]
-        self._view_to_kernel = _inverse(self._kernel_to_view)
+        #: The kernel's axes in the order of the view: its rows, its columns.
+        self.view_axes = [kernel.index(a) for a in rows + columns]
+        self._view_to_kernel = _inverse(self.view_axes)
         self._kernel_shape = tuple(int(size) for size in kernel_shape)
         self._row_sizes = [int(sizes[label]) for label in rows]
         self._column_sizes = [int(sizes[label]) for label in columns]
@@ -64,13 +65,11 @@ class EinsumPlan:
 
     def to_view(self, kernel):
         """The matrix of shape `view_shape` of a kernel."""
-        return reshape(
-            _transpose(kernel, self._kernel_to_view), self.view_shape
-        )
+        return reshape(_transpose(kernel, self.view_axes), self.view_shape)
 
     def from_view(self, view):
         """Undoes `to_view`."""
-        shape = [self._kernel_shape[axis] for axis in self._kernel_to_view]
+        shape = [self._kernel_shape[axis] for axis in self.view_axes]
         return _transpose(reshape(view, shape), self._view_to_kernel)
 
     def flatten_input(self, x):

@@ -1,0 +1,95 @@
+"""What transformers calls the parts of a family of models.
+
+KerasHub's converters have the names that files of a checkpoint use. Three facts
+are in neither KerasHub nor the files, so they are written here: under which
+name a task class of transformers holds its base model, which converter has a
+model whose config names no type, and which modules transformers 5 renamed while
+the files keep their names.
+"""
+
+import re
+
+#: The attribute under which transformers' task classes hold the base model,
+#: `base_model_prefix` there. It is "model" for those that are not listed.
+_PREFIXES = {
+    "albert": "albert",
+    "bert": "bert",
+    "blip-2": "",
+    "deit": "deit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2_with_registers",
+    "dinov3_vit": "",
+    "distilbert": "distilbert",
+    "esm": "esm",
+    "gpt2": "transformer",
+    "metaclip_2": "",
+    "roberta": "roberta",
+    "sam3_video": "",
+    "swin": "swin",
+    "vit": "vit",
+    "xlm-roberta": "roberta",
+}
+
+_VIT = (
+    (r"\battention\.attention\.query\b", "attention.q_proj"),
+    (r"\battention\.attention\.key\b", "attention.k_proj"),
+    (r"\battention\.attention\.value\b", "attention.v_proj"),
+    (r"\battention\.output\.dense\b", "attention.o_proj"),
+)
+_VIT_NETWORK = (
+    (r"\bintermediate\.dense\b", "mlp.fc1"),
+    (r"\boutput\.dense\b", "mlp.fc2"),
+)
+_VIT_LAYERS = ((r"\bencoder\.layer\.", "layers."),)
+
+#: From the names in checkpoints to the modules of transformers 5.
+_RENAMED = {
+    "vit": (*_VIT, *_VIT_NETWORK, *_VIT_LAYERS),
+    "deit": (*_VIT, *_VIT_NETWORK, *_VIT_LAYERS),
+    "dinov2": _VIT,
+    "dinov2_with_registers": _VIT,
+    "dinov3_vit": ((r"(?<!model\.)\blayer\.", "model.layer."),),
+    "swin": (
+        (r"\battention\.self\.query\b", "attention.q_proj"),
+        (r"\battention\.self\.key\b", "attention.k_proj"),
+        (r"\battention\.self\.value\b", "attention.v_proj"),
+        (r"\battention\.output\.dense\b", "attention.o_proj"),
+        *_VIT_NETWORK,
+    ),
+}
+
+#: Activations that have another name in Keras's configs.
+ACTIVATIONS = {"gelu_approximate": "gelu_pytorch_tanh"}
+
+#: Routers of mixtures of experts, which are no linear layers in transformers.
+_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.(gate|router)$")
+
+
+def prefix_of(model_type):
+    """The name under which task classes hold the base model, or `""`.
+
+    Args:
+        model_type: string, as in a config of transformers.
+    """
+    return _PREFIXES.get(model_type, "model")
+
+
+def renamed(model_type, module):
+    """The name of a module in transformers 5, which may be the same.
+
+    Args:
+        model_type: string, as in a config of transformers.
+        module: The name in the files of a checkpoint.
+    """
+    for pattern, name in _RENAMED.get(model_type, ()):
+        module = re.sub(pattern, name, module)
+    return module
+
+
+def is_router(module):
+    """Whether a module is the router of a mixture of experts.
+
+    Args:
+        module: The name in the files of a checkpoint.
+    """
+    return _ROUTER.search(module) is not None

@@ -1,0 +1,318 @@
+"""The updates that the tensors of a PEFT directory describe.
+
+Each function reads one method and gives an `Update` for each module. Formulas
+are PEFT's, since its files mean what its code computes.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from keras_randadapt.peft import options as options_lib
+
+_START = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """What an adapter does to one module.
+
+    The weight, as `(outputs, inputs)`, becomes `W + scaling * B A`. With a
+    magnitude its rows get these norms. `scale_outputs` and `scale_inputs` are
+    IA3's factors.
+
+    Attributes:
+        a: float64 array `(rank, inputs)`, or `None`.
+        b: float64 array `(outputs, rank)`, or `None`.
+        scaling: float.
+        magnitude: float64 array `(outputs,)`, or `None`.
+        scale_outputs: float64 array `(outputs,)`, or `None`.
+        scale_inputs: float64 array `(inputs,)`, or `None`.
+    """
+
+    a: np.ndarray | None = None
+    b: np.ndarray | None = None
+    scaling: float = 1.0
+    magnitude: np.ndarray | None = None
+    scale_outputs: np.ndarray | None = None
+    scale_inputs: np.ndarray | None = None
+
+
+#: The endings of the tensors of each method: those of one module, and those
+#: that all modules share.
+_ENDINGS = {
+    "LORA": (
+        (".lora_A.weight", "a"),
+        (".lora_B.weight", "b"),
+        (".lora_embedding_A", "a"),
+        (".lora_embedding_B", "b"),
+        (".lora_magnitude_vector", "magnitude"),
+    ),
+    "ADALORA": ((".lora_A", "a"), (".lora_B", "b"), (".lora_E", "e")),
+    # PEFT writes the frozen matrices of RandLoRA once more for each module.
+    "VERA": (
+        (".vera_lambda_b", "b"),
+        (".vera_lambda_d", "d"),
+        (".vera_A", "frozen_a"),
+        (".vera_B", "frozen_b"),
+    ),
+    "RANDLORA": (
+        (".randlora_lambda", "lambda"),
+        (".randlora_gamma", "gamma"),
+        (".randlora_A", "frozen_a"),
+        (".randlora_B", "frozen_b"),
+    ),
+    "IA3": ((".ia3_l", "l"),),
+}
+_SHARED = {
+    "VERA": ("base_model.vera_A", "base_model.vera_B"),
+    "RANDLORA": ("base_model.randlora_A", "base_model.randlora_B"),
+}
+_REQUIRED = {
+    "LORA": ("a", "b"),
+    "ADALORA": ("a", "b", "e"),
+    "VERA": ("b", "d"),
+    "RANDLORA": ("lambda", "gamma"),
+    "IA3": ("l",),
+}
+
+
+def grouped(path, method, tensors):
+    """Sorts the tensors of a directory by module.
+
+    Args:
+        path: The directory, for errors.
+        method: A key of `options.READ`.
+        tensors: dict from key to array.
+
+    Returns:
+        `(modules, shared, others)`: a dict from module to a dict from role to
+        array, a list of the arrays that all modules share (`None` where each
+        module has its own), and a dict of what is left, from the key without
+        its start to the array.
+
+    Raises:
+        ValueError: If a tensor is missing, or its name is no module's.
+    """
+    modules, others, found = {}, {}, {}
+    shared_keys = _SHARED.get(method, ())
+    for key, array in tensors.items():
+        if key in shared_keys:
+            found[key] = array
+            continue
+        if not key.startswith(_START):
+            raise ValueError(
+                f"'{path}' holds the tensor {key!r}, and those of PEFT start "
+                f"with '{_START}'."
+            )
+        name = key.removeprefix(_START)
+        for ending, role in _ENDINGS[method]:
+            if name.endswith(ending):
+                module = name.removesuffix(ending)
+                if role in modules.setdefault(module, {}):
+                    raise ValueError(
+                        f"'{path}' holds two tensors of one role for the "
+                        f"module '{module}'."
+                    )
+                modules[module][role] = array
+                break
+        else:
+            others[name] = array
+    lost = [
+        key
+        for key, role in zip(shared_keys, ("frozen_a", "frozen_b"))
+        if key not in found
+        and not all(role in roles for roles in modules.values())
+    ]
+    if lost:
+        raise ValueError(
+            f"'{path}' lacks {lost}, the frozen matrices of {method}, which "
+            "PEFT can draw again and other programs can't. Save it with "
+            "`save_projection=True`."
+        )
+    for module, roles in modules.items():
+        lacking = [r for r in _REQUIRED[method] if r not in roles]
+        if lacking:
+            endings = [e for e, r in _ENDINGS[method] if r in lacking]
+            raise ValueError(
+                f"'{path}' has tensors of the module '{module}', and lacks "
+                f"{[_START + module + e for e in endings]}: it is incomplete."
+            )
+    return modules, [found.get(key) for key in shared_keys], others
+
+
+class Reader:
+    """Makes the updates of one directory.
+
+    Args:
+        path: The directory, for errors.
+        method: A key of `options.READ`.
+        options: What `options.checked` gave.
+        shared: The arrays that all modules share.
+    """
+
+    def __init__(self, path, method, options, shared):
+        self.path, self.options = path, options
+        self.shared = [
+            None if one is None else one.astype("float64") for one in shared
+        ]
+        self._read = {
+            "LORA": self._lora,
+            "ADALORA": self._adalora,
+            "VERA": self._vera,
+            "RANDLORA": self._randlora,
+            "IA3": self._ia3,
+        }[method]
+
+    def update(self, module, roles, dims, weight_shape):
+        """The update of one module.
+
+        Args:
+            module: Its name, as the directory has it.
+            roles: dict from role to array.
+            dims: The module's numbers of inputs and of outputs.
+            weight_shape: The shape of its weight.
+
+        Returns:
+            An `Update`.
+        """
+        roles = {role: one.astype("float64") for role, one in roles.items()}
+        return self._read(module, roles, *dims, weight_shape)
+
+    def _check(self, module, role, array, *shapes):
+        if array.shape not in shapes:
+            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise ValueError(
+                f"'{self.path}' holds a tensor ({role}) of shape {array.shape} "
+                f"for the module '{module}', and in this model it must be "
+                f"{wanted}. The adapter is of another model, or its config is "
+                "of another adapter."
+            )
+
+    def _lora(self, module, roles, n_in, n_out, weight_shape):
+        options = self.options
+        rank = options_lib.by_pattern(
+            self.path,
+            "rank_pattern",
+            options["rank_pattern"],
+            module,
+            options["r"],
+        )
+        alpha = options_lib.by_pattern(
+            self.path,
+            "alpha_pattern",
+            options["alpha_pattern"],
+            module,
+            options["lora_alpha"],
+        )
+        a, b = roles["a"], roles["b"]
+        window = weight_shape[2:]
+        ones = tuple(1 for _ in window)
+        self._check(
+            module, "lora_A", a, (rank, weight_shape[1], *window), (rank, n_in)
+        )
+        self._check(module, "lora_B", b, (n_out, rank, *ones), (n_out, rank))
+        if options["use_dora"] != ("magnitude" in roles):
+            raise ValueError(
+                f"'{self.path}' has use_dora = {options['use_dora']}, and "
+                f"{'no' if options['use_dora'] else 'a'} magnitude of the "
+                f"module '{module}'."
+            )
+        magnitude = roles.get("magnitude")
+        if magnitude is not None:
+            self._check(
+                module,
+                "lora_magnitude_vector",
+                magnitude,
+                (n_out,),
+                (1, n_out, *ones),
+            )
+            magnitude = magnitude.reshape(n_out)
+        root = math.sqrt(rank) if options["use_rslora"] else rank
+        return Update(
+            a=a.reshape(rank, n_in),
+            b=b.reshape(n_out, rank),
+            scaling=alpha / root,
+            magnitude=magnitude,
+        )
+
+    def _adalora(self, module, roles, n_in, n_out, weight_shape):
+        a, b, e = roles["a"], roles["b"], roles["e"]
+        rank = self.options["init_r"]
+        masks = {
+            # PEFT's keys end in the name of a tensor.
+            key.rpartition(".lora_")[0]: mask
+            for key, mask in (self.options["rank_pattern"] or {}).items()
+        }
+        kept = rank
+        if module in masks:
+            mask = masks[module]
+            if not isinstance(mask, list):
+                raise ValueError(
+                    f"'{self.path}' has a rank_pattern for '{module}' that is "
+                    "no list."
+                )
+            kept = sum(one is True for one in mask)
+        self._check(module, "lora_A", a, (kept, n_in))
+        self._check(module, "lora_B", b, (n_out, kept))
+        self._check(module, "lora_E", e, (kept, 1))
+        alpha = self.options["lora_alpha"]
+        # PEFT adds the small number to every division.
+        scaling = (alpha if alpha > 0 else float(kept)) / (rank + 1e-5)
+        return Update(a=a * e, b=b, scaling=scaling)
+
+    def _vera(self, module, roles, n_in, n_out, weight_shape):
+        rank = self.options["r"]
+        a, b = self._frozen(module, roles, (rank, n_in), (n_out, rank))
+        self._check(module, "vera_lambda_d", roles["d"], (rank,))
+        self._check(module, "vera_lambda_b", roles["b"], (n_out,))
+        return Update(
+            a=roles["d"][:, None] * a[:, :n_in],
+            b=roles["b"][:, None] * b[:n_out],
+        )
+
+    def _randlora(self, module, roles, n_in, n_out, weight_shape):
+        rank = self.options["r"]
+        small, large = sorted((n_in, n_out))
+        terms = -(-small // rank)
+        a, b = self._frozen(
+            module, roles, (rank, 1, small), (large, terms, rank)
+        )
+        self._check(module, "randlora_lambda", roles["lambda"], (rank, terms))
+        self._check(module, "randlora_gamma", roles["gamma"], (terms, small))
+        a = roles["lambda"][:, :, None] * a[:, :, :small] * roles["gamma"]
+        # PEFT flattens one by (rank, term) and the other by (term, rank), so
+        # it pairs other columns than the paper. Its files mean that.
+        thin = a.reshape(-1, small)
+        wide = b[:large, :terms].reshape(large, -1)
+        scaling = self.options["randlora_alpha"] / rank
+        if n_in == small:
+            return Update(a=thin, b=wide, scaling=scaling)
+        return Update(a=wide.T, b=thin.T, scaling=scaling)
+
+    def _frozen(self, module, roles, *least):
+        """The frozen matrices, which are at least as large as a module's."""
+        arrays = [
+            roles.get(role, shared)
+            for role, shared in zip(("frozen_a", "frozen_b"), self.shared)
+        ]
+        for array, shape in zip(arrays, least):
+            fits = array.ndim == len(shape) and all(
+                have >= need for have, need in zip(array.shape, shape)
+            )
+            if not fits or self.options["r"] not in array.shape:
+                raise ValueError(
+                    f"'{self.path}' holds a frozen matrix of shape "
+                    f"{array.shape}, and the module '{module}' needs one of "
+                    f"at least {shape} with the rank {self.options['r']}."
+                )
+        return arrays
+
+    def _ia3(self, module, roles, n_in, n_out, weight_shape):
+        scale = roles["l"]
+        self._check(module, "ia3_l", scale, (n_out, 1), (1, n_in))
+        # With one output, PEFT's form of the outputs comes first.
+        if scale.shape == (n_out, 1):
+            return Update(scale_outputs=scale.reshape(-1))
+        return Update(scale_inputs=scale.reshape(-1))

@@ -1,0 +1,288 @@
+"""What a config of PEFT may say, and what would be lost if it did."""
+
+import re
+import reprlib
+
+#: Options that change nothing of what the adapter computes, or that are read
+#: elsewhere. An option that is neither here nor in the other tables must be
+#: off: false, empty or null.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "beta1",
+    "beta2",
+    "corda_config",
+    "d_initial",
+    "deltaT",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "feedforward_modules",
+    "inference_mode",
+    "init_ia3_weights",
+    "init_r",
+    "init_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_core",
+    "modules_to_save",
+    "orth_reg_weight",
+    "peft_type",
+    "peft_version",
+    "projection_prng_key",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "save_projection",
+    "sparse",
+    "target_modules",
+    "target_r",
+    "task_type",
+    "tfinal",
+    "tinit",
+    "total_step",
+    "very_sparse",
+}
+
+#: The options of each method that are read, with their types.
+READ = {
+    "LORA": {
+        "alpha_pattern": dict,
+        "lora_alpha": (int, float),
+        "lora_dropout": (int, float),
+        "r": int,
+        "rank_pattern": dict,
+        "use_dora": bool,
+        "use_rslora": bool,
+    },
+    "ADALORA": {
+        "init_r": int,
+        "lora_alpha": (int, float),
+        "lora_dropout": (int, float),
+        "rank_pattern": (dict, type(None)),
+    },
+    "VERA": {"r": int, "vera_dropout": (int, float)},
+    "RANDLORA": {
+        "r": int,
+        "randlora_alpha": (int, float),
+        "randlora_dropout": (int, float),
+    },
+    "IA3": {},
+}
+
+#: Options that a method inherits and does not use.
+_UNUSED = {"ADALORA": {"r", "alpha_pattern", "use_rslora"}}
+
+_DEFAULTS = {
+    "alpha_pattern": {},
+    "init_r": 12,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "r": 8,
+    "randlora_alpha": 640,
+    "randlora_dropout": 0.0,
+    "rank_pattern": {},
+    "use_dora": False,
+    "use_rslora": False,
+    "vera_dropout": 0.0,
+}
+
+#: First values that leave the base weights as they are.
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+#: How many characters and unbounded repetitions a pattern may have.
+_LONGEST_PATTERN = 300
+_MOST_REPETITIONS = 3
+
+
+def checked(path, config):
+    """Validates a config.
+
+    Args:
+        path: The directory, for errors.
+        config: A dict that was read from JSON.
+
+    Returns:
+        `(method, options)`: the type of the adapter, a key of `READ`, and a
+        dict of the options that are read.
+
+    Raises:
+        ValueError: If the method or an option is not known, or if an option
+            has a value whose effect can't be held.
+    """
+    method = config.get("peft_type")
+    if not isinstance(method, str) or method not in READ:
+        raise ValueError(
+            f"'{path}' holds an adapter of the type {reprlib.repr(method)}. "
+            f"`kra.peft.load` reads {sorted(READ)}. Merge it with PEFT "
+            "(`merge_and_unload`) and load the merged model instead."
+        )
+    known = {*READ[method], *_HARMLESS, *_UNUSED.get(method, ())}
+    _check_bias(path, config)
+    _check_initialization(path, config)
+    wrong = sorted(
+        key
+        for key, value in config.items()
+        if key not in known
+        and key not in ("bias", "init_lora_weights")
+        and not _is_off(value)
+    )
+    if wrong:
+        key = wrong[0]
+        raise ValueError(
+            f"'{path}' has the option {reprlib.repr(key)} = "
+            f"{reprlib.repr(config[key])}, which `kra.peft.load` does not know "
+            f"for {method}, so the adapter would compute something else here."
+            + (f" The same goes for {wrong[1:5]}." if wrong[1:] else "")
+            + " Merge it with PEFT (`merge_and_unload`) instead."
+        )
+    options = {}
+    for key, kind in READ[method].items():
+        value = config.get(key, _DEFAULTS[key])
+        is_number = kind in (int, (int, float))
+        if not isinstance(value, kind) or (
+            is_number and isinstance(value, bool)
+        ):
+            raise ValueError(
+                f"'{path}' has {key} = {reprlib.repr(value)}, which must be of "
+                f"the type {_type_names(kind)}."
+            )
+        options[key] = value
+    _check_numbers(path, options)
+    return method, options
+
+
+def _type_names(kind):
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join(one.__name__ for one in kinds)
+
+
+def _is_off(value):
+    return value is None or value is False or value in (0, "", [], {})
+
+
+def _check_bias(path, config):
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"'{path}' has bias = {reprlib.repr(config['bias'])}: biases of "
+            "the base model were trained along with the adapter. "
+            "`kra.peft.load` takes adapters that change no bias "
+            '(bias = "none"). Merge it with PEFT (`merge_and_unload`) instead.'
+        )
+
+
+def _check_initialization(path, config):
+    value = config.get("init_lora_weights", True)
+    if not any(value is one or value == one for one in _INITIALIZATIONS):
+        raise ValueError(
+            f"'{path}' has init_lora_weights = {reprlib.repr(value)}, which "
+            "changes the base weights when the adapter is made, so its update "
+            "is not one of the original weights. Save it with PEFT's "
+            "`path_initial_model_for_weight_conversion`. Known are "
+            f"{[one for one in _INITIALIZATIONS if one is not None]}."
+        )
+
+
+def _check_numbers(path, options):
+    for key, value in options.items():
+        if key in ("r", "init_r") and value < 1:
+            raise ValueError(f"'{path}' has {key} = {value}, below 1.")
+        if key.endswith("dropout") and not 0 <= value < 1:
+            raise ValueError(
+                f"'{path}' has {key} = {value}; it must be at least 0 and "
+                "below 1."
+            )
+        # NaN is not equal to itself.
+        if key.endswith("alpha") and not abs(value) < float("inf"):
+            raise ValueError(f"'{path}' has {key} = {value}, no finite number.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (options.get(key) or {}).items():
+            if isinstance(value, list):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"'{path}' has {key}[{reprlib.repr(pattern)}] = "
+                    f"{reprlib.repr(value)}, which must be a number."
+                )
+            compiled(path, key, pattern)
+
+
+def compiled(path, key, pattern):
+    """The regular expression of a pattern, which must not take forever.
+
+    Args:
+        path: The directory, for errors.
+        key: The option that the pattern is in.
+        pattern: string, as PEFT has it: a name, the end of one or a regular
+            expression of that.
+
+    Raises:
+        ValueError: If the pattern is none, or one that may run away.
+    """
+    repetitions = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    nested = re.search(r"(?<!\\)\)[*+{?]", pattern)
+    if len(pattern) > _LONGEST_PATTERN or (
+        nested or repetitions > _MOST_REPETITIONS
+    ):
+        raise ValueError(
+            f"'{path}' has in {key} the pattern {reprlib.repr(pattern)}, which "
+            f"is longer than {_LONGEST_PATTERN} characters, repeats a group or "
+            f"has more than {_MOST_REPETITIONS} repetitions, so matching it "
+            "might take forever. Write the names of the modules."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(
+            f"'{path}' has in {key} the pattern {reprlib.repr(pattern)}, which "
+            f"is no regular expression: {error}"
+        ) from error
+
+
+def by_pattern(path, key, patterns, module, default):
+    """The value that PEFT's patterns give a module.
+
+    Args:
+        path: The directory, for errors.
+        key: The option's name.
+        patterns: dict from pattern to value. The first that matches counts.
+        module: The module's name, as the directory has it.
+        default: The value where none matches.
+    """
+    for pattern, value in (patterns or {}).items():
+        if compiled(path, key, pattern).match(module):
+            return value
+    return default
+
+
+def missing_targets(config, held, names):
+    """Modules that the config targets, and that the tensors do not have.
+
+    Args:
+        config: The config.
+        held: The modules that have tensors.
+        names: A `NameMap`.
+
+    Returns:
+        list of names.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or (
+        config.get("layers_to_transform") is not None
+        or config.get("exclude_modules")
+    ):
+        return []
+    targets = [one for one in targets if isinstance(one, str)]
+    whole = {names.find(target) for target in targets}
+    return [
+        module
+        for module in names.modules()
+        if module not in held
+        and (
+            module in whole
+            or any(module.endswith(f".{target}") for target in targets)
+        )
+    ]

@@ -1,0 +1,409 @@
+"""`save`: writes an adapter as a directory of PEFT."""
+
+import dataclasses
+import functools
+import json
+import os
+import warnings
+
+import keras
+import numpy as np
+import safetensors.numpy
+
+from keras_randadapt.adapter_warning import AdapterWarning
+from keras_randadapt.adapters import DoRA
+from keras_randadapt.adapters import LoRA
+from keras_randadapt.model import checks
+from keras_randadapt.model import convert
+from keras_randadapt.model import file_format
+from keras_randadapt.model import low_rank
+from keras_randadapt.model import moving_state
+from keras_randadapt.model import paths
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import updates
+from keras_randadapt.peft import card
+from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import names as names_lib
+from keras_randadapt.sites import quantized
+from keras_randadapt.sites import supported
+
+#: Readers of PEFT's format have limits near this rank.
+_LARGE_RANK = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Factors:
+    """What one module of transformers gets: `B A`, `(outputs, inputs)`."""
+
+    kind: str
+    weight_shape: tuple
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None
+
+
+def save(
+    model: keras.Model,
+    directory: str | os.PathLike,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    base: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> None:
+    """Writes an adapter as a directory that PEFT, vLLM and llama.cpp read.
+
+    The directory gets `adapter_config.json`, `adapter_model.safetensors` and
+    `README.md`, a model card. Layers that the adapter keeps trainable go to
+    `heads.safetensors`, which other programs do not read. `LoRA` and `DoRA` go
+    out as they are, and every other method that adds an update of its own as
+    the `LoRA` that computes the same; see `to_lora`.
+
+    All readers scale the adapter alike: there is one rank for all modules,
+    `lora_alpha` is equal to it, and the scaling is folded into B. Sites with a
+    lower rank are padded with zeros. Where a module holds several sites, as in
+    GPT-2, their ranks add up.
+
+    Files are written one after the other, and each is complete or as before.
+    The adapter's weight in the model is not written; see `set_active`.
+
+    Args:
+        model: An adapted backbone or task of KerasHub.
+        directory: Path of the directory. It is made if it is not there. Files
+            of these names are replaced or, without heads, removed. Other files
+            stay.
+        name: Optional string. The adapter's name; by default the only one.
+        base_model: Optional string. Where readers find the base model: a name
+            at Hugging Face, or a path. llama.cpp needs it or its `--base`.
+        base: Whether the adapter is for transformers' base class, such as
+            `LlamaModel`. By default it is for its task classes, whose modules
+            have a prefix such as `model.`.
+        rank: Optional int, the rank at each site; see `to_lora`.
+        energy: Optional float, the share of each update's energy that is kept,
+            instead of `rank`; see `to_lora`.
+
+    Raises:
+        TypeError: If `directory` is no path or `base_model` no string.
+        ValueError: If the model has no adapter, or several and no `name`; if
+            KerasHub has no converter for the model; if a site is in no module
+            of transformers; if the method does more than adding an update, as
+            `IA3` does; if a number is not finite; or if `directory` is a file.
+            Nothing is written then.
+
+    Example:
+
+    ```python
+    kra.peft.save(classifier, "sentiment-peft", base_model="roberta-base")
+    ```
+    """
+    state_lib.check_is_model(model)
+    if not state_lib.is_adapted(model):
+        # It raises the error for models without adapters.
+        state_lib.state_of(model)
+    target = directory_lib.check_writable(directory)
+    _check_arguments(base_model, base)
+    files = model._randadapt.between_steps.run(
+        functools.partial(
+            _files_of, model, name, base_model, base, rank, energy
+        )
+    )
+    os.makedirs(target, exist_ok=True)
+    for filename, data in files.items():
+        paths.replace(os.path.join(target, filename), data)
+    heads = os.path.join(target, directory_lib.HEADS)
+    if directory_lib.HEADS not in files and os.path.lexists(heads):
+        # It is an earlier adapter's, and `load` would read it.
+        os.unlink(heads)
+
+
+def _check_arguments(base_model, base):
+    if not isinstance(base_model, (str, type(None))):
+        raise TypeError(
+            "`base_model` must be a string, the name or path of the base "
+            f"model, or `None`. Received: base_model={base_model!r}"
+        )
+    if not isinstance(base, bool):
+        raise TypeError(
+            "`base` must be a bool: whether the adapter is for transformers' "
+            f"base class. Received: base={base!r}"
+        )
+
+
+def _files_of(model, name, base_model, base, rank, energy):
+    """dict from the names of the directory's files to their bytes."""
+    state = state_lib.state_of(model)
+    if state.block == "merged":
+        # The kernels hold the deltas, and magnitudes are compared with them.
+        state_lib.check_no_block(model)
+    name = checks.one_name(state, name)
+    record = state.records[name]
+    is_dora = isinstance(record.template, DoRA)
+    updates.check_is_delta(
+        name, record.template.inner if is_dora else record.template
+    )
+    rank, energy = convert.check_size(rank, energy)
+    if rank is not None:
+        views = low_rank.views_of(state.layers, record.addresses)
+        low_rank.check_rank(rank, views)
+    _check_moved(state, name)
+    names = names_lib.name_map(model)
+    check_expressible(names, record.addresses, name)
+    adapters = state.adapters(name)
+    found, lost = {}, {}
+    for address, adapter in adapters.items():
+        inner = adapter.inner if is_dora else adapter
+        found[address], lost[address] = _product(
+            inner, address, name, rank, energy
+        )
+    modules = _modules(names, state, adapters, found, is_dora)
+    module_rank = max(1, *(len(one.a) for one in modules.values()))
+    tensors = _tensors(modules, module_rank, names, base)
+    _check_finite(tensors, name)
+    _warn_of_size(modules, module_rank)
+    heads = file_format.kept_tensors(state, name)
+    config = _config(modules, module_rank, names, base_model, base, is_dora)
+    config["task_type"] = _task_type(model)
+    about = card.About(
+        name=name,
+        template=record.template,
+        base_model=base_model,
+        model_type=names.model_type,
+        modules=[_named(module, names, base) for module in modules],
+        sites=len(adapters),
+        rank=module_rank,
+        bytes=sum(one.nbytes for one in tensors.values()),
+        lost=max(lost.values(), default=0.0),
+        heads=[(a, _path(state, a)) for a in record.kept],
+    )
+    files = {
+        directory_lib.CONFIG: _json(config),
+        directory_lib.WEIGHTS: safetensors.numpy.save(
+            tensors, metadata={"format": "pt"}
+        ),
+        directory_lib.CARD: card.text(about).encode(),
+    }
+    if heads:
+        files[directory_lib.HEADS] = safetensors.numpy.save(
+            heads, metadata={"format": "keras_randadapt_heads"}
+        )
+    return files
+
+
+def _json(config):
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _path(state, address):
+    return state.layers[address].path or state.layers[address].name
+
+
+def _task_type(model):
+    """The task type of transformers' PEFT classes, where it is sure."""
+    backbone = getattr(model, "backbone", None)
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return "CAUSAL_LM" if backbone is not None and "CausalLM" in names else None
+
+
+def _check_moved(state, name):
+    moved = sorted(moving_state.moved_by(state, name))
+    if moved:
+        raise ValueError(
+            f"Training of the adapter '{name}' moved state of the base model, "
+            f"such as running means, which PEFT's format can't hold: "
+            f"{moved[:5]}. Save it with `save_adapter`, or merge it and use "
+            "`save_merged`."
+        )
+
+
+def check_expressible(names, addresses, name):
+    """Raises `ValueError` if a site is in no module of transformers.
+
+    Args:
+        names: A `NameMap`.
+        addresses: The sites' addresses.
+        name: The adapter's name.
+    """
+    outside = [a for a in addresses if a not in names.parts]
+    if not outside:
+        return
+    reasons = [
+        f"'{a}' ({names.refused.get(a, 'it is outside the backbone')})"
+        for a in outside
+    ]
+    raise ValueError(
+        f"{len(outside)} of {len(addresses)} sites of the adapter '{name}' "
+        f"are in no module of transformers' '{names.model_type}': "
+        + ", ".join(reasons[:5])
+        + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        + ". Adapt other layers, by `exclude` of `inject`."
+    )
+
+
+def _product(adapter, address, name, rank, energy):
+    """`((left, right), lost)`: the factors of a site's update."""
+    as_it_is = type(adapter) is LoRA and not adapter.depends_on_base
+    if as_it_is and rank is None and energy is None:
+        # An untrained A is kept too: PEFT may go on training.
+        parts = updates.parts_of(adapter, address, name)
+        if len(parts) == 2:
+            return parts, 0.0
+    factors, _, lost = convert.factors_of(
+        {address: adapter}, name, rank, energy, verbose=0
+    )
+    return factors[address], lost[address]
+
+
+def _modules(names, state, adapters, found, is_dora):
+    """dict from module to its `_Factors`, in the map's order."""
+    places = {
+        module: [(a, part) for a, part in here]
+        for module, here in names.by_module().items()
+        if any(address in found for address, _ in here)
+    }
+    modules = {}
+    for module, here in places.items():
+        first = here[0][1]
+        n_in, n_out = first.dims
+        a_blocks, b_blocks = [], []
+        for address, part in here:
+            if address not in found:
+                continue
+            left, right = found[address]
+            a = np.zeros((left.shape[1], n_in))
+            a[:, part.inputs] = left.T
+            b = np.zeros((n_out, right.shape[0]))
+            b[part.outputs] = right[:, part.columns].T
+            a_blocks.append(a)
+            b_blocks.append(b)
+        modules[module] = _Factors(
+            kind=first.kind,
+            weight_shape=first.weight_shape,
+            a=np.concatenate(a_blocks, axis=0),
+            b=np.concatenate(b_blocks, axis=1),
+            magnitude=_magnitude(here, state, adapters, n_out)
+            if is_dora
+            else None,
+        )
+    return modules
+
+
+def _magnitude(here, state, adapters, n_out):
+    """The magnitudes of a module's outputs."""
+    magnitude = np.zeros(n_out)
+    for address, part in here:
+        if address in adapters:
+            values = _numpy(adapters[address].magnitude)
+        else:
+            # A site of the module that is not adapted keeps its norms.
+            layer = state.layers[address]
+            kernel = supported.kernel_variable(layer)
+            if layer.quantization_mode is not None:
+                kernel = quantized.dequantized_kernel(layer)
+            view = _numpy(supported.as_view(layer, kernel))
+            values = np.sqrt(np.sum(view**2, axis=0))
+        magnitude[part.outputs] = values[part.columns]
+    return magnitude
+
+
+def _numpy(tensor):
+    array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+    return array.astype("float64")
+
+
+def _named(module, names, base):
+    """A module's name from the task class or the base class on."""
+    if not base or not names.prefix:
+        return module
+    start = f"{names.prefix}."
+    if not module.startswith(start):
+        raise ValueError(
+            f"'{module}' is outside of the base model '{names.prefix}' of "
+            "transformers, so an adapter for the base class can't have it. "
+            "Received: base=True"
+        )
+    return module.removeprefix(start)
+
+
+def _tensors(modules, rank, names, base):
+    tensors = {}
+    for module, factors in modules.items():
+        key = f"base_model.model.{_named(module, names, base)}"
+        short = rank - len(factors.a)
+        a = np.pad(factors.a, ((0, short), (0, 0)))
+        b = np.pad(factors.b, ((0, 0), (0, short)))
+        named = ("lora_A.weight", "lora_B.weight")
+        if factors.kind == "embedding":
+            named = ("lora_embedding_A", "lora_embedding_B")
+        if factors.kind == "conv":
+            a = a.reshape(rank, *factors.weight_shape[1:])
+            b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
+        with np.errstate(over="ignore"):
+            tensors[f"{key}.{named[0]}"] = a.astype("float32")
+            tensors[f"{key}.{named[1]}"] = b.astype("float32")
+            if factors.magnitude is not None:
+                magnitude = factors.magnitude
+                if factors.kind == "conv":
+                    ones = [1] * (len(factors.weight_shape) - 2)
+                    magnitude = magnitude.reshape(1, -1, *ones)
+                tensors[f"{key}.lora_magnitude_vector"] = magnitude.astype(
+                    "float32"
+                )
+    return tensors
+
+
+def _check_finite(tensors, name):
+    wrong = [k for k, one in tensors.items() if not np.all(np.isfinite(one))]
+    if wrong:
+        raise ValueError(
+            f"The adapter '{name}' holds NaN, infinity or a number that is "
+            f"too large for float32, in {sorted(wrong)[:5]}: training "
+            "diverged, most likely. Lower the learning rate."
+        )
+
+
+def _warn_of_size(modules, rank):
+    numbers = [
+        rank * (sum(one.a.shape[1:]) + one.b.shape[0])
+        for one in modules.values()
+    ]
+    larger = [
+        module
+        for (module, one), size in zip(modules.items(), numbers)
+        if 2 * size > one.a.shape[1] * one.b.shape[0]
+    ]
+    if rank > _LARGE_RANK or larger:
+        megabytes = 4 * sum(numbers) / 1e6
+        warnings.warn(
+            f"The LoRA has rank {rank} in all {len(modules)} modules and takes "
+            f"{megabytes:.3g} MB"
+            + (
+                f"; in {len(larger)} of them it is above half the kernel, such "
+                f"as in '{larger[0]}'"
+                if larger
+                else ""
+            )
+            + ". vLLM takes rank 16 unless it is told otherwise. Pass `rank` "
+            "or `energy` for a smaller one, which is the closest of its rank.",
+            AdapterWarning,
+            stacklevel=5,
+        )
+
+
+def _config(modules, rank, names, base_model, base, is_dora):
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": any(one.kind == "conv1d" for one in modules.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "r": rank,
+        "target_modules": sorted(_named(m, names, base) for m in modules),
+        "use_dora": is_dora,
+        "use_rslora": False,
+    }

@@ -1,0 +1,153 @@
+"""The updates of sites, made of the updates of modules."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_randadapt.matrices import low_rank as matrices
+
+
+@dataclasses.dataclass(kw_only=True)
+class SiteUpdate:
+    """What an adapter does to one site.
+
+    Attributes:
+        left: float64 array `(input_dim, rank)`.
+        right: float64 array `(rank, output_dim)`, without the scaling.
+        scaling: float.
+        magnitude: float64 array `(output_dim,)`, NaN where the base's norm
+            stays, or `None`.
+        scale: float64 array, IA3's factors, or `None`.
+        of_inputs: Whether they are of inputs.
+    """
+
+    left: np.ndarray = None
+    right: np.ndarray = None
+    scaling: float = 1.0
+    magnitude: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    of_inputs: bool = False
+
+
+def low_rank_updates(names, updates, views):
+    """The low-rank updates of all sites.
+
+    Args:
+        names: A `NameMap`.
+        updates: dict from module to `methods.Update`.
+        views: dict from address to the shape of the kernel view.
+
+    Returns:
+        dict from address to `SiteUpdate`. A site that no rank of its module
+        reaches is left out, if others are reached.
+    """
+    scalings = {one.scaling for one in updates.values()}
+    common = scalings.pop() if len(scalings) == 1 else None
+    found = {}
+    for address, parts in names.parts.items():
+        here = [(p, updates[p.module]) for p in parts if p.module in updates]
+        if not here:
+            continue
+        n_in, n_out = views[address]
+        blocks, magnitude, alone = [], None, True
+        for part, update in here:
+            factor = 1.0 if common is not None else update.scaling
+            alone = alone and len(part.outputs) == len(update.b)
+            a, b = _trimmed(update.a, update.b, part.outputs)
+            right = np.zeros((b.shape[1], n_out))
+            right[:, part.columns] = factor * b.T
+            left = a.T[part.inputs]
+            blocks.append((left, right))
+            if update.magnitude is not None:
+                if magnitude is None:
+                    magnitude = np.full(n_out, np.nan)
+                magnitude[part.columns] = update.magnitude[part.outputs]
+        left, right = _joined(blocks)
+        if left.shape[1] == 0 and not alone and magnitude is None:
+            continue
+        if left.shape[1] >= min(n_in, n_out):
+            left, right = _shortened(left, right)
+        found[address] = SiteUpdate(
+            left=left,
+            right=right,
+            scaling=1.0 if common is None else common,
+            magnitude=magnitude,
+        )
+    return found
+
+
+def _trimmed(a, b, outputs):
+    """The ranks of a module that reach some of its outputs.
+
+    A rank whose B is zero in the whole module is untrained and stays.
+    """
+    here = b[outputs]
+    untrained = ~np.any(b != 0, axis=0)
+    on = np.any(a != 0, axis=1) & (np.any(here != 0, axis=0) | untrained)
+    return a[on], here[:, on]
+
+
+def _joined(blocks):
+    """One pair of factors. Pairs with the same first factor share it."""
+    if len(blocks) > 1 and all(
+        np.array_equal(left, blocks[0][0]) for left, _ in blocks
+    ):
+        return blocks[0][0], sum(right for _, right in blocks)
+    return (
+        np.concatenate([left for left, _ in blocks], axis=1),
+        np.concatenate([right for _, right in blocks], axis=0),
+    )
+
+
+def _shortened(left, right):
+    """The same product with no more ranks than the smaller dimension."""
+    if left.shape[1] == min(left.shape[0], right.shape[1]):
+        return left, right
+    found = matrices.shortest((left @ right,))
+    return found.left, found.right
+
+
+def scales(path, names, updates, views):
+    """IA3's factors of all sites.
+
+    Args:
+        path: The directory, for errors.
+        names: A `NameMap`.
+        updates: dict from module to `methods.Update`.
+        views: dict from address to the shape of the kernel view.
+
+    Returns:
+        dict from address to `SiteUpdate`.
+
+    Raises:
+        ValueError: If the modules of a site scale its inputs differently.
+    """
+    found = {}
+    for address, parts in names.parts.items():
+        here = [(p, updates[p.module]) for p in parts if p.module in updates]
+        if not here:
+            continue
+        n_in, n_out = views[address]
+        by_input = [u.scale_inputs is not None for _, u in here]
+        if not any(by_input):
+            scale = np.ones(n_out)
+            for part, update in here:
+                scale[part.columns] = update.scale_outputs[part.outputs]
+            found[address] = SiteUpdate(scale=scale)
+            continue
+        vectors = [
+            u.scale_inputs[p.inputs]
+            for p, u in here
+            if u.scale_inputs is not None
+        ]
+        whole = len(here) == len(parts) and all(by_input)
+        if not whole or any(
+            not np.array_equal(one, vectors[0]) for one in vectors
+        ):
+            raise ValueError(
+                f"'{path}' scales the inputs of the modules "
+                f"{[p.module for p in parts]} in different ways, and in Keras "
+                f"they are one layer, '{address}'."
+            )
+        found[address] = SiteUpdate(scale=vectors[0], of_inputs=True)
+    return found

@@ -1,0 +1,242 @@
+"""Merged checkpoints, against transformers, KerasHub and GGUF."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import keras_randadapt as kra
+from tests import zoo
+from tests.peft import families
+from tests.peft import hub
+
+pytestmark = pytest.mark.one_backend
+
+_QUICK = ("bert", "llama")
+#: Families whose converters drop numbers of the checkpoint.
+_INCOMPLETE = {
+    "roberta": "shapes of the checkpoint's tensors are not known",
+    "xlm-roberta": "computes its values: arithmetic",
+}
+#: Families whose converters do not tell the whole config.
+_NEED_CONFIG = ("smollm3", "t5gemma")
+
+
+def _adapted(model, adapter=None, targets="all-linear"):
+    kra.inject(model, adapter or kra.RLoRA(4, seed=1), targets=targets)
+    families.train(model)
+    return model
+
+
+@families.needs_torch
+@pytest.mark.parametrize(
+    "family",
+    [
+        name
+        if name in _QUICK
+        else pytest.param(name, marks=pytest.mark.slow("one of many families"))
+        for name in families.FAMILIES
+    ],
+)
+def test_transformers_computes_the_same(family, tmp_path):
+    import transformers
+
+    torch_model = families.torch_model(family)
+    config = torch_model.config.to_dict()
+    model = families.keras_model(torch_model, tmp_path / "base")
+    x = families.inputs(model)
+    apart = np.abs(
+        families.keras_outputs(model, x)
+        - families.torch_outputs(torch_model, x)
+    ).max()
+    _adapted(model)
+    ours = families.keras_outputs(model, x)
+    if family in _INCOMPLETE:
+        with pytest.raises(ValueError, match=_INCOMPLETE[family]):
+            kra.peft.save_merged(model, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        return
+    # The activation of this model is none that KerasHub's BERT knows of.
+    given = config if family in (*_NEED_CONFIG, "bert", "vit") else None
+    kra.peft.save_merged(model, tmp_path / "merged", config=given)
+    merged, report = transformers.AutoModel.from_pretrained(
+        str(tmp_path / "merged"), output_loading_info=True
+    )
+    # A pooler is no part of KerasHub's vision models.
+    assert not [k for k in report["missing_keys"] if "pooler" not in k]
+    # A backbone has the head of its task.
+    assert set(report["unexpected_keys"]) <= {"lm_head.weight"}
+    theirs = families.torch_outputs(merged.eval(), x)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 + 2 * apart)
+
+
+@families.needs_torch
+def test_the_head_of_a_decoder_is_there(tmp_path):
+    """transformers' causal model computes the merged logits."""
+    import torch
+    import transformers
+
+    model = families.keras_model(
+        families.torch_model("llama"), tmp_path / "base"
+    )
+    _adapted(model)
+    x = families.inputs(model)
+    hidden = model.predict(x, verbose=0)
+    logits = keras.ops.convert_to_numpy(
+        model.token_embedding(hidden, reverse=True)
+    )
+    kra.peft.save_merged(model, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "merged")
+    ).eval()
+    with torch.no_grad():
+        theirs = merged(torch.tensor(x["token_ids"]).long()).logits.numpy()
+    np.testing.assert_allclose(logits, theirs, atol=1e-4)
+
+
+@families.needs_torch
+@pytest.mark.slow("KerasHub's loader is slow, and two families are enough")
+@pytest.mark.parametrize("family", ["qwen3", "swin"])
+def test_keras_hub_reads_it_again(family, tmp_path):
+    import keras_hub
+
+    model = families.keras_model(families.torch_model(family), tmp_path / "a")
+    _adapted(model)
+    x = families.inputs(model)
+    ours = families.keras_outputs(model, x)
+    kra.peft.save_merged(model, tmp_path / "merged")
+    again = keras_hub.models.Backbone.from_preset(
+        str(tmp_path / "merged"), dtype="float32"
+    )
+    np.testing.assert_allclose(
+        families.keras_outputs(again, x), ours, atol=1e-5
+    )
+
+
+@families.needs_torch
+@pytest.mark.slow("it needs the package gguf")
+def test_gguf(tmp_path):
+    """A GGUF file of the checkpoint has every tensor, read back."""
+    import gguf
+
+    model = families.keras_model(families.torch_model("llama"), tmp_path / "a")
+    _adapted(model)
+    kra.peft.save_merged(model, tmp_path / "merged")
+    tensors = safetensors.numpy.load_file(
+        tmp_path / "merged" / "model.safetensors"
+    )
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    found = {}
+    for key, array in tensors.items():
+        # llama.cpp finds every tensor by the name that transformers has.
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        assert name is not None, key
+        found[name] = array
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    assert set(read) == set(found) and len(read) == 21
+    for name, array in found.items():
+        np.testing.assert_array_equal(read[name].data, array)
+
+
+@pytest.mark.every_backend
+def test_fused_modules(tmp_path):
+    """Three kernels of GPT-2 are one tensor again."""
+    model = _adapted(hub.gpt2(), kra.LoRA(2), ["query"])
+    before = [keras.ops.convert_to_numpy(w).copy() for w in model.weights]
+    kra.peft.save_merged(model, tmp_path / "a")
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), value)
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    fused = tensors["h.1.attn.c_attn.weight"]
+    kra.merge(model)
+    attention = model.transformer_layers[1]._self_attention_layer
+    parts = [
+        keras.ops.convert_to_numpy(one.kernel).reshape(24, 24)
+        for one in (
+            attention.query_dense,
+            attention.key_dense,
+            attention.value_dense,
+        )
+    ]
+    np.testing.assert_allclose(fused, np.concatenate(parts, axis=1), atol=1e-6)
+    assert tensors["h.1.attn.c_attn.bias"].shape == (72,)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["model_type"] == "gpt2" and config["n_embd"] == 24
+    assert sorted(os.listdir(tmp_path / "a")) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_model_without_adapters_and_one_merged_already(tmp_path):
+    model = hub.gpt2()
+    kra.peft.save_merged(model, tmp_path / "plain")
+    _adapted(model, kra.LoRA(2), ["query"])
+    kra.peft.save_merged(model, tmp_path / "adapted")
+    with kra.merged(model):
+        kra.peft.save_merged(model, tmp_path / "block")
+    with kra.disabled(model):
+        pass
+    files = [
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("plain", "adapted", "block")
+    ]
+    assert files[0] != files[1] == files[2]
+
+
+@families.needs_new_hub
+def test_what_is_refused(tmp_path):
+    model = hub.roberta()
+    with pytest.raises(ValueError, match="more than this model holds"):
+        kra.peft.save_merged(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="stopped half-way"):
+        kra.peft.save_merged(hub.gpt_oss(), tmp_path / "a")
+    with pytest.raises(ValueError, match="no converter"):
+        kra.peft.save_merged(hub.plain(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_else_is_refused(tmp_path):
+    model = hub.gpt2()
+    with pytest.raises(TypeError, match="`config` must be a dict"):
+        kra.peft.save_merged(model, tmp_path / "a", config="config.json")
+    with pytest.raises(ValueError, match="own type, 'gpt2'"):
+        kra.peft.save_merged(
+            model, tmp_path / "a", config={"model_type": "bert"}
+        )
+    kra.inject(model, kra.Bottleneck(2))
+    with pytest.raises(ValueError, match="merge"):
+        kra.peft.save_merged(model, tmp_path / "a")
+    kra.eject(model)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="layers are quantized"):
+        kra.peft.save_merged(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_config_of_several_parts_is_asked_for(tmp_path):
+    """KerasHub's converter reads some of it, and a part would be wrong."""
+    model = zoo.set_weights(hub.t5gemma())
+    with pytest.raises(ValueError, match="Pass the base model's `config.json`"):
+        kra.peft.save_merged(model, tmp_path / "a")
+    kra.peft.save_merged(
+        model, tmp_path / "a", config={"model_type": "t5gemma", "x": 1}
+    )
+    text = (tmp_path / "a" / "config.json").read_text()
+    assert json.loads(text) == {"model_type": "t5gemma", "x": 1}

@@ -1,0 +1,327 @@
+"""Adapters both ways, against PEFT and transformers themselves.
+
+A model of transformers with random weights is converted by KerasHub. Then both
+compute the same, and they must go on doing so with an adapter that one of them
+made and the other one read.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_randadapt as kra
+from keras_randadapt.model import state as state_lib
+from tests.peft import families
+
+pytestmark = families.NEEDS_TORCH
+
+_QUICK = ("bert", "llama")
+_ALL = [
+    family
+    if family in _QUICK
+    else pytest.param(
+        family, marks=pytest.mark.slow("one of many families of models")
+    )
+    for family in families.FAMILIES
+]
+
+_METHODS = {
+    "lora": lambda: kra.LoRA(3, alpha=6, seed=1),
+    "rlora": lambda: kra.RLoRA(4, seed=1),
+    "dora": lambda: kra.DoRA(kra.LoRA(2, seed=1)),
+}
+
+
+class Pair:
+    """A model of transformers and its conversion, and what both compute."""
+
+    def __init__(self, family, folder):
+        self.family, self.folder = family, folder
+        torch_model = families.torch_model(family)
+        self.backbone = families.keras_model(torch_model, folder / "model")
+        self.x = families.inputs(self.backbone)
+        self.base = families.torch_outputs(torch_model, self.x)
+        ours = families.keras_outputs(self.backbone, self.x)
+        self.apart = np.abs(self.base - ours).max()
+        assert self.apart < 1e-4
+
+    def torch_model(self, task=True):
+        model = families.torch_model(self.family)
+        return model if task else model.base_model
+
+    def linear(self):
+        """The modules that are linear layers, in the map's order."""
+        names = kra.peft.name_map(self.backbone)
+        return [
+            module
+            for module, places in names.by_module().items()
+            if places[0][1].kind in ("linear", "conv1d")
+        ]
+
+    def inject(self, adapter):
+        names = kra.peft.name_map(self.backbone)
+        layers = state_lib.layers_of(self.backbone)
+        sites = {
+            id(layers[address])
+            for address, parts in names.parts.items()
+            if parts[0].kind in ("linear", "conv1d")
+        }
+        kra.inject(self.backbone, adapter, lambda layer: id(layer) in sites)
+        return len(sites)
+
+    def check(self, theirs):
+        """Both compute the same, and not what the base model does."""
+        ours = families.keras_outputs(self.backbone, self.x)
+        assert np.abs(theirs - self.base).max() > 100 * self.apart
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 + 2 * self.apart)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = Pair(family, tmp_path_factory.mktemp(family))
+        if state_lib.is_adapted(made[family].backbone):
+            kra.eject(made[family].backbone)
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", _ALL)
+def test_the_map_is_that_of_the_other_route(family, tmp_path):
+    """Checkpoints of numbers tell the same as recorded converters.
+
+    A release of KerasHub or transformers that moves or renames anything fails
+    here with the family's name.
+    """
+    import torch
+
+    model = families.torch_model(family)
+    keys = list(model.state_dict(keep_vars=True))
+
+    def converted(fill):
+        with torch.no_grad():
+            for i, (_, weight) in enumerate(model.state_dict().items()):
+                fill(i, weight)
+        return families.keras_model(model, tmp_path / "model")
+
+    def count(i, weight):
+        # KerasHub's converter of Mistral has 11 bits for a number.
+        numbers = torch.arange(weight.numel()) % 2039
+        weight.copy_(numbers.reshape(weight.shape))
+
+    def name(i, weight):
+        weight.fill_(i)
+
+    numbered = converted(count)
+    names = kra.peft.name_map(numbered)
+    layers = state_lib.layers_of(numbered)
+    views = {a: _view(layers[a]) for a in names.parts}
+    named_model = converted(name)
+    named = state_lib.layers_of(named_model)
+    modules = dict(model.named_modules())
+    assert names.parts
+    for address, parts in names.parts.items():
+        origin = _view(named[address])
+        for part in parts:
+            n_in, n_out = part.dims
+            rows = part.inputs[:, None], part.outputs[None, :]
+            index = (
+                rows[0] * n_out + rows[1]
+                if part.kind in ("conv1d", "embedding")
+                else rows[1] * n_in + rows[0]
+            )
+            np.testing.assert_array_equal(
+                views[address][:, part.columns], index % 2039, err_msg=address
+            )
+            module = modules[part.module]
+            assert tuple(module.weight.shape) == part.weight_shape
+            assert type(module).__name__ in {
+                "linear": ("Linear",),
+                "conv1d": ("Conv1D",),
+                "conv": ("Conv2d",),
+                "embedding": ("Embedding", "Gemma2TextScaledWordEmbedding"),
+            }[part.kind] or isinstance(module, torch.nn.Embedding)
+            # Every number comes from the tensor of this module.
+            (tensor,) = np.unique(origin[:, part.columns])
+            assert keys[int(tensor)] == f"{part.module}.weight"
+
+
+def _view(layer):
+    from keras_randadapt.sites import supported
+
+    kernel = supported.kernel_variable(layer)
+    view = keras.ops.convert_to_numpy(supported.as_view(layer, kernel))
+    return view.astype("int64")
+
+
+# Half of so small a kernel is little.
+@pytest.mark.filterwarnings(
+    "ignore:The LoRA has rank:keras_randadapt.AdapterWarning"
+)
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("family", _ALL)
+def test_peft_reads_what_we_write(family, method, pairs, tmp_path):
+    import peft
+
+    pair = pairs(family)
+    pair.inject(_METHODS[method]())
+    families.train(pair.backbone)
+    kra.peft.save(pair.backbone, tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(
+        pair.torch_model(), str(tmp_path / "adapter")
+    )
+    pair.check(families.torch_outputs(model.base_model.model, pair.x))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("family", _ALL)
+def test_we_read_what_peft_writes(family, method, pairs, tmp_path):
+    import peft
+
+    pair = pairs(family)
+    modules = pair.linear()
+    common = dict(target_modules=modules, lora_alpha=6, lora_dropout=0.0)
+    configs = {
+        "lora": dict(
+            r=3,
+            rank_pattern={modules[0]: 2},
+            alpha_pattern={modules[1]: 9, modules[0]: 4},
+        ),
+        "rslora": dict(r=4, use_rslora=True),
+        "dora": dict(r=3, use_dora=True),
+    }
+    config = peft.LoraConfig(
+        **common,
+        **configs[method],
+        fan_in_fan_out=family == "gpt2",
+    )
+    _exchange(pair, config, tmp_path)
+
+
+@pytest.mark.parametrize("task", [True, False])
+@pytest.mark.parametrize("method", ["vera", "randlora", "adalora", "ia3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow("one of many families"))
+            for name in ("bert", "gpt2", "swin", "t5gemma")
+        ),
+    ],
+)
+def test_we_read_other_methods(family, method, task, pairs, tmp_path):
+    import peft
+
+    pair = pairs(family)
+    modules = pair.linear()
+    prefix = kra.peft.name_map(pair.backbone).prefix
+    if not task:
+        modules = [name.removeprefix(f"{prefix}.") for name in modules]
+    common = dict(target_modules=modules, fan_in_fan_out=family == "gpt2")
+    # Layers that are one in Keras scale their inputs alike.
+    last = [name for name in modules if name.endswith(("mlp.fc2", "down_proj"))]
+    config = {
+        "vera": lambda: peft.VeraConfig(r=6, **common),
+        "randlora": lambda: peft.RandLoraConfig(
+            r=5, randlora_alpha=10, **common
+        ),
+        "adalora": lambda: peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, **common
+        ),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=last, **common),
+    }[method]()
+    _exchange(pair, config, tmp_path, task)
+
+
+def _exchange(pair, config, tmp_path, task=True):
+    """Trains an adapter in PEFT, as it were, and loads it into Keras."""
+    import peft
+    import torch
+
+    model = peft.get_peft_model(pair.torch_model(task), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(0.1 * noise)
+    model.eval()
+    theirs = families.torch_outputs(model.base_model.model, pair.x)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    kra.peft.load(pair.backbone, tmp_path / "adapter")
+    pair.check(theirs)
+
+
+def test_pruned_ranks_of_adalora(pairs, tmp_path):
+    """PEFT leaves pruned ranks out of the file, and tells them in a mask."""
+    import peft
+    import torch
+
+    pair = pairs("llama")
+    modules = pair.linear()[:4]
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=modules
+    )
+    model = peft.get_peft_model(pair.torch_model(), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.copy_(0.1 * torch.randn(weight.shape))
+        for number, module in enumerate(modules):
+            mask = [i != number for i in range(4)]
+            name = f"{module}.lora_E.default"
+            dict(model.base_model.model.named_parameters())[name][
+                ~torch.tensor(mask)
+            ] = 0
+            config.rank_pattern = {
+                **(config.rank_pattern or {}),
+                name: mask,
+            }
+    model.eval()
+    theirs = families.torch_outputs(model.base_model.model, pair.x)
+    model.peft_config["default"].rank_pattern = config.rank_pattern
+    model.save_pretrained(str(tmp_path / "adapter"))
+    kra.peft.load(pair.backbone, tmp_path / "adapter")
+    pair.check(theirs)
+
+
+def test_an_adapter_for_the_base_class(pairs, tmp_path):
+    import peft
+
+    pair = pairs("llama")
+    pair.inject(kra.LoRA(2))
+    families.train(pair.backbone)
+    kra.peft.save(pair.backbone, tmp_path / "adapter", base=True)
+    model = peft.PeftModel.from_pretrained(
+        pair.torch_model(task=False), str(tmp_path / "adapter")
+    )
+    pair.check(families.torch_outputs(model.base_model.model, pair.x))
+
+
+def test_prefixes_are_those_of_transformers():
+    """The names of base models in task classes, for every type."""
+    import transformers
+
+    from keras_randadapt import _compat
+    from keras_randadapt.peft import family
+
+    mapping = transformers.models.auto.modeling_auto.MODEL_MAPPING
+    configs = transformers.CONFIG_MAPPING
+    checked = 0
+    for model_type in _compat.transformers_converters():
+        if not family.prefix_of(model_type):
+            continue
+        try:
+            model_class = mapping[configs[model_type]]
+        except KeyError:
+            # It has no base class of its own.
+            continue
+        prefix = model_class.base_model_prefix
+        assert prefix == family.prefix_of(model_type), model_type
+        checked += 1
+    assert checked > 20
