@@ -65,7 +65,7 @@ def gpt2():
 
 
 def bert(**options):
-    return zoo.set_weights(_models().BertBackbone(**_ENCODER, **options))
+    return zoo.set_weights(_models().BertBackbone(**{**_ENCODER, **options}))
 
 
 def roberta():

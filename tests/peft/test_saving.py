@@ -284,6 +284,30 @@ def test_nothing_that_diverged_is_written(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.cpu_seconds(8, reason="JAX compiles a step of training")
+@pytest.mark.every_backend
+def test_a_callback_saves_during_fit(tmp_path):
+    """On JAX the variables have no values between two batches."""
+    model = hub.bert_classifier(hub.bert(num_layers=1))
+    kra.inject(model, kra.LoRA(2), ["query"], keep_trainable="logits")
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    x = families.inputs(model.backbone)
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: kra.peft.save(
+            model, tmp_path / str(epoch)
+        )
+    )
+    y = np.array([0, 2])
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[callback])
+    first, last = (_read(tmp_path / name)[1] for name in ("0", "1"))
+    key = next(key for key in first if key.endswith("lora_B.weight"))
+    assert first[key].any() and not np.array_equal(first[key], last[key])
+    kra.peft.save(model, tmp_path / "after")
+    np.testing.assert_array_equal(_read(tmp_path / "after")[1][key], last[key])
+
+
 def test_a_directory_is_replaced_file_by_file(tmp_path):
     model = _adapted(kra.LoRA(2))
     kra.peft.save(model, tmp_path / "a")

@@ -58,13 +58,13 @@ class Pair:
             if places[0][1].kind in ("linear", "conv1d")
         ]
 
-    def inject(self, adapter):
+    def inject(self, adapter, kinds=("linear", "conv1d")):
         names = kra.peft.name_map(self.backbone)
         layers = state_lib.layers_of(self.backbone)
         sites = {
             id(layers[address])
             for address, parts in names.parts.items()
-            if parts[0].kind in ("linear", "conv1d")
+            if parts[0].kind in kinds
         }
         kra.inject(self.backbone, adapter, lambda layer: id(layer) in sites)
         return len(sites)
@@ -255,6 +255,50 @@ def _exchange(pair, config, tmp_path, task=True):
     model.save_pretrained(str(tmp_path / "adapter"))
     kra.peft.load(pair.backbone, tmp_path / "adapter")
     pair.check(theirs)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("llama", "embedding"),
+        pytest.param(
+            "vit", "conv", marks=pytest.mark.slow("one of many families")
+        ),
+        pytest.param(
+            "dinov2", "conv", marks=pytest.mark.slow("one of many families")
+        ),
+    ],
+)
+def test_embeddings_and_convolutions(family, kind, method, pairs, tmp_path):
+    """Both directions, for modules that are no linear layers."""
+    import peft
+
+    pair = pairs(family)
+    places = kra.peft.name_map(pair.backbone).by_module()
+    modules = [m for m, here in places.items() if here[0][1].kind == kind]
+    assert modules
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=[*modules, *pair.linear()[:2]],
+        use_dora=method == "dora",
+    )
+    if (kind, method) == ("embedding", "dora"):
+        # It depends on the base kernel, which no lookup needs.
+        with pytest.raises(ValueError, match="does not adapt"):
+            _exchange(pair, config, tmp_path)
+        assert not state_lib.is_adapted(pair.backbone)
+        return
+    _exchange(pair, config, tmp_path)
+    kra.eject(pair.backbone)
+    pair.inject(_METHODS[method](), (kind,))
+    families.train(pair.backbone, scale=0.3)
+    kra.peft.save(pair.backbone, tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(
+        pair.torch_model(), str(tmp_path / "ours")
+    )
+    pair.check(families.torch_outputs(model.base_model.model, pair.x))
 
 
 def test_pruned_ranks_of_adalora(pairs, tmp_path):
