@@ -49,10 +49,9 @@ def low_rank_updates(names, updates, views):
         if not here:
             continue
         n_in, n_out = views[address]
-        blocks, magnitude, alone = [], None, True
+        blocks, magnitude = [], None
         for part, update in here:
             factor = 1.0 if common is not None else update.scaling
-            alone = alone and len(part.outputs) == len(update.b)
             a, b = _trimmed(update.a, update.b, part.outputs)
             right = np.zeros((b.shape[1], n_out))
             right[:, part.columns] = factor * b.T
@@ -63,7 +62,9 @@ def low_rank_updates(names, updates, views):
                     magnitude = np.full(n_out, np.nan)
                 magnitude[part.columns] = update.magnitude[part.outputs]
         left, right = _joined(blocks)
-        if left.shape[1] == 0 and not alone and magnitude is None:
+        # A rank that is on and not here reaches another site of the module.
+        elsewhere = any(_is_on(update) for _, update in here)
+        if left.shape[1] == 0 and elsewhere and magnitude is None:
             continue
         if left.shape[1] >= min(n_in, n_out):
             left, right = _shortened(left, right)
@@ -74,6 +75,13 @@ def low_rank_updates(names, updates, views):
             magnitude=magnitude,
         )
     return found
+
+
+def _is_on(update):
+    """Whether the update of a module is not zero."""
+    return bool(
+        np.any(np.any(update.a != 0, axis=1) & np.any(update.b != 0, axis=0))
+    )
 
 
 def _trimmed(a, b, outputs):

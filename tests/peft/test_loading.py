@@ -156,6 +156,29 @@ def test_padded_ranks_are_left_out(model, tmp_path):
     assert sorted(one.rank for one in adapters.values()) == [1, 1, 1, 3]
 
 
+def test_an_update_of_zeros(tmp_path):
+    """Nothing is left out where nothing is on."""
+    model = hub.gpt2()
+    key = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
+    (tmp_path / "a").mkdir()
+    safetensors.numpy.save_file(
+        {
+            key.format("A"): np.zeros((2, 24), "float32"),
+            key.format("B"): np.zeros((72, 2), "float32"),
+        },
+        tmp_path / "a" / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["h.0.attn.c_attn"],
+    }
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    report = kra.peft.load(model, tmp_path / "a")
+    assert len(report.sites) == 3
+    assert not _delta(model, "decoder/_self_attention_layer/query_dense").any()
+
+
 def test_a_rank_above_the_dimensions_is_folded(model, tmp_path):
     """PEFT takes any rank, and the same product has a smaller one."""
     generator = np.random.default_rng(1)
