@@ -11,7 +11,7 @@ from keras_randadapt.version import __version__
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What a card tells of an adapter.
+    """The facts that a card tells of an adapter.
 
     Attributes:
         name: The adapter's name in Keras.

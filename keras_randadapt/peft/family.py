@@ -1,4 +1,4 @@
-"""What transformers calls the parts of a family of models.
+"""The names that transformers gives the parts of a family of models.
 
 KerasHub's converters have the names that files of a checkpoint use. Three facts
 are in neither KerasHub nor the files, so they are written here: under which

@@ -68,7 +68,7 @@ class _Entry:
     __hash__ = None
 
     def value(self, argument):
-        """What the config has, if this entry became `argument`."""
+        """The value in the config, if this entry became `argument`."""
         if self.scale == 1 and not self.shift:
             return argument
         if not isinstance(argument, (int, float)):
@@ -190,8 +190,8 @@ def config_of(backbone, model_type, converter):
             return config, sorted(conversion.arguments)
     else:
         return config, sorted(conversion.arguments)
-    # What is optional is there only if it makes a difference. What was chosen
-    # early may fit better now that the others are there.
+    # An optional value is there only if it makes a difference. A value that was
+    # chosen early may fit better now that the others are there.
     paths = list(dict.fromkeys([*chosen, *conversion.asked]))
     for path in paths:
         if wrong:

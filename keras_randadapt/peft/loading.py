@@ -28,7 +28,7 @@ from keras_randadapt.sites import supported
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What will be attached and assigned.
+    """The adapters and values that will be attached and assigned.
 
     Attributes:
         template: The adapter's template.

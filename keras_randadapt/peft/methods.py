@@ -16,7 +16,7 @@ _START = "base_model.model."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """What an adapter does to one module.
+    """The change that an adapter makes to one module.
 
     The weight, as `(outputs, inputs)`, becomes `W + scaling * B A`. With a
     magnitude its rows get these norms. `scale_outputs` and `scale_inputs` are

@@ -1,4 +1,4 @@
-"""What a config of PEFT may say, and what would be lost if it did."""
+"""The options that a config of PEFT may have, and those that are refused."""
 
 import re
 import reprlib

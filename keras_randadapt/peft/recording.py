@@ -33,7 +33,7 @@ _METHODS = {"copy", "flatten", "ravel", "reshape", "squeeze", "swapaxes"}
 
 
 class Assignment:
-    """What a converter assigns to one variable.
+    """The value that a converter assigns to one variable.
 
     Attributes:
         layer: The layer that holds the variable.
@@ -85,7 +85,7 @@ class Tensor:
         return [one for part in self._parts() for one in part.sources()]
 
     def replay(self, arrays):
-        """What the tensor is for given tensors of the checkpoint.
+        """The array that this is for given tensors of the checkpoint.
 
         Args:
             arrays: dict from the names of tensors to NumPy arrays.
@@ -110,7 +110,7 @@ class Tensor:
         return self.function(*map(real, self.arguments), **options)
 
     def signature(self):
-        """What tells tensors apart that are made in another way."""
+        """A value that differs for tensors that are made in another way."""
         if self.key is not None:
             return "tensor"
 

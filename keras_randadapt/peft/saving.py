@@ -33,7 +33,7 @@ _LARGE_RANK = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Factors:
-    """What one module of transformers gets: `B A`, `(outputs, inputs)`."""
+    """The update of one module of transformers: `B A`, `(outputs, inputs)`."""
 
     kind: str
     weight_shape: tuple

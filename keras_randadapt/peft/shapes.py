@@ -24,7 +24,7 @@ class Origin:
         keys: The names of the tensors of the checkpoint.
         shapes: Their shapes, which have one number of axes.
         coordinates: For each axis, an integer array of the variable's shape.
-            Those arrays are mostly views of vectors, so they take no memory.
+            They are mostly views of vectors, so they take no memory.
             `None` where the variable is the one tensor itself.
         owner: Integer array of the variable's shape, the number of the tensor
             that each number comes from. `None` where there is one tensor.

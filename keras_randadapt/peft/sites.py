@@ -9,7 +9,7 @@ from keras_randadapt.matrices import low_rank as matrices
 
 @dataclasses.dataclass(kw_only=True)
 class SiteUpdate:
-    """What an adapter does to one site.
+    """The change that an adapter makes to one site.
 
     Attributes:
         left: float64 array `(input_dim, rank)`.
