@@ -153,8 +153,10 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
         state = self._randadapt
         found = weights_file.has_adapters(filepath)
         plain = found is False
+        usage = None
         if found and not kwargs.get("skip_mismatch"):
-            weights_file.check(filepath, state)
+            if weights_file.check(filepath, state):
+                usage = weights_file.usage(filepath, self)
         held = {
             address
             for name in state.active
@@ -173,11 +175,8 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
                 state.base_values[address] = kept_layer_values(layer)
             state.base_moving = None
             return
-        stored = weights_file.weights(filepath)
-        for name, record in state.records.items():
-            if record.weight is not None:
-                record.weight.value = stored.get(name, 1.0)
-                record.weight.layer.weight.assign(record.weight.value)
+        if usage is not None:
+            weights_file.use(self, *usage)
         # The file's heads belong to an inactive adapter.
         for address, values in base.items():
             layer = state.layers[address]

@@ -182,6 +182,7 @@ def _become_adapted(change, layers):
             variable_flags,
             parts,
             moving_state.find(layers),
+            use,
         ),
     )
     change.set(model, "__class__", adapted_model.adapted_class(type(model)))
@@ -327,6 +328,38 @@ def activate(change, names, freeze=True, train=None):
     show(model, names)
     if freeze:
         training.apply_trainable(model)
+
+
+def use(model, names, weights, train, always=False):
+    """Makes adapters active, with weights, and trains some of them.
+
+    Args:
+        model: An adapted model.
+        names, train: See `activate`.
+        weights, always: See `weighting.give`.
+    """
+    with changing(model) as change:
+        record_common(change)
+        weighting.give(change, weights, always)
+        activate(change, names, train=train)
+        refresh(change)
+
+
+def assign_kept(change, name, values):
+    """Gives the kept layers of an adapter values, active or not.
+
+    Args:
+        change: A `transaction.Change`.
+        name: The adapter's name.
+        values: dict from address to list of arrays.
+    """
+    state = change.model._randadapt
+    record = state.records[name]
+    if record.kept_values is not None:
+        change.set(record, "kept_values", values)
+        return
+    for address, arrays in values.items():
+        _assign(change, state.layers[address], arrays)
 
 
 def _assign(change, layer, values):

@@ -168,7 +168,7 @@ class Loading:
             adapter = self.attachment.built[address]
             for weight, array in zip(adapter.stored_weights(), arrays):
                 change.assign(weight, array)
-        _assign_kept(change, name, self.kept_values)
+        attach.assign_kept(change, name, self.kept_values)
         _assign_moved(change, name, self.moved, self.metadata)
 
 
@@ -329,14 +329,3 @@ def _assign_moved(change, name, moved, metadata):
     for key, variable in moving_state.movable(state).items():
         if key in moved or key in base:
             change.assign(variable, moved.get(key, base.get(key)))
-
-
-def _assign_kept(change, name, kept_values):
-    state = change.model._randadapt
-    record = state.records[name]
-    if record.kept_values is not None:
-        change.set(record, "kept_values", kept_values)
-        return
-    for address, arrays in kept_values.items():
-        for weight, array in zip(state.layers[address].weights, arrays):
-            change.assign(weight, array)

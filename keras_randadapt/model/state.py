@@ -70,6 +70,8 @@ class AdaptedState:
             values in the base model, which `disabled` and `eject` restore. An
             entry is used only while an active adapter keeps the layer;
             otherwise the layer itself has the values.
+        use: The function `attach.use`, which modules that `attach` imports
+            call by this attribute.
         moving: dict from key to variable, the state that training may move;
             see `moving_state`.
         base_moving: dict from key to array, the base model's values of that
@@ -83,7 +85,7 @@ class AdaptedState:
         parts: list of the layers that it claimed: itself and those inside.
     """
 
-    def __init__(self, layers, layer_flags, variable_flags, parts, moving):
+    def __init__(self, layers, layer_flags, variable_flags, parts, moving, use):
         self.layers = layers
         self.records = {}
         self.active = ()
@@ -94,6 +96,7 @@ class AdaptedState:
         self.layer_flags = layer_flags
         self.variable_flags = variable_flags
         self.base_values = {}
+        self.use = use
         self.moving = moving
         self.base_moving = None
         self.attachments = []

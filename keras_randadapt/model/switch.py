@@ -380,21 +380,14 @@ def set_active(
         with transaction.change(model) as change:
             weighting.give(change, weights)
         return
-    with attach.changing(model) as change:
-        attach.record_common(change)
-        weighting.give(change, weights)
-        attach.activate(change, names, train=trained)
-        attach.refresh(change)
+    attach.use(model, names, weights, trained)
 
 
 def _add_weights(model, weights):
     """Makes the variables of weights that a block is about to assign."""
     state = model._randadapt
     ones = dict.fromkeys(weighting.missing(state, weights), 1.0)
-    with attach.changing(model) as change:
-        attach.record_common(change)
-        weighting.give(change, ones, always=True)
-        attach.refresh(change)
+    attach.use(model, state.active, ones, state.trained, always=True)
 
 
 def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:

@@ -17,6 +17,9 @@ import h5py
 import numpy as np
 
 from keras_randadapt.adapter_warning import AdapterWarning
+from keras_randadapt.model import weighting
+from keras_randadapt.model.state import check_no_block
+from keras_randadapt.model.state import check_not_fitting
 
 _ADAPTERS = "/adapter/named_"
 _WEIGHT = re.compile(r"/adapter/weight_([^/]+)/vars/0$")
@@ -47,6 +50,9 @@ def check(filepath, state):
     Args:
         filepath: A weights file of an adapted model.
         state: An `AdaptedState`.
+
+    Returns:
+        Whether the file describes them.
     """
     theirs = _descriptions(str(filepath))
     if not theirs:
@@ -57,51 +63,84 @@ def check(filepath, state):
             AdapterWarning,
             stacklevel=3,
         )
-        return
+        return False
     ours = {
         (name, address): adapter.description()
         for name in state.records
         for address, adapter in state.adapters(name).items()
     }
-    difference = _difference(theirs, ours) or _differing_weights(
-        weights(filepath), state
-    )
+    difference = _difference(theirs, ours)
     if difference:
         raise ValueError(
             f"'{filepath}' holds the weights of other adapters than this "
             f"model has: {difference}. Attach the adapters that the file is "
             "of, and then load it."
         )
+    return True
 
 
-def weights(filepath):
-    """dict from name to the weight of an adapter that a file has.
+def usage(filepath, model):
+    """How a file's adapters were used: what `use` is to do after loading.
 
-    See `keras_randadapt.set_active`. Adapters whose weight was always 1 are
-    not in it.
+    Args:
+        filepath: A weights file of an adapted model.
+        model: The model, whose adapters are those of the file.
+
+    Returns:
+        `(weights, frozen)`: a dict from the name of an active adapter to its
+        weight, and a tuple of the names of active adapters that are frozen.
+
+    Raises:
+        ValueError: If the model can't be used so, because it is being trained
+            or inside a block.
     """
-    found = {}
+    state = model._randadapt
+    weights = dict.fromkeys(state.active, 1.0)
+    frozen = set()
 
     def visit(path, item):
+        if not isinstance(item, h5py.Dataset):
+            return
         match = _WEIGHT.search(f"/{path}")
-        if match and isinstance(item, h5py.Dataset):
-            found[match[1]] = float(np.array(item))
+        if match and match[1] in weights:
+            weights[match[1]] = float(np.array(item))
+        if f"/{path}".endswith("/adapter/vars/frozen"):
+            frozen.update(json.loads(bytes(np.array(item, "uint8"))))
 
     with contextlib.ExitStack() as stack:
         for file in _opened(str(filepath), stack):
             file.visititems(visit)
-    return found
+    frozen = tuple(name for name in state.active if name in frozen)
+    if _changes(state, weights, frozen):
+        check_not_fitting(model)
+        check_no_block(model)
+    return weights, frozen
 
 
-def _differing_weights(stored, state):
-    for name, value in sorted(stored.items()):
-        if value != 1 and state.records[name].weight is None:
-            return (
-                f"'{name}' has the weight {value:g} in the file and 1 here. "
-                "Call `keras_randadapt.set_active` with "
-                f"{{{name!r}: {value:g}}} first"
+def use(model, weights, frozen):
+    """Uses the adapters as a file says that was loaded; see `usage`."""
+    state = model._randadapt
+    if _changes(state, weights, frozen):
+        trained = [name for name in state.active if name not in frozen]
+        if frozen != state.frozen:
+            warnings.warn(
+                f"The weights file changes what is trained: {trained} of the "
+                f"active adapters {list(state.active)}, as when it was saved. "
+                "See `train` of `keras_randadapt.set_active`.",
+                AdapterWarning,
+                stacklevel=3,
             )
-    return ""
+        state.use(model, state.active, weights, trained)
+    for name, value in weights.items():
+        weight = state.records[name].weight
+        if weight is not None:
+            weight.value = value
+            weight.layer.weight.assign(value)
+
+
+def _changes(state, weights, frozen):
+    """Whether more changes than the values of variables."""
+    return bool(weighting.missing(state, weights)) or frozen != state.frozen
 
 
 def _opened(filepath, stack):

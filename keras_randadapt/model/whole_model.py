@@ -7,7 +7,6 @@ from keras_randadapt.model import adapted_model
 from keras_randadapt.model import attach as attach_lib
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
-from keras_randadapt.model import weighting
 from keras_randadapt.model.state import layers_of
 
 _PACKAGE, _, _NAME = adapted_model.REGISTERED_NAME.partition(">")
@@ -37,12 +36,9 @@ class SavedAdaptedModel(adapted_model.AdaptedModel):
             _attach(model, entry)
         active = tuple(config["active"])
         frozen = config.get("frozen", ())
-        with attach_lib.changing(model) as change:
-            attach_lib.record_common(change)
-            weighting.give(change, config.get("weights", {}), always=True)
-            trained = [name for name in active if name not in frozen]
-            attach_lib.activate(change, active, train=trained)
-            attach_lib.refresh(change)
+        weights = config.get("weights", {})
+        trained = [name for name in active if name not in frozen]
+        attach_lib.use(model, active, weights, trained, always=True)
         # The base weights are still to be loaded.
         model._randadapt.base_moving = None
         for record in model._randadapt.records.values():

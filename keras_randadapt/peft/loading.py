@@ -112,7 +112,7 @@ def load(
             base = keras.ops.convert_to_numpy(variable)
             values = np.where(np.isnan(values), base, values)
             change.assign(variable, values.astype("float32"))
-        _assign_kept(change, name, plan.kept)
+        attach.assign_kept(change, name, plan.kept)
     return report.Report(model, name)
 
 
@@ -366,15 +366,3 @@ def _kept_of_heads(path, heads, layers):
                 f"'{directory_lib.HEADS}'."
             )
     return {a: [one[i] for i in sorted(one)] for a, one in values.items()}
-
-
-def _assign_kept(change, name, kept):
-    state = change.model._randadapt
-    record = state.records[name]
-    if record.kept_values is not None:
-        # The adapter is inactive: the layers have other values.
-        change.set(record, "kept_values", kept)
-        return
-    for address, arrays in kept.items():
-        for weight, array in zip(state.layers[address].weights, arrays):
-            change.assign(weight, array)

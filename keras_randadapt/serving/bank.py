@@ -14,6 +14,7 @@ from keras_randadapt import arguments
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
+from keras_randadapt.model import file_format
 from keras_randadapt.model import load
 from keras_randadapt.model import parts
 from keras_randadapt.model import paths
@@ -153,9 +154,10 @@ class AdapterBank:
         """
         with self._lock:
             self._check_open()
-            (place,) = self._places([name])
+            self._check_known(name)
             names = dict(self._names)
-            del names[name], self._classes[name]
+            place = names.pop(name)
+            del self._classes[name]
             self._names = names
             self._free.append(place)
 
@@ -188,6 +190,8 @@ class AdapterBank:
         if adapters is None and not isinstance(x, Mapping):
             pairs = [requests.split(batch) for batch in x]
             batches = [self._predict(b, n, batch_size) for b, n in pairs]
+            if not batches:
+                raise ValueError("There is no example to compute anything for.")
         elif adapters is None:
             inputs, names = requests.split(x)
             batches = [self._predict(inputs, names, batch_size)]
@@ -198,8 +202,15 @@ class AdapterBank:
     def __call__(self, x: Any, adapters: Sequence[str | None]) -> Any:
         """Like `predict` for one batch, not compiled.
 
+        Args:
+            x: Inputs: tensors or arrays, whose first axis is that of examples.
+            adapters: See `predict`.
+
         Returns:
             Tensors like the outputs of `model(x)`.
+
+        Raises:
+            ValueError: See `predict`.
         """
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         rows = self._rows(adapters, requests.examples(x))
@@ -217,7 +228,7 @@ class AdapterBank:
             ValueError: If there is no such tenant.
         """
         with self._lock:
-            self._places([name])
+            self._check_known(name)
             return self._classes[name]
 
     @property
@@ -288,6 +299,13 @@ class AdapterBank:
     def _check_open(self):
         if self._closed:
             raise ValueError("The bank is closed. Make a new one.")
+
+    def _check_known(self, name):
+        if name not in self._names:
+            raise ValueError(
+                f"The bank has no tenant called {name!r}. It has "
+                f"{len(self._names)}: {list(self._names)[:5]}."
+            )
 
     def _predict(self, x, adapters, batch_size):
         adapters = list(adapters)
@@ -385,28 +403,29 @@ class AdapterBank:
         heads = build.build_adapters(
             TenantHead(), layout_lib.HEADS, layers, kept, {}
         )
-        with attach.changing(model) as change:
-            attach.attach(change, _attachment(attachment, built))
-            loading.check_base_weights("error")
-            if heads:
-                attach.attach(
-                    change, _attachment(attachment, heads, TenantHead())
-                )
-                names = (layout_lib.ADAPTER, layout_lib.HEADS)
-                attach.activate(change, names, train=())
-                attach.refresh(change)
-            for address in [*built, *heads]:
-                change.set(layers[address].adapter, "per_example", True)
         self._template, self._built = attachment.template, built
         self._layers, self._kept, self._last = layers, kept, last
         values = self._values(file)
         self._layout = layout_lib.Layout(
             [(key, name, np.shape(v)) for (key, name), v in values.items()]
         )
-        self._table = np.zeros(
-            (self.capacity + 1, self._layout.size), "float32"
-        )
-        self._table[0] = self._base_row(values)
+        table = np.zeros((self.capacity + 1, self._layout.size), "float32")
+        # Files of version 1 do not tell their base weights.
+        told = file_format.BASE_KEY in file.tensors
+        with attach.changing(model) as change:
+            attach.attach(change, tenants.attachment(attachment, built))
+            loading.check_base_weights("error" if told else "warn")
+            if heads:
+                attach.attach(
+                    change, tenants.attachment(attachment, heads, TenantHead())
+                )
+                names = (layout_lib.ADAPTER, layout_lib.HEADS)
+                attach.activate(change, names, train=())
+                attach.refresh(change)
+            for address in [*built, *heads]:
+                change.set(layers[address].adapter, "per_example", True)
+            table[0] = self._base_row(values)
+        self._table = table
         self._compiled = computation.compiled(model, self._layout)
         self._first = file
         return self._layout.row(values)
@@ -427,17 +446,3 @@ class AdapterBank:
             if layer.bias is not None:
                 base[key, "bias"] = keras.ops.convert_to_numpy(layer.bias)
         return self._layout.row({key: base[key] for key in values})
-
-
-def _attachment(like, built, template=None):
-    """An `Attachment` of the bank, which keeps no layer trainable."""
-    heads = template is not None
-    return attach.Attachment(
-        template=template if heads else like.template,
-        name=layout_lib.HEADS if heads else layout_lib.ADAPTER,
-        layers=like.layers,
-        kept=[],
-        sources={},
-        built=built,
-        frozen=True,
-    )

@@ -50,6 +50,8 @@ def examples(x):
 
 
 def check_count(adapters, count):
+    if not count:
+        raise ValueError("There is no example to compute anything for.")
     if len(adapters) != count:
         raise ValueError(
             "`adapters` must have a name for each example. Received: "

@@ -1,8 +1,10 @@
 """The adapters of one site, by name."""
 
+import json
 import threading
 
 import keras
+import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.sites import per_example
@@ -108,8 +110,8 @@ class AdapterStack(keras.layers.Layer):
     def active(self):
         """The active adapters of this site, in order of activation.
 
-        Those with a weight are `Weighted` ones. It is a method, because
-        Keras's saving walks into lists that properties return.
+        Adapters with a weight are shown as `Weighted`. It is a method,
+        because Keras's saving walks into lists that properties return.
         """
         found = []
         weights, constants = dict(self.weighted), dict(self.constants)
@@ -128,6 +130,12 @@ class AdapterStack(keras.layers.Layer):
                 adapter = per_example.of_batch(adapter)
             found.append(adapter)
         return found
+
+    def save_own_variables(self, store):
+        # The stack has no variables. A weights file tells what is frozen.
+        if self.frozen_names:
+            text = json.dumps(self.frozen_names)
+            store["frozen"] = np.frombuffer(text.encode(), "uint8")
 
     def load_own_variables(self, store):
         # The stack has no variables. Files of models without adapters have no

@@ -171,14 +171,12 @@ def test_files_of_the_model(tmp_path, kind):
         loaded = keras.models.load_model(path)
     else:
         model.save_weights(path)
-        loaded = _model()
-        kra.set_active(loaded, ["a", "b"])
-        before = zoo.outputs(loaded, X)
-        with pytest.raises(ValueError, match="'a' has the weight 0.25"):
+        # The first has no variable for a weight, and the second has others.
+        for weights in (["a", "b"], {"a": 3.0, "b": 2.0}):
+            loaded = _model()
+            kra.set_active(loaded, weights)
             loaded.load_weights(path)
-        np.testing.assert_array_equal(zoo.outputs(loaded, X), before)
-        kra.set_active(loaded, {"a": 3.0, "b": 2.0})
-        loaded.load_weights(path)
+            np.testing.assert_array_equal(zoo.outputs(loaded, X), out)
     np.testing.assert_array_equal(zoo.outputs(loaded, X), out)
     assert [one.weight for one in kra.status(loaded)] == [0.25, -2.0]
     if kind == "weights.h5":
@@ -318,6 +316,50 @@ def test_frozen_in_a_whole_model_file(tmp_path):
     assert [one.trained for one in kra.status(loaded)] == [False, True]
     paths = [v.path for v in loaded.trainable_variables]
     assert len(paths) == 2 and all("/b/" in path for path in paths)
+
+
+def test_frozen_in_a_weights_file(tmp_path):
+    """The file says what was trained, and loading warns of a change."""
+    model = _model()
+    kra.set_active(model, ["a", "b"], train="b")
+    model.save_weights(tmp_path / "frozen.weights.h5")
+    loaded = _model()
+    kra.set_active(loaded, ["a", "b"])
+    loaded.save_weights(tmp_path / "all.weights.h5")
+    match = r"changes what is trained: \['b'\]"
+    with pytest.warns(kra.AdapterWarning, match=match) as seen:
+        loaded.load_weights(tmp_path / "frozen.weights.h5")
+    assert {w.filename for w in seen} == {__file__}
+    assert [one.trained for one in kra.status(loaded)] == [False, True]
+    assert len(loaded.trainable_variables) == 2
+    # Nothing changes a second time, and nothing is said.
+    loaded.load_weights(tmp_path / "frozen.weights.h5")
+    with pytest.warns(kra.AdapterWarning, match="changes what is trained"):
+        loaded.load_weights(tmp_path / "all.weights.h5")
+    assert len(loaded.trainable_variables) == 4
+
+
+@pytest.mark.one_backend
+def test_a_weights_file_in_the_middle_of_training(tmp_path):
+    """The same use loads, and another one is refused before anything."""
+    model = _model()
+    kra.set_active(model, ["a", "b"])
+    model.save_weights(tmp_path / "same.weights.h5")
+    kra.set_active(model, {"a": 0.5, "b": 1.0})
+    model.save_weights(tmp_path / "other.weights.h5")
+    trained = _model()
+    kra.set_active(trained, ["a", "b"])
+    names = []
+
+    class Load(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.load_weights(tmp_path / "same.weights.h5")
+            with pytest.raises(ValueError, match="is being trained"):
+                self.model.load_weights(tmp_path / "other.weights.h5")
+            names.append([one.weight for one in kra.status(self.model)])
+
+    zoo.fit(trained, X, steps=1, callbacks=[Load()])
+    assert names == [[1.0, 1.0]]
 
 
 @pytest.mark.one_backend

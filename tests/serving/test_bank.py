@@ -299,6 +299,27 @@ class TestTenants:
         with pytest.raises(FileNotFoundError):
             bank.add("four", tmp_path / "nowhere.safetensors")
 
+    @pytest.mark.parametrize("name", ["nobody", "", None])
+    def test_no_such_tenant(self, bank, name):
+        for call in (bank.remove, bank.classes):
+            with pytest.raises(ValueError, match="no tenant called"):
+                call(name)
+        assert len(bank) == 3
+
+    def test_nothing_to_compute(self, bank):
+        with pytest.raises(ValueError, match="no example"):
+            bank.predict(X[:0], [])
+        with pytest.raises(ValueError, match="no example"):
+            bank.predict([])
+
+    def test_files_of_the_first_version(self, tmp_path):
+        outputs = _tenants(tmp_path, METHODS["rlora"])
+        for name in ("alice", "bob", "carol"):
+            adapter_files.as_version_1(tmp_path / f"{name}.safetensors")
+        with pytest.warns(kra.AdapterWarning, match="no fingerprint"):
+            bank = kra.serving.AdapterBank(_model(), tmp_path)
+        _close(bank.predict(X, NAMES), _expected(outputs))
+
     def test_number_of_names(self, bank):
         with pytest.raises(ValueError, match="7 names for 8 examples"):
             bank.predict(X, NAMES[:7])
@@ -465,7 +486,10 @@ assert "keras_randadapt" not in sys.modules
 """
 
 
-@pytest.mark.one_backend("tensorflow")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="Keras makes no SavedModel of itself on this backend",
+)
 class TestSavedModel:
     @pytest.mark.cpu_seconds(15, reason="a process imports TensorFlow")
     @pytest.mark.parametrize("name", ["rlora", "lora"])

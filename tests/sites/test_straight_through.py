@@ -61,7 +61,7 @@ def _with_head(make=_tied, mode="int8", trained=False):
 
 
 def _arguments(mode):
-    """Those of Keras's `quantize`.
+    """The arguments of Keras's `quantize`.
 
     "int4 blocks" has two rows to a scale; "int4 rounding" rounds inputs too.
     """
