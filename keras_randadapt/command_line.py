@@ -115,7 +115,10 @@ def described(path: str) -> dict[str, Any]:
         ValueError: If the file is damaged or no adapter file.
         FileNotFoundError: If there is no such file.
     """
-    tensors, metadata = file_reading.read(path)
+    return _described(path, *file_reading.read(path))
+
+
+def _described(path, tensors, metadata):
     keys = file_format.site_keys(tensors)
     views = [view for view, n in metadata["kernel_views"] for _ in range(n)]
     base = tensors.get(file_format.BASE_KEY)
@@ -212,7 +215,11 @@ def _diff(options):
 
 def _differences(first, second):
     """What differs in two files: dicts with `what`, `first` and `second`."""
-    one, other = described(first), described(second)
+    contents = [file_reading.read(path) for path in (first, second)]
+    one, other = (
+        _described(path, *content)
+        for path, content in zip((first, second), contents)
+    )
     left_out = ("file", "bytes", "sites", "kept", "config", "model")
     for key in one:
         if key not in left_out and one[key] != other[key]:
@@ -222,7 +229,7 @@ def _differences(first, second):
             values = one[part].get(key), other[part].get(key)
             if values[0] != values[1]:
                 yield _difference(f"{part} {key}", *values)
-    tensors = file_reading.read(first)[0], file_reading.read(second)[0]
+    tensors = [content[0] for content in contents]
     for key in sorted(tensors[0].keys() | tensors[1].keys()):
         if key == file_format.BASE_KEY:
             continue

@@ -1284,7 +1284,7 @@ FAULTS = [
         "dead_ranks",
         "wrong first value",
         "model/low_rank.py",
-        "_give",
+        "give",
         "whole_a[:, :rank] = _float32(a)",
         "whole_a[:, rank:] = 0; whole_a[:, :rank] = _float32(a)",
         ("test_to_lora.py",),

@@ -35,9 +35,9 @@ def build(layers, name, factors, ranks, **options):
     Raises:
         ValueError: If a factor is not finite in the adapter's dtype.
     """
-    template = _template(ranks, options)
+    template = template_of(ranks, options)
     built = build_lib.build_adapters(template, name, layers, list(factors), {})
-    _give(built, factors)
+    give(built, factors)
     return template, built
 
 
@@ -54,13 +54,19 @@ def build_at_sites(sites, name, factors, ranks, **options):
     Returns:
         See `build`.
     """
-    template = _template(ranks, options)
+    template = template_of(ranks, options)
     built = build_lib.build_at_sites(template, name, sites)
-    _give(built, factors)
+    give(built, factors)
     return template, built
 
 
-def _template(ranks, options):
+def template_of(ranks, options):
+    """A LoRA with a rank of its own at each site.
+
+    Args:
+        ranks: dict from address to rank.
+        options: dict of further arguments of `LoRA`.
+    """
     largest = max(ranks.values())
     return LoRA(
         largest,
@@ -69,7 +75,7 @@ def _template(ranks, options):
     )
 
 
-def _give(built, factors):
+def give(built, factors):
     """Assigns factors to built adapters."""
     for address, (a, b) in factors.items():
         adapter, rank = built[address], len(b)

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import linear
 
 
 def find(layers):
@@ -59,7 +60,7 @@ def movable(state):
     return {
         key: variable
         for key, variable in state.moving.items()
-        if not _is_below(key.rpartition("#")[0], kept)
+        if not linear.is_below(key.rpartition("#")[0], kept)
     }
 
 
@@ -167,11 +168,4 @@ def differ(values, base):
     return any(
         key not in base or not np.array_equal(value, base[key])
         for key, value in values.items()
-    )
-
-
-def _is_below(address, parents):
-    return any(
-        address == parent or address.startswith(f"{parent}/")
-        for parent in parents
     )

@@ -51,9 +51,9 @@ def parts_of(adapter, address, name):
     """
     factors = adapter.factors()
     if factors is None:
-        parts = (_numpy(adapter.delta_kernel()),)
+        parts = (as_float64(adapter.delta_kernel()),)
     else:
-        parts = tuple(map(_numpy, factors))
+        parts = tuple(map(as_float64, factors))
     if not all(np.all(np.isfinite(part)) for part in parts):
         raise ValueError(
             f"The update of '{address}' by the adapter '{name}' holds NaN or "
@@ -65,6 +65,7 @@ def parts_of(adapter, address, name):
     return parts
 
 
-def _numpy(tensor):
+def as_float64(tensor):
+    """The float32 numbers of a tensor or variable, as a float64 array."""
     array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
     return array.astype("float64")

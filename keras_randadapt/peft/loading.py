@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import DoRA
-from keras_randadapt.adapters import LoRA
 from keras_randadapt.model import advice
 from keras_randadapt.model import attach
 from keras_randadapt.model import build
@@ -258,25 +257,16 @@ def _lora(name, found, layers, dropout):
 
 
 def _dora(name, found, layers, dropout):
+    scaling = next(iter(found.values())).scaling
     ranks = {a: max(1, one.left.shape[1]) for a, one in found.items()}
-    largest = max(ranks.values())
     template = DoRA(
-        LoRA(
-            largest,
-            scaling=next(iter(found.values())).scaling,
-            site_ranks={a: r for a, r in ranks.items() if r < largest},
-            dropout=dropout,
-        )
+        low_rank.template_of(ranks, {"scaling": scaling, "dropout": dropout})
     )
     built = build.build_adapters(template, name, layers, list(found), {})
-    for address, one in found.items():
-        inner = built[address].inner
-        rank = one.left.shape[1]
-        a = keras.ops.convert_to_numpy(inner.lora_a).copy()
-        b = np.zeros(inner.lora_b.shape, "float32")
-        a[:, :rank], b[:rank] = one.left, one.right
-        inner.lora_a.assign(a)
-        inner.lora_b.assign(b)
+    low_rank.give(
+        {address: adapter.inner for address, adapter in built.items()},
+        {a: (one.left, one.right) for a, one in found.items()},
+    )
     return template, built
 
 

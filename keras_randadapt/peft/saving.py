@@ -293,22 +293,17 @@ def _magnitude(here, state, adapters, n_out):
     magnitude = np.zeros(n_out)
     for address, part in here:
         if address in adapters:
-            values = _numpy(adapters[address].magnitude)
+            values = updates.as_float64(adapters[address].magnitude)
         else:
             # A site of the module that is not adapted keeps its norms.
             layer = state.layers[address]
             kernel = supported.kernel_variable(layer)
             if layer.quantization_mode is not None:
                 kernel = quantized.dequantized_kernel(layer)
-            view = _numpy(supported.as_view(layer, kernel))
+            view = updates.as_float64(supported.as_view(layer, kernel))
             values = np.sqrt(np.sum(view**2, axis=0))
         magnitude[part.outputs] = values[part.columns]
     return magnitude
-
-
-def _numpy(tensor):
-    array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
-    return array.astype("float64")
 
 
 def _named(module, names, base):

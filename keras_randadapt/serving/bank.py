@@ -34,8 +34,7 @@ class AdapterBank:
     """Adapters of many tenants on one model, in one batch.
 
     A tenant is an adapter file. With RLoRA, VeRA, IA3 and BitFit it is a few
-    vectors, and everything else is shared, so a batch with another tenant for
-    each example costs about what it costs with one. The weights of all tenants
+    vectors, and all tenants share everything else. The weights of all tenants
     lie in the memory of the host; those of a batch travel with its inputs.
 
     All tenants of a bank share the method, the sites and, where the method has
