@@ -12,7 +12,7 @@ TensorFlow SavedModel. A third process uses the SavedModel without this library.
 
 The default model is MiniLM, whose weights are in a Python package (see
 `minilm.py`). The default data are sentences in another package (see
-`movie_reviews.py`). No account and no model hub is needed.
+`scored_sentences.py`). No account and no model hub is needed.
 """
 
 import argparse
@@ -116,7 +116,7 @@ class Stages:
 
 def load_data(arguments):
     """Reads the examples and returns a `Split` and the names of labels."""
-    import movie_reviews
+    import scored_sentences
     import text_data
 
     if arguments.data:
@@ -124,7 +124,10 @@ def load_data(arguments):
             arguments.data, arguments.text_column, arguments.label_column
         )
     else:
-        examples, label_names = movie_reviews.load(), ["negative", "positive"]
+        examples, label_names = (
+            scored_sentences.load(),
+            ["negative", "positive"],
+        )
     split = text_data.few_shot_split(
         examples, arguments.train_examples, arguments.validation_examples
     )

