@@ -15,8 +15,9 @@ loop:
 - the base model, without any adapter.
 
 Each is another model of the same weights. A column has the median of a round's
-time over that of "one adapter" in the same round. `add` is timed for 20 tenants in the full bank, file reading
-included, and "bytes" is what the process grew by for all tenants of the bank.
+time over that of "one adapter" in the same round. `add` is timed for 20 tenants
+in the full bank, file reading included, and "bytes" is what the process grew by
+for all tenants of the bank.
 """
 
 import gc
@@ -84,9 +85,7 @@ def make_bank(layers, files, tenants):
     """A bank, and the bytes by which the process grew for its tenants."""
     import keras_randadapt as kra
 
-    bank = kra.serving.AdapterBank(
-        make_model(layers), capacity=tenants + ADDED
-    )
+    bank = kra.serving.AdapterBank(make_model(layers), capacity=tenants + ADDED)
     bank.add("0", files[0])
     gc.collect()
     before = resident()

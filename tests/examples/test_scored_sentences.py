@@ -2,8 +2,8 @@ import io
 import subprocess
 import tarfile
 
-import scored_sentences
 import pytest
+import scored_sentences
 
 pytestmark = pytest.mark.one_backend
 
