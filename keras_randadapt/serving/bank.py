@@ -17,6 +17,7 @@ from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 from keras_randadapt.serving import computation
+from keras_randadapt.serving import generation
 from keras_randadapt.serving import requests
 from keras_randadapt.serving import saved_model
 from keras_randadapt.serving import shared as shared_lib
@@ -87,6 +88,7 @@ class AdapterBank:
         self._shared: Any = None
         self._table = Table(self.capacity, np.zeros(0))
         self._compiled: Any = None
+        self._generator: Any = None
         self._closed = False
         for name, file in requests.listed(adapters).items():
             try:
@@ -115,8 +117,7 @@ class AdapterBank:
             self._check_open()
             self._table.check_new(name)
             if self._shared is None:
-                self._open(read)
-                row = self._shared.own_row(read)
+                row = self._open(read).own_row(read)
             else:
                 row = self._shared.row(read)
             self._table.add(name, row, read.classes)
@@ -160,7 +161,8 @@ class AdapterBank:
                 as examples.
         """
         batch_size = arguments.check_rank(batch_size, "batch_size")
-        return requests.predict(self._answer, x, adapters, batch_size)
+        _, table = self._opened()
+        return requests.predict(table, self._answer, x, adapters, batch_size)
 
     def __call__(self, x: Any, adapters: Sequence[str | None]) -> Any:
         """Like `predict` for one batch, not compiled.
@@ -178,8 +180,46 @@ class AdapterBank:
         shared, table = self._opened()
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         names = requests.names_of(adapters, requests.examples(x))
-        rows = keras.ops.convert_to_tensor(table.rows(names))
-        return computation.outputs(self.model, shared.layout, x, rows)
+        with table.kept() as kept:
+            rows = kept.rows(names)
+        return computation.outputs(
+            self.model, shared.layout, x, keras.ops.convert_to_tensor(rows)
+        )
+
+    def generate(
+        self, prompts: Any, adapters: Sequence[str | None], **arguments: Any
+    ) -> Any:
+        """Generates text, each prompt with its tenant's adapter.
+
+        The whole batch runs in one loop, which is compiled as KerasHub compiles
+        `generate` on the backend: once for each shape of a batch, and not for
+        other tenants. The sampler is the one that `model.compile` was given.
+
+        Args:
+            prompts: What `generate` of the model takes: a list of strings, a
+                dict of arrays, or a `tf.data.Dataset` of such batches.
+            adapters: The tenants' names, one for each prompt. `None` or `""`
+                is the base model.
+            **arguments: Other arguments of the model's `generate`, such as
+                `max_length`.
+
+        Returns:
+            What `generate` of the model returns.
+
+        Raises:
+            ValueError: If the model is no language model of KerasHub, if a
+                name is unknown, or if there are not as many names as prompts.
+
+        Example:
+
+        ```python
+        tenants = {"alice": "alice.safetensors"}
+        with kra.serving.AdapterBank(causal_lm, tenants) as bank:
+            bank.generate(["hello", "hello"], ["alice", None], max_length=16)
+        ```
+        """
+        _, table = self._opened()
+        return self._generator.generate(table, prompts, adapters, arguments)
 
     def classes(self, name: str) -> int | None:
         """The number of classes of a tenant's head, or `None` without one.
@@ -221,10 +261,10 @@ class AdapterBank:
         saved_model.check_backend()
         path = paths.check_path(filepath)
         shared, table = self._opened()
-        with table.kept() as found:
-            places = [0, *(tenant.place for tenant in found.values())]
-            rows = next(table.copies(places, len(places)))
-        saved_model.write(path, self.model, shared.layout, list(found), rows)
+        with table.kept() as kept:
+            names = list(kept.tenants)
+            rows = kept.rows(["", *names])
+        saved_model.write(path, self.model, shared.layout, names, rows)
 
     def status(self) -> str:
         """A few lines about the bank: method, tenants and bytes."""
@@ -269,12 +309,12 @@ class AdapterBank:
 
     def _open(self, file):
         """Attaches the adapter of the first file; the bank is empty then."""
-        self._shared, self._table = shared_lib.attached(
-            self.model, file, self.capacity
-        )
-        self._compiled = computation.compiled(self.model, self._shared.layout)
+        shared, table = shared_lib.attached(self.model, file, self.capacity)
+        self._compiled = computation.compiled(self.model, shared.layout)
+        self._generator = generation.Generator(self.model, shared.layout)
+        self._shared, self._table = shared, table
+        return shared
 
-    def _answer(self, inputs, names):
+    def _answer(self, inputs, rows):
         """The outputs for one batch, as NumPy arrays."""
-        _, table = self._opened()
-        return computation.as_numpy(self._compiled(inputs, table.rows(names)))
+        return computation.as_numpy(self._compiled(inputs, rows))

@@ -38,13 +38,13 @@ def check_name(name):
 
 
 def names_of(adapters, count):
-    """The names of so many examples as strings; `""` is the base model.
+    """The names of so many examples; see `strings`."""
+    names = strings(adapters)
+    check_count(names, count)
+    return names
 
-    Args:
-        adapters: What a user gave: strings, bytes or `None`.
-        count: int, the number of examples.
-    """
-    names = [_name(one) for one in adapters]
+
+def check_count(names, count):
     if not count:
         raise ValueError("There is no example to compute anything for.")
     if len(names) != count:
@@ -52,7 +52,20 @@ def names_of(adapters, count):
             "`adapters` must have a name for each example. Received: "
             f"{len(names)} names for {count} examples."
         )
-    return names
+
+
+def strings(adapters):
+    """Names as strings; `""` is the base model.
+
+    Args:
+        adapters: What a user gave: strings, bytes or `None`.
+    """
+    if isinstance(adapters, (str, bytes)):
+        raise TypeError(
+            "`adapters` must be a list with a name for each example. "
+            f"Received: adapters={adapters!r}"
+        )
+    return [_name(one) for one in adapters]
 
 
 def _name(name):
@@ -68,11 +81,12 @@ def _name(name):
     return name
 
 
-def predict(answer, x, adapters, batch_size):
+def predict(table, answer, x, adapters, batch_size):
     """The outputs for examples, a batch at a time.
 
     Args:
-        answer: Function of a batch and the names of its examples, which gives
+        table: A `Table`.
+        answer: Function of a batch and the rows of its examples, which gives
             NumPy arrays.
         x: See `AdapterBank.predict`.
         adapters: Names or `None`.
@@ -80,7 +94,9 @@ def predict(answer, x, adapters, batch_size):
     """
     found = []
     for inputs, names in _parts(x, adapters):
-        found += _answers(answer, inputs, names, batch_size)
+        # No tenant changes between two batches of one request.
+        with table.kept() as kept:
+            found += _answers(kept, answer, inputs, names, batch_size)
     if not found:
         raise ValueError("There is no example to compute anything for.")
     return keras.tree.map_structure(lambda *a: np.concatenate(a), *found)
@@ -95,9 +111,10 @@ def _parts(x, adapters):
     return (split(batch) for batch in x)
 
 
-def _answers(answer, x, adapters, batch_size):
+def _answers(kept, answer, x, adapters, batch_size):
     count = examples(x)
     adapters = names_of(adapters, count)
+    kept.check(adapters)
     found = []
     for start in range(0, count, batch_size):
         part = slice(start, start + batch_size)
@@ -110,7 +127,7 @@ def _answers(answer, x, adapters, batch_size):
             inputs = keras.tree.map_structure(
                 lambda a: np.concatenate([a, a[:1].repeat(missing, 0)]), inputs
             )
-        out = answer(inputs, names + [""] * missing)
+        out = answer(inputs, kept.rows(names + [""] * missing))
         if missing:
             out = keras.tree.map_structure(lambda a: a[:-missing], out)
         found.append(out)

@@ -24,6 +24,37 @@ class Tenant:
     classes: int | None
 
 
+class Kept:
+    """The tenants of one moment, whose rows stay as they are; see `Table.kept`.
+
+    Attributes:
+        tenants: dict from name to `Tenant`.
+    """
+
+    def __init__(self, rows, tenants):
+        self._rows = rows
+        self.tenants = tenants
+
+    def check(self, names):
+        """Raises `ValueError` if a name is unknown; `""` is the base model."""
+        unknown = dict.fromkeys(n for n in names if n and n not in self.tenants)
+        if unknown:
+            raise ValueError(_unknown(list(unknown), list(self.tenants)))
+
+    def rows(self, names):
+        """The rows of tenants.
+
+        Args:
+            names: list of known names, of which `""` is the base model.
+
+        Returns:
+            float32 array `(len(names), size)`.
+        """
+        self.check(names)
+        places = [self.tenants[name].place if name else 0 for name in names]
+        return self._rows[places]
+
+
 class Table:
     """Rows in the memory of the host. Threads may use it at once.
 
@@ -37,6 +68,7 @@ class Table:
         self.capacity = capacity
         self._rows = np.zeros((capacity + 1, len(base)), "float32")
         self._rows[0] = base
+        # The dict is replaced and never changed, so readers take no copy.
         self._tenants = {}
         self._free = []
         self._used = 0
@@ -53,8 +85,7 @@ class Table:
 
     @property
     def names(self):
-        with self._changed:
-            return list(self._tenants)
+        return list(self._tenants)
 
     def check_new(self, name):
         """Raises `ValueError` if no tenant of this name can be added."""
@@ -74,52 +105,35 @@ class Table:
             self.check_new(name)
             place = self._new_place()
             self._rows[place] = row
-            self._tenants[name] = Tenant(place, classes)
+            self._tenants = {**self._tenants, name: Tenant(place, classes)}
 
     def remove(self, name):
         with self._changed:
-            self.tenant(name)
-            place = self._tenants.pop(name).place
+            place = self.tenant(name).place
+            self._tenants = {
+                n: t for n, t in self._tenants.items() if n != name
+            }
             (self._held if self._keepers else self._free).append(place)
 
     def tenant(self, name):
         """The `Tenant` of a name; raises `ValueError` if there is none."""
-        with self._changed:
-            if name in self._tenants:
-                return self._tenants[name]
-            names = list(self._tenants)
-        raise ValueError(_unknown([name], names))
-
-    def rows(self, names):
-        """The rows of these names, at one moment.
-
-        Args:
-            names: list of strings, of which `""` is the base model.
-
-        Returns:
-            float32 array `(len(names), size)`.
-        """
-        with self._changed:
-            unknown = [n for n in names if n and n not in self._tenants]
-            if not unknown:
-                places = [self._tenants[n].place if n else 0 for n in names]
-                # No place can be given to another tenant meanwhile.
-                return self._rows[places]
-            known = list(self._tenants)
-        raise ValueError(_unknown(unknown, known))
+        tenants = self._tenants
+        if name not in tenants:
+            raise ValueError(_unknown([name], list(tenants)))
+        return tenants[name]
 
     @contextlib.contextmanager
     def kept(self):
         """Within this block, the rows of today's tenants stay as they are.
 
         Yields:
-            dict from name to `Tenant`.
+            A `Kept`.
         """
         with self._changed:
             self._keepers += 1
-            tenants = dict(self._tenants)
+            tenants = self._tenants
         try:
-            yield tenants
+            yield Kept(self._rows, tenants)
         finally:
             with self._changed:
                 self._keepers -= 1
@@ -128,20 +142,9 @@ class Table:
                     self._held = []
                     self._changed.notify_all()
 
-    def copies(self, places, size=1024):
-        """Copies of rows, some at a time: arrays `(at most size, row)`.
-
-        Args:
-            places: list of ints. Their tenants must not be removed meanwhile;
-                see `kept`.
-            size: int, the number of rows in an array.
-        """
-        for start in range(0, len(places), size):
-            yield self._rows[places[start : start + size]]
-
     def _new_place(self):
         while not self._free and self._used >= self.capacity:
-            # All free places are those of tenants that are being saved.
+            # All free places are those of tenants that somebody still reads.
             self._changed.wait()
         if self._free:
             return self._free.pop()
