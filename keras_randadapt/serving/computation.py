@@ -19,12 +19,15 @@ def outputs(model, layout, inputs, rows):
         inputs: Whatever the model takes; examples are the first axis.
         rows: Tensor `(examples, layout.size)`, float32.
     """
+    with _weights(layout, rows):
+        return model(inputs, training=False)
 
+
+def _weights(layout, rows):
     def reshape(values, shape):
         return ops.reshape(values, (-1, *shape))
 
-    with per_example.weights_of_batch(layout.weights(rows, reshape)):
-        return model(inputs, training=False)
+    return per_example.weights_of_batch(layout.weights(rows, reshape))
 
 
 def compiled(model, layout):
@@ -70,6 +73,85 @@ def _on_torch(model, layout):
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         with torch.no_grad():
             return outputs(model, layout, inputs, ops.convert_to_tensor(rows))
+
+    return run
+
+
+def compiled_generation(model, layout):
+    """`generate_step` of a model of KerasHub for rows, compiled as there.
+
+    Args:
+        model: The model that the bank has attached its adapters to.
+        layout: A `Layout`.
+
+    Returns:
+        Function of a batch, rows and stop tokens.
+    """
+
+    def step(inputs, rows, stop_token_ids):
+        with _weights(layout, rows):
+            return model.generate_step(inputs, stop_token_ids)
+
+    backend = keras.config.backend()
+    if backend == "torch":
+        return _generation_on_torch(step)
+    if model.run_eagerly:
+        return lambda inputs, rows, stop_token_ids: step(
+            inputs, ops.convert_to_tensor(rows), stop_token_ids
+        )
+    if backend == "jax":
+        return _generation_on_jax(model, step)
+    return _generation_on_tensorflow(model, step)
+
+
+def _generation_on_jax(model, step):
+    import jax
+
+    # The state of the sampler is the first of the variables.
+    drawn = model.sampler.variables
+    variables = [*drawn, *model.variables]
+
+    def stateless(values, inputs, rows, stop_token_ids):
+        mapping = list(zip(variables, values))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            found = step(inputs, rows, stop_token_ids)
+        return found, [scope.get_current_value(one) for one in drawn]
+
+    jitted = jax.jit(stateless, static_argnums=3)
+
+    def run(inputs, rows, stop_token_ids):
+        if stop_token_ids is not None:
+            stop_token_ids = tuple(stop_token_ids)
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        values = [one.value for one in variables]
+        found, states = jitted(values, inputs, rows, stop_token_ids)
+        for variable, state in zip(drawn, states):
+            variable.assign(state)
+        return found
+
+    return run
+
+
+def _generation_on_tensorflow(model, step):
+    import tensorflow as tf
+
+    compiled_step = tf.function(step, jit_compile=model.jit_compile)
+
+    def run(inputs, rows, stop_token_ids):
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+        return compiled_step(inputs, tf.convert_to_tensor(rows), stop_token_ids)
+
+    return run
+
+
+def _generation_on_torch(step):
+    import torch
+
+    def run(inputs, rows, stop_token_ids):
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        with torch.no_grad():
+            rows = ops.convert_to_tensor(rows)
+            return step(inputs, rows, stop_token_ids)
 
     return run
 

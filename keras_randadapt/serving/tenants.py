@@ -7,7 +7,6 @@ import numpy as np
 
 from keras_randadapt.adapters import configs
 from keras_randadapt.adapters.lora import LoRA
-from keras_randadapt.model import attach
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
@@ -278,17 +277,3 @@ def _fitted(file, own, template, arrays, adapter):
         "lora_a": np.pad(arrays["lora_a"], ((0, 0), (0, missing))),
         "lora_b": np.pad(arrays["lora_b"] * factor, ((0, missing), (0, 0))),
     }
-
-
-def attachment(like, built, template=None):
-    """An `Attachment` of the bank, which keeps no layer trainable."""
-    heads = template is not None
-    return attach.Attachment(
-        template=template if heads else like.template,
-        name=layout_lib.HEADS if heads else layout_lib.ADAPTER,
-        layers=like.layers,
-        kept=[],
-        sources={},
-        built=built,
-        frozen=True,
-    )

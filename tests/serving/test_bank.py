@@ -229,7 +229,7 @@ class TestTenants:
     def test_added_and_removed(self, bank, tmp_path):
         bank.remove("alice")
         assert bank.names == ["bob", "carol"] and len(bank) == 2
-        with pytest.raises(ValueError, match="no tenants called .'alice'."):
+        with pytest.raises(ValueError, match="no tenant called 'alice'"):
             bank.predict(X, NAMES)
         bank.add("again", tmp_path / "alice.safetensors")
         self.outputs["again"] = self.outputs["alice"]

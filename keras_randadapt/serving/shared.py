@@ -1,0 +1,161 @@
+"""`Shared`: what all tenants of a bank have in common."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_randadapt.model import attach
+from keras_randadapt.model import build
+from keras_randadapt.model import file_format
+from keras_randadapt.model import load
+from keras_randadapt.model import state as state_lib
+from keras_randadapt.serving import layout as layout_lib
+from keras_randadapt.serving import table as table_lib
+from keras_randadapt.serving import tenants
+from keras_randadapt.serving.head import TenantHead
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The adapter of a bank's first tenant, attached to the bank's model.
+
+    Attributes:
+        first: The `File` of the first tenant.
+        template: Its template.
+        built: dict from address to built adapter.
+        layers: dict from address to layer.
+        kept: Addresses of the heads.
+        last: The address of the head that may have fewer classes, or `None`.
+        layout: The `Layout` of rows.
+    """
+
+    first: tenants.File
+    template: Any
+    built: dict[str, Any]
+    layers: dict[str, keras.layers.Layer]
+    kept: list[str]
+    last: str | None
+    layout: layout_lib.Layout
+
+    def row(self, file):
+        """The weights of another tenant as a row, after all checks.
+
+        Args:
+            file: Its `File`.
+
+        Raises:
+            ValueError: If it can't share the bank.
+        """
+        if self.last in self.kept:
+            file.fill_up(self.last, self.layers[self.last])
+        tenants.check_alike(self.first, file)
+        tenants.check_base(file, self.first)
+        return self.own_row(file)
+
+    def own_row(self, file):
+        """The row of a file that was checked."""
+        return self.layout.row(
+            tenants.values(
+                file, self.template, self.built, self.layers, self.kept
+            )
+        )
+
+
+def attached(model, file, capacity):
+    """Attaches the adapter of the first file, and heads.
+
+    Args:
+        model: A model without adapters.
+        file: The `File` of the first tenant.
+        capacity: int, the number of tenants that there must be room for.
+
+    Returns:
+        A `Shared`, and an empty `Table`.
+
+    Raises:
+        ValueError: If the file does not fit. The model is then unchanged.
+    """
+    layers = state_lib.layers_of(model)
+    last = tenants.last_dense(model, file.metadata["kept"], layers)
+    if last is not None:
+        file.fill_up(last, layers[last])
+    loading = load.checked(
+        model,
+        file.path,
+        layout_lib.ADAPTER,
+        content=(file.tensors, file.metadata),
+    )
+    attachment = loading.attachment
+    kept, built = attachment.kept, attachment.built
+    tenants.check_method(
+        file.path, attachment.template, layers, list(built), kept
+    )
+    if any(loading.rename(key) != key for key in file.metadata["kept"]):
+        raise ValueError(
+            f"'{file.path}' is of a part of this model or of a larger one. "
+            "Make the bank of the model that the adapter was trained on."
+        )
+    heads = build.build_adapters(
+        TenantHead(), layout_lib.HEADS, layers, kept, {}
+    )
+    values = tenants.values(file, attachment.template, built, layers, kept)
+    shared = Shared(
+        first=file,
+        template=attachment.template,
+        built=built,
+        layers=layers,
+        kept=kept,
+        last=last,
+        layout=layout_lib.Layout(
+            [(key, name, np.shape(v)) for (key, name), v in values.items()]
+        ),
+    )
+    # Files of version 1 do not tell their base weights.
+    told = file_format.BASE_KEY in file.tensors
+    with attach.changing(model) as change:
+        attach.attach(change, _attachment(attachment, built))
+        loading.check_base_weights("error" if told else "warn")
+        if heads:
+            attach.attach(change, _attachment(attachment, heads, TenantHead()))
+            names = (layout_lib.ADAPTER, layout_lib.HEADS)
+            attach.activate(change, names, train=())
+            attach.refresh(change)
+        for address in [*built, *heads]:
+            change.set(layers[address].adapter, "per_example", True)
+        # The memory may not suffice.
+        table = table_lib.Table(capacity, _base_row(shared))
+    return shared, table
+
+
+def _base_row(shared):
+    """The row with which the model computes as the base model does."""
+    base = {}
+    for address, adapter in shared.built.items():
+        for weight in adapter.stored_weights():
+            key = (address, layout_lib.ADAPTER), weight.name
+            # An adapter that was just built changes nothing.
+            base[key] = keras.ops.convert_to_numpy(weight)
+    for address in shared.kept:
+        layer = shared.layers[address]
+        key = address, layout_lib.HEADS
+        kernel = keras.ops.convert_to_numpy(layer.kernel)
+        base[key, "kernel"] = layer.to_view(kernel)
+        if layer.bias is not None:
+            base[key, "bias"] = keras.ops.convert_to_numpy(layer.bias)
+    return shared.layout.row(base)
+
+
+def _attachment(like, built, template=None):
+    """An `Attachment` of the bank, which keeps no layer trainable."""
+    heads = template is not None
+    return attach.Attachment(
+        template=template if heads else like.template,
+        name=layout_lib.HEADS if heads else layout_lib.ADAPTER,
+        layers=like.layers,
+        kept=[],
+        sources={},
+        built=built,
+        frozen=True,
+    )
