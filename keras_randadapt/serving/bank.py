@@ -243,7 +243,7 @@ class AdapterBank:
     def __contains__(self, name: object) -> bool:
         return name in self._table
 
-    def export(self, filepath: Path) -> None:
+    def export(self, filepath: Path, input_signature: Any = None) -> None:
         """Writes the model and all tenants as one TensorFlow SavedModel.
 
         Its signature has one input more than the model: `adapter`, a string
@@ -253,18 +253,22 @@ class AdapterBank:
 
         Args:
             filepath: The folder to make.
+            input_signature: Optional specs of the model's inputs, as in
+                Keras's `Model.export`: a list or dict of `keras.InputSpec`. By
+                default they are those of the model, whose lengths may be open.
 
         Raises:
-            ValueError: On another backend than TensorFlow, or if the bank has
-                no tenant.
+            ValueError: On another backend than TensorFlow, if the bank has no
+                tenant, or if the signature does not fit the model's inputs.
         """
         saved_model.check_backend()
         path = paths.check_path(filepath)
         shared, table = self._opened()
+        specs = saved_model.specs_of(self.model, input_signature)
         with table.kept() as kept:
             names = list(kept.tenants)
             rows = kept.rows(["", *names])
-        saved_model.write(path, self.model, shared.layout, names, rows)
+        saved_model.write(path, self.model, shared.layout, names, rows, specs)
 
     def status(self) -> str:
         """A few lines about the bank: method, tenants and bytes."""

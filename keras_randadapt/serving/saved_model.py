@@ -16,14 +16,16 @@ def check_backend():
         )
 
 
-def specs_of(model):
+def specs_of(model, signature=None):
     """dict from the name of an input to its `tf.TensorSpec`.
 
     Args:
         model: A model that knows its inputs.
+        signature: As `input_signature` of `AdapterBank.export`.
 
     Raises:
-        ValueError: If it does not, or if an input has no name.
+        ValueError: If it does not, if an input has no name, or if the signature
+            has another structure than the model's inputs.
     """
     import tensorflow as tf
 
@@ -37,6 +39,8 @@ def specs_of(model):
     struct = model.input if isinstance(model.input, dict) else None
     names = list(struct) if struct else [one.name for one in inputs]
     tensors = list(struct.values()) if struct else inputs
+    if signature is not None:
+        tensors = _given(signature, struct, names, model)
     if "adapter" in names:
         raise ValueError(
             f"Model '{model.name}' has an input called 'adapter', and so has "
@@ -48,7 +52,32 @@ def specs_of(model):
     }
 
 
-def write(filepath, model, layout, names, table):
+def _given(signature, struct, names, model):
+    """The specs of a signature, in the order of the names of inputs."""
+    # Keras's `export` takes a list of the model's arguments, so a dict of
+    # inputs is the only entry of a list there.
+    if struct and isinstance(signature, (list, tuple)) and len(signature) == 1:
+        signature = signature[0]
+    if struct:
+        fits = isinstance(signature, dict) and sorted(signature) == sorted(
+            names
+        )
+        specs = [signature[name] for name in names] if fits else []
+    else:
+        specs = keras.tree.flatten(signature)
+        fits = len(specs) == len(names)
+    if not fits or not all(
+        hasattr(one, "shape") and getattr(one, "dtype", None) for one in specs
+    ):
+        raise ValueError(
+            f"`input_signature` must have a spec with a shape and a dtype for "
+            f"each input of model '{model.name}', which are {names}. Received: "
+            f"input_signature={signature!r}"
+        )
+    return specs
+
+
+def write(filepath, model, layout, names, table, specs):
     """Writes the SavedModel.
 
     Args:
@@ -58,10 +87,10 @@ def write(filepath, model, layout, names, table):
         names: list of the tenants' names.
         table: float32 array `(1 + tenants, layout.size)`, whose first row is
             that of the base model.
+        specs: See `specs_of`.
     """
     import tensorflow as tf
 
-    specs = specs_of(model)
     module = tf.Module()
     module.weights = [variable.value for variable in model.variables]
     module.table = tf.Variable(table, trainable=False, name="tenants")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.serving import saved_model
 from tests import adapter_files
 from tests import zoo
 
@@ -518,6 +519,21 @@ class TestSavedModel:
         )
         assert done.returncode == 0, done.stderr
         _close(np.load(tmp_path / "found.npy"), _expected(outputs))
+
+    def test_signature_decides_the_shapes(self):
+        inputs = {"ids": keras.Input((None,), dtype="int32", name="ids")}
+        model = keras.Model(inputs, keras.layers.Embedding(5, 2)(inputs["ids"]))
+        spec = {"ids": keras.InputSpec(shape=(None, 7), dtype="int32")}
+        for signature in (spec, [spec]):
+            (found,) = saved_model.specs_of(model, signature).values()
+            assert (found.shape.as_list(), found.name) == ([None, 7], "ids")
+        assert saved_model.specs_of(model)["ids"].shape.as_list() == [
+            None,
+            None,
+        ]
+        for bad in ({"x": spec["ids"]}, [], spec["ids"], {"ids": None}):
+            with pytest.raises(ValueError, match="which are \\['ids'\\]"):
+                saved_model.specs_of(model, bad)
 
 
 def test_no_saved_model(tmp_path):
