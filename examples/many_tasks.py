@@ -11,10 +11,12 @@ and in one TensorFlow SavedModel, which takes the task's name as an input.
 
 Beside RLoRA stand two others: a head alone on the frozen encoder, and Keras's
 own LoRA. Both LoRAs begin with the head that was trained alone, which is cheap
-and spares the encoder large first steps (Kumar et al., ICLR 2022). The model is MiniLM, whose weights are in a Python package (see
-`minilm.py`). The sentences are in another package (see `scored_sentences.py`).
-No account and no model hub is needed. `finetune_text_classifier.py` is the
-program for one task, your own model and your own data.
+and spares the encoder large first steps (Kumar et al., ICLR 2022).
+
+The model is MiniLM, whose weights are in a Python package (see `minilm.py`).
+The sentences are in another package (see `scored_sentences.py`). No account and
+no model hub is needed. `finetune_text_classifier.py` is the program for one
+task, your own model and your own data.
 """
 
 import argparse
