@@ -191,16 +191,20 @@ def train_rlora(model, data, heads, arguments):
 
     import keras_randadapt as kra
 
-    # Without `targets` these are the query and value projections.
+    # The classifier reads the tokens' states, which the pooler does not change.
     report = kra.inject(
-        model, kra.RLoRA(384, seed=0), keep_trainable=classifier.HEAD
+        model,
+        kra.RLoRA(384, seed=0),
+        targets="all-linear",
+        exclude="pooled_dense",
+        keep_trainable=classifier.HEAD,
     )
     print(report)
     trainer = Trainer(
         model,
         model.get_layer(classifier.HEAD),
         kra.optimizers.learning_rate_groups(
-            model, "adamw", adapter=5e-2, head=3e-3
+            model, "adamw", adapter=2e-2, head=1e-3
         ),
     )
     found = {}
@@ -220,7 +224,7 @@ def train_rlora(model, data, heads, arguments):
 
 
 def train_keras_lora(model, backbone, data, heads, arguments):
-    """The same for Keras's own LoRA on the same layers; the model is lost."""
+    """The same for Keras's own LoRA, on the layers that KerasHub chooses."""
     import classifier
     import training
 
@@ -229,7 +233,7 @@ def train_keras_lora(model, backbone, data, heads, arguments):
     trainer = Trainer(
         model,
         model.get_layer(classifier.HEAD),
-        training.two_rates(trained, 3e-3, 3e-3),
+        training.two_rates(trained, 1e-3, 1e-3),
     )
     found = {}
     for task, parts in data.items():
