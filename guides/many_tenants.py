@@ -224,9 +224,9 @@ subprocess.run(
     [sys.executable, "-c", EXPORT, examples_folder],
     env=environment,
     check=True,
-    capture_output=True,
 )
-np.savez("request.npz", adapter=np.array(names, "S"), **batch)
+request = {name: value.astype("int32") for name, value in batch.items()}
+np.savez("request.npz", adapter=np.array(names, "S"), **request)
 
 ASK = """
 import numpy as np
@@ -241,7 +241,6 @@ subprocess.run(
     [sys.executable, "-c", ASK],
     env=environment,
     check=True,
-    capture_output=True,
 )
 error = np.abs(np.load("answers.npy") - logits).max()
 size = sum(f.stat().st_size for f in pathlib.Path("saved_model").rglob("*.*"))

@@ -50,12 +50,14 @@ def test_errors_name_the_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["choosing_a_method", "rlora", "randlora", "rm_lora"]
+    "name",
+    ["choosing_a_method", "rlora", "randlora", "rm_lora", "many_tenants"],
 )
 def test_guide(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Enough to run every line; what it prints is not looked at.
     monkeypatch.setenv("GUIDE_EPOCHS", "2")
     monkeypatch.setenv("GUIDE_EXAMPLES", "16")
+    monkeypatch.setenv("GUIDE_TENANTS", "4")
     page = _renderer().render(GUIDES / f"{name}.py", tmp_path).read_text()
     assert f"![](images/{name}_0.png)" in page
