@@ -192,7 +192,8 @@ class Runner:
         figure = numbers[self.design.figure if phase == FINAL else "held_out"]
         row |= {
             "figure": repr(float(figure)),
-            "numbers": json.dumps(numbers),
+            # NumPy's numbers are no JSON, and `item` makes Python's of them.
+            "numbers": json.dumps(numbers, default=lambda one: one.item()),
             "seconds": f"{time.perf_counter() - start:.2f}",
             "date": datetime.date.today().isoformat(),
             "versions": versions(),

@@ -99,7 +99,7 @@ def edges(design, results, setting, method):
     grid = design.methods[method].grid
     rows = final_rows(design, results, setting, method)
     searched = results.select(setting=setting, method=method, phase=runs.SEARCH)
-    if not rows or not grid:
+    if not rows or not searched or not grid:
         return []
     chosen = json.loads(rows[0]["arguments"])
     tried = [json.loads(row["arguments"]) for row in searched]
