@@ -23,6 +23,44 @@ HELD_OUT_A_CLASS = 10
 BATCH = 32
 
 
+def questions(folder):
+    """The questions of banking77 and their intents.
+
+    Args:
+        folder: The folder with the data sets.
+
+    Returns:
+        Training texts, training labels, test texts and test labels. Labels are
+        int32. The order is a fixed draw that does not depend on the file's.
+
+    Raises:
+        ValueError: If no folder is given.
+    """
+    if folder is None:
+        raise ValueError(
+            "This experiment needs banking77_train.csv and "
+            "banking77_test.csv. Name their folder with --data. "
+            "benchmarks/quality/DATA.md says where they come from."
+        )
+    parts = [_rows(folder, part) for part in ("train", "test")]
+    names = sorted({label for _, label in parts[0]})
+    found = []
+    for rows in parts:
+        found.append([text for text, _ in rows])
+        numbers = [names.index(label) for _, label in rows]
+        found.append(np.array(numbers, "int32"))
+    return tuple(found)
+
+
+def _rows(folder, part):
+    path = pathlib.Path(folder, f"banking77_{part}.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    rows.sort()
+    order = np.random.default_rng(77).permutation(len(rows))
+    return [rows[i] for i in order]
+
+
 @functools.cache
 def features(folder):
     """TF-IDF features of all questions, of norm `sqrt(WORDS)`.
@@ -35,51 +73,30 @@ def features(folder):
         folder: string, the folder with the data sets.
 
     Returns:
-        Training features, training labels, test features and test labels. The
-        training questions are sorted by a fixed draw, and the first
-        `HELD_OUT_A_CLASS` of each class are held out.
-
-    Raises:
-        ValueError: If no folder is given.
+        Training features, training labels, test features and test labels, in
+        the order of `questions`.
     """
-    if folder is None:
-        raise ValueError(
-            "This experiment needs banking77_train.csv and "
-            "banking77_test.csv. Name their folder with --data. "
-            "benchmarks/quality/DATA.md says where they come from."
-        )
-    parts = [_questions(folder, part) for part in ("train", "test")]
-    names = sorted({label for _, label in parts[0]})
+    train, labels, test, test_labels = questions(folder)
     counts = collections.Counter(
-        word for text, _ in parts[0] for word in set(_words(text))
+        word for text in train for word in set(_words(text))
     )
     # Words of one count are in the order of the alphabet.
     known = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
     index = {word: i for i, word in enumerate(known)}
-    idf = np.array([math.log(len(parts[0]) / counts[word]) for word in known])
-    found = []
-    for rows in parts:
-        x = np.zeros((len(rows), len(known)), "float32")
-        for row, (text, _) in zip(x, rows):
+    idf = np.array([math.log(len(train) / counts[word]) for word in known])
+
+    def of(texts):
+        x = np.zeros((len(texts), len(known)), "float32")
+        for row, text in zip(x, texts):
             for word in _words(text):
                 if word in index:
                     row[index[word]] += 1
         x *= idf
         norms = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
         x *= math.sqrt(WORDS) / norms
-        labels = np.array([names.index(label) for _, label in rows], "int32")
-        found += [x, labels]
-    return tuple(found)
+        return x
 
-
-def _questions(folder, part):
-    path = pathlib.Path(folder, f"banking77_{part}.csv")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
-    # The order must not depend on the file's.
-    rows.sort()
-    order = np.random.default_rng(77).permutation(len(rows))
-    return [rows[i] for i in order]
+    return of(train), labels, of(test), test_labels
 
 
 def _words(text):

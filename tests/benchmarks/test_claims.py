@@ -12,6 +12,7 @@ from scipy import stats
 import keras_randadapt as kra
 from benchmarks.claims import __main__ as command_line
 from benchmarks.claims import designs
+from benchmarks.claims import few_shot
 from benchmarks.claims import head
 from benchmarks.claims import information
 from benchmarks.claims import power
@@ -430,6 +431,14 @@ def test_the_network_is_as_it_was_after_a_run(small):
 def test_the_term_is_in_the_training(small):
     trained = _information(**RLORA)
     assert _information(**RLORA, strength=1.0)["test"] != trained["test"]
+
+
+def test_few_examples_take_turns():
+    labels = np.array([0] * 9 + [1] * 3 + [2] * 9)
+    chosen = few_shot.few(labels, 4, seed=0)
+    assert labels[chosen].tolist() == [0, 1, 2] * 3 + [0, 2]
+    assert len(set(chosen)) == len(chosen)
+    assert not np.array_equal(chosen, few_shot.few(labels, 4, seed=1))
 
 
 def _write_questions(folder):
