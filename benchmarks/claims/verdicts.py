@@ -213,6 +213,25 @@ def _mean_and_deviation(values):
     return f"{mean} ± {statistics.stdev(values):.2g}"
 
 
+def summary(design):
+    """The sentences of a design that tell a reader what was done."""
+    prose = design.prose
+    return "\n\n".join(
+        [
+            f"### {prose['title']}",
+            f"[{design.name}.toml](../benchmarks/claims/designs/"
+            f"{design.name}.toml) has the design. The source is "
+            f"{prose['source']}.",
+            prose["claim"],
+            f"**Measure.** {prose['measure']}",
+            f"**Task.** {prose['task']}",
+            f"**Search.** {prose['search_plan']}",
+            f"**Controls.** {prose['controls']}",
+            f"**Cost.** {prose['cost']}",
+        ]
+    )
+
+
 def between_marks(content, key, text):
     """Puts a text into a page, between the marks of its key."""
     begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
@@ -237,6 +256,11 @@ def pages(folder=designs.RESULTS):
         for design in map(designs.load, designs.names())
     ]
     page = PAGE.read_text(encoding="utf-8")
+    page = between_marks(
+        page,
+        "designs",
+        "\n\n".join(summary(design) for design, _ in everything),
+    )
     tables = [
         tables_of(design, results)
         for design, results in everything
