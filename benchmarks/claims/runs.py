@@ -31,7 +31,7 @@ COLUMNS = (
     "seconds",
     "date",
     "versions",
-    "commit",
+    "code",
 )
 _KEY = COLUMNS[:6]
 SEARCH, FINAL = "search", "final"
@@ -45,7 +45,14 @@ class Results:
         self.rows = []
         if self.path.exists():
             text = self._whole_rows().decode("utf-8")
-            self.rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            self.rows = list(reader)
+            if text and reader.fieldnames != list(COLUMNS):
+                raise ValueError(
+                    f"{self.path} should have the columns {list(COLUMNS)}. "
+                    f"Received: {reader.fieldnames}. Give a new run a file of "
+                    "its own with --results."
+                )
         self._index = {self._key(row): row for row in reversed(self.rows)}
 
     def _whole_rows(self):
@@ -197,7 +204,7 @@ class Runner:
             "seconds": f"{time.perf_counter() - start:.2f}",
             "date": datetime.date.today().isoformat(),
             "versions": versions(),
-            "commit": commit(),
+            "code": code(),
         }
         self.results.add(row)
         self.report(
@@ -286,21 +293,26 @@ def versions():
 
 
 @functools.cache
-def commit():
-    """The commit that a run was made with, with a + if the code was changed."""
-    here = pathlib.Path(__file__).parent
-    code = [str(here), str(here.parents[1] / "keras_randadapt")]
+def code():
+    """The state of the library and of the experiments that made a run.
+
+    These are the hashes that Git gives the two folders, as in `git rev-parse
+    HEAD:keras_randadapt`, with a + if files were changed since. Hashes of
+    commits would not outlive a rebase.
+    """
+    root = pathlib.Path(__file__).parents[2]
+    folders = ["keras_randadapt", "benchmarks/claims"]
 
     def git(*arguments):
         return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True
+            ["git", *arguments], cwd=root, capture_output=True, text=True
         )
 
     try:
-        head = git("rev-parse", "--short", "HEAD")
-        changed = git("diff", "--quiet", "HEAD", "--", *code).returncode
+        found = [git("rev-parse", f"HEAD:{folder}") for folder in folders]
+        changed = git("diff", "--quiet", "HEAD", "--", *folders).returncode
     except FileNotFoundError:
         return "unknown"
-    if head.returncode:
+    if any(one.returncode for one in found):
         return "unknown"
-    return head.stdout.strip() + ("+" if changed else "")
+    return " ".join(one.stdout[:8] for one in found) + ("+" if changed else "")

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
+import keras
 import numpy as np
 import pytest
 from scipy import stats
@@ -212,6 +214,20 @@ def test_a_file_cut_in_its_first_lines_is_taken_up(tmp_path, cut):
     again = _run(_design(tmp_path), path, _Function())
     assert len(again.rows) == len(results.rows)
     assert path.read_bytes().startswith(content[: content.index(b"\n")])
+
+
+def test_bad_columns(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("setting,method\n1,2\n")
+    with pytest.raises(ValueError, match="--results"):
+        runs.Results(path)
+
+
+def test_a_row_names_the_code_that_made_it(tmp_path):
+    path = tmp_path / "small.csv"
+    row = _run(_design(tmp_path), path, _Function()).rows[0]
+    assert re.fullmatch(r"unknown|[0-9a-f]{8} [0-9a-f]{8}\+?", row["code"])
+    assert row["versions"].startswith(f"keras {keras.__version__}, ")
 
 
 # Verdicts.
