@@ -405,6 +405,20 @@ def test_running_a_row_again_gives_its_figure(small, tmp_path, capsys):
     assert command_line.main(["rerun", str(path), "--row", "2"]) == 2
 
 
+@pytest.mark.slow("It trains at the experiments' own size.")
+@pytest.mark.needs_optimizer
+@pytest.mark.parametrize("name", ["pac_bayes", "rank"])
+def test_a_committed_row_gives_its_figure(name, capsys):
+    design = designs.load(name)
+    results = runs.Results(design.results)
+    rows = [row for row in results.rows if "adapter" in row["arguments"]]
+    if not rows or rows[-1]["versions"] != runs.versions():
+        pytest.skip(f"{name} has no rows of {runs.versions()}")
+    number = results.rows.index(rows[-1]) + 1
+    path = str(design.results)
+    assert command_line.main(["rerun", path, "--row", str(number)]) == 0
+
+
 def test_updates_have_the_rank_that_a_teacher_says():
     for rank, decay in ((3, 0.0), (5, 0.5)):
         delta = teachers.update(np.random.default_rng(0), rank, decay)
