@@ -133,8 +133,9 @@ def _compute(inputs, length, first):
 def _upper(task, first, classes):
     """The layers from `first` on, a mean of tokens and a head."""
     backbone, _ = _minilm(LENGTHS[task])
-    states = keras.Input((LENGTHS[task], 384))
-    mask = keras.Input((LENGTHS[task],), dtype="bool")
+    layer = backbone.get_layer(f"transformer_layer_{first - 1}")
+    states = keras.Input(tuple(layer.output.shape[1:]))
+    mask = keras.Input((states.shape[1],), dtype="bool")
     x = states
     for i in range(first, LAYERS):
         layer = backbone.get_layer(f"transformer_layer_{i}")

@@ -7,6 +7,7 @@ import math
 import re
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from scipy import stats
@@ -512,3 +513,73 @@ def test_rm_lora_on_a_head(small, tmp_path):
     assert numbers["gap"] == numbers["train"] - numbers["test"]
     with pytest.raises(ValueError, match="--data"):
         head.features(None)
+
+
+def _tiny_minilm(length):
+    words = "card cash rate fee app top pin lost my 0 1 2 3 4 5 6 7".split()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=special + words)
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=len(special + words),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=length,
+        dropout=0.0,
+    )
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
+        tokenizer, sequence_length=length
+    )
+    return backbone, preprocessor
+
+
+# PyTorch compiles nothing, which is most of the time here.
+@pytest.mark.one_backend("torch")
+def test_cached_layers_give_what_the_whole_model_gives(
+    small, tmp_path, monkeypatch
+):
+    _write_questions(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(few_shot.LENGTHS, "banking77", 8)
+    monkeypatch.setattr(few_shot, "LAYERS", 2)
+    backbone, preprocessor = _tiny_minilm(8)
+    monkeypatch.setattr(
+        few_shot, "_minilm", lambda length: (backbone, preprocessor)
+    )
+    few_shot.states_of.cache_clear()
+    few_shot._upper.cache_clear()
+    arguments = {
+        "task": "banking77",
+        "first": 1,
+        "per_class": 4,
+        "epochs": 1,
+        "head_rate": 0.01,
+        "adapter": "RLoRA",
+        "options": {"rank": 8},
+        "rate": 0.1,
+    }
+    folder = str(tmp_path)
+    first, again = (
+        few_shot.run(seed=0, final=True, data=folder, arguments=arguments)
+        for _ in range(2)
+    )
+    assert first == again and 0 <= first["test"] <= 100
+
+    (states, mask), _ = few_shot.states_of("banking77", 1, folder).test
+    upper = few_shot._upper("banking77", 1, 3)
+    outputs = upper.predict([states.astype("float32"), mask], verbose=0)
+    texts, _ = few_shot.texts_of("banking77", folder).test
+    tokens = few_shot.classifier.tokenize(preprocessor, texts)
+    whole = backbone.predict(tokens, verbose=0)["sequence_output"]
+    kept = tokens["padding_mask"][..., None].astype("float32")
+    mean = (whole * kept).sum(axis=1) / kept.sum(axis=1)
+    expected = mean @ np.asarray(upper.layers[-1].kernel)
+    expected += np.asarray(upper.layers[-1].bias)
+    # The states were rounded to 16 bits.
+    np.testing.assert_allclose(outputs, expected, atol=0.01)
+    few_shot.states_of.cache_clear()
+    few_shot._upper.cache_clear()
+    with pytest.raises(ValueError, match="--data"):
+        few_shot.texts_of("sst2", None)
