@@ -1184,8 +1184,8 @@ FAULTS = [
     Fault(
         "peft_keeps_the_scaling_beside_B",
         "wrong scale",
-        "peft/saving.py",
-        "_config",
+        "peft/canonical.py",
+        "config_of",
         '"lora_alpha": rank,',
         '"lora_alpha": 2 * rank,',
         ("peft/test_saving.py",),

@@ -22,6 +22,7 @@ from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.peft import options as options_lib
 from keras_randadapt.peft import sites
+from keras_randadapt.peft import sources
 from keras_randadapt.sites import supported
 
 
@@ -90,7 +91,7 @@ def load(
     checks.check_model(model)
     checks.check_new_name(model, name)
     distribution.check_scope(model)
-    source = _read(directory_lib.check_path(directory))
+    source = sources.read(directory_lib.check_path(directory))
     plan = _planned(model, name, source)
     advice.warn_of_inference_in_fit(model, plan.template)
     with attach.changing(model) as change:
@@ -113,54 +114,6 @@ def load(
             change.assign(variable, values.astype("float32"))
         attach.assign_kept(change, name, plan.kept)
     return report.Report(model, name)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A directory that was read.
-
-    Attributes:
-        path: Its path.
-        config: Its config.
-        method: A key of `options.READ`.
-        options: The options that are read.
-        tensors: dict from name to float32 array.
-        heads: dict likewise, of layers that `kra.peft.save` kept.
-    """
-
-    path: str
-    config: dict
-    method: str
-    options: dict
-    tensors: dict
-    heads: dict
-
-
-def _read(path):
-    config = directory_lib.read_config(path)
-    method, options = options_lib.checked(path, config)
-    tensors = directory_lib.read_tensors(path)
-    heads = {}
-    if os.path.lexists(os.path.join(path, directory_lib.HEADS)):
-        heads = directory_lib.read_tensors(path, directory_lib.HEADS)
-    _check_finite(path, {**tensors, **heads})
-    return _Source(
-        path=path,
-        config=config,
-        method=method,
-        options=options,
-        tensors=tensors,
-        heads=heads,
-    )
-
-
-def _check_finite(path, tensors):
-    wrong = sorted(k for k, x in tensors.items() if not np.all(np.isfinite(x)))
-    if wrong:
-        raise ValueError(
-            f"'{path}' holds NaN or infinity in {wrong[:5]}: the training that "
-            "wrote it diverged, most likely."
-        )
 
 
 def _planned(model, name, source):

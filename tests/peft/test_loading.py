@@ -15,44 +15,11 @@ from keras_randadapt.peft import methods
 from keras_randadapt.peft import options
 from tests import interruptions
 from tests.peft import hub
+from tests.peft.directories import START as _START
+from tests.peft.directories import modules as _modules
+from tests.peft.directories import write as _write
 
 pytestmark = pytest.mark.one_backend
-
-_START = "base_model.model.model.layers.{}.self_attn.{}_proj"
-
-
-def _modules():
-    return [_START.format(i, side) for i in range(2) for side in "qv"]
-
-
-def _write(folder, tensors=None, config=None):
-    """A LoRA of rank 2 for the small Llama, as PEFT writes one."""
-    generator = np.random.default_rng(0)
-    content = {}
-    for module in _modules():
-        n_out = 24 if "q_proj" in module else 12
-        content[f"{module}.lora_A.weight"] = generator.normal(size=(2, 24))
-        content[f"{module}.lora_B.weight"] = generator.normal(size=(n_out, 2))
-    content.update(tensors or {})
-    content = {
-        key: np.ascontiguousarray(array.astype("float32"))
-        if array.dtype == np.float64
-        else array
-        for key, array in content.items()
-        if array is not None
-    }
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "bias": "none",
-        "target_modules": ["q_proj", "v_proj"],
-        **(config or {}),
-    }
-    folder.mkdir(exist_ok=True)
-    safetensors.numpy.save_file(content, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return content
 
 
 def _snapshot(model):
