@@ -22,6 +22,7 @@ from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
 from keras_randadapt.peft import conversion
 from keras_randadapt.peft import description
+from keras_randadapt.peft import directory
 
 __all__ = ["main"]
 
@@ -227,7 +228,7 @@ def _convert(options):
                 "`--base-checkpoint` is for directories of PEFT, and "
                 f"'{options.source}' is none."
             )
-        if os.path.isdir(options.target):
+        if os.path.lexists(os.path.join(options.target, directory.CONFIG)):
             _refuse_other_format(options.target, "a directory of PEFT")
         done = file_conversion.convert_file(
             options.source, options.target, *size, verbose=0

@@ -8,8 +8,8 @@ import dataclasses
 import json
 
 import numpy as np
-import safetensors.numpy
 
+from keras_randadapt.model import tensor_data
 from keras_randadapt.peft import directory as directory_lib
 
 #: Readers of PEFT's format have limits near this rank.
@@ -110,9 +110,7 @@ def files_of(config, tensors):
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {
         directory_lib.CONFIG: text.encode(),
-        directory_lib.WEIGHTS: safetensors.numpy.save(
-            tensors, metadata={"format": "pt"}
-        ),
+        directory_lib.WEIGHTS: tensor_data.data_of(tensors, {"format": "pt"}),
     }
 
 

@@ -113,7 +113,7 @@ def convert_directory(source, target, rank=None, energy=None, checkpoint=None):
         modules[module] = canonical.Factors(
             kind=part.kind,
             weight_shape=part.weight_shape,
-            a=factors.left,
+            a=factors.left.T,
             b=factors.right.T,
             magnitude=part.update.magnitude,
         )

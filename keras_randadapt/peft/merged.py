@@ -8,12 +8,12 @@ import secrets
 
 import keras
 import numpy as np
-import safetensors.numpy
 
 from keras_randadapt import _compat
 from keras_randadapt.model import merge
 from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import tensor_data
 from keras_randadapt.peft import directory as directory_lib
 from keras_randadapt.peft import family
 from keras_randadapt.peft import names as names_lib
@@ -193,9 +193,7 @@ def _write(path, tensors):
     name = f".randadapt-{secrets.token_hex(8)}.tmp"
     temporary = os.path.join(folder, name)
     try:
-        safetensors.numpy.save_file(
-            tensors, temporary, metadata={"format": "pt"}
-        )
+        tensor_data.write(temporary, tensors, {"format": "pt"})
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -6,7 +6,6 @@ import warnings
 
 import keras
 import numpy as np
-import safetensors.numpy
 
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import DoRA
@@ -17,6 +16,7 @@ from keras_randadapt.model import file_format
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import tensor_data
 from keras_randadapt.model import updates
 from keras_randadapt.peft import canonical
 from keras_randadapt.peft import card
@@ -166,8 +166,8 @@ def _files_of(model, name, base_model, base, rank, energy):
         directory_lib.CARD: card.text(about).encode(),
     }
     if heads:
-        files[directory_lib.HEADS] = safetensors.numpy.save(
-            heads, metadata={"format": "keras_randadapt_heads"}
+        files[directory_lib.HEADS] = tensor_data.data_of(
+            heads, {"format": "keras_randadapt_heads"}
         )
     return files
 
