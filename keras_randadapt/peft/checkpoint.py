@@ -1,10 +1,28 @@
-"""The shapes of a checkpoint of transformers, whose numbers are not read."""
+"""A checkpoint of transformers: its names, shapes and numbers."""
 
 import os
 
 from keras_randadapt.peft import directory as directory_lib
 
 _ENDING = ".safetensors"
+
+#: The files beside the weights that a server needs, if they are there.
+_BESIDE = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 class Checkpoint:
@@ -33,10 +51,45 @@ class Checkpoint:
                 )
         else:
             names = [os.path.basename(self.path)]
+        self.folder = folder or "."
+        self._names = names
         self.shapes = {}
         for name in names:
-            header = directory_lib.read_header(folder or ".", name)
+            header = directory_lib.read_header(self.folder, name)
             self.shapes.update({k: shape for k, (_, shape) in header.items()})
+
+    def config(self):
+        """The content of `config.json`, which must be there."""
+        return directory_lib.read_config(self.folder, "config.json")
+
+    def tensors(self):
+        """dict from name to array; numbers that are no integers in float32."""
+        found = {}
+        for name in self._names:
+            found.update(
+                directory_lib.read_tensors(self.folder, name, integers=True)
+            )
+        return found
+
+    def beside(self):
+        """dict from the names of files of the tokenizer to their bytes."""
+        found = {}
+        for name in _BESIDE:
+            path = os.path.join(self.folder, name)
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[name] = file.read()
+        return found
+
+    def key(self, name, prefix):
+        """The name of a tensor here, with or without a prefix, or `None`.
+
+        Args:
+            name: The tensor's name, with or without the prefix.
+            prefix: The name under which task classes hold the base model.
+        """
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        return next((one for one in names if one in self.shapes), None)
 
     def weight_shape(self, module, transposed=False, outputs=None):
         """The shape of a linear layer's weight, with its outputs first.

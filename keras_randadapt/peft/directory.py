@@ -20,6 +20,7 @@ _MOST_CONFIG_BYTES = 4_000_000
 
 #: The dtypes of safetensors that NumPy has and that adapters come in.
 _DTYPES = ("F64", "F32", "F16")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def check_path(directory):
@@ -93,21 +94,21 @@ def write(target, files):
         os.unlink(heads)
 
 
-def read_config(directory):
-    """The config of a directory: a dict.
+def read_config(directory, name=CONFIG):
+    """A config of a directory: a dict.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is too large or no object of JSON.
     """
-    path = os.path.join(directory, CONFIG)
+    path = os.path.join(directory, name)
     _check_file(directory, path)
     with open(path, "rb") as file:
         data = file.read(_MOST_CONFIG_BYTES + 1)
     if len(data) > _MOST_CONFIG_BYTES:
         raise ValueError(
             f"'{path}' has more than {_MOST_CONFIG_BYTES:,} bytes, so it is no "
-            "config of PEFT."
+            "config."
         )
     try:
         config = json.loads(data)
@@ -147,8 +148,13 @@ def read_header(directory, name=WEIGHTS):
         }
 
 
-def read_tensors(directory, name=WEIGHTS):
+def read_tensors(directory, name=WEIGHTS, integers=False):
     """The tensors of a directory: float32 arrays by name.
+
+    Args:
+        directory: The directory's path.
+        name: The file's name.
+        integers: Whether integers are read too, in their own dtype.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -156,24 +162,29 @@ def read_tensors(directory, name=WEIGHTS):
     """
     header = read_header(directory, name)
     path = os.path.join(directory, name)
+    known = (*_DTYPES, *(_INTEGERS if integers else ()))
     for key, (dtype, _) in header.items():
-        if dtype not in (*_DTYPES, "BF16"):
+        if dtype not in (*known, "BF16"):
             raise ValueError(
-                f"'{path}' holds '{key}' as {dtype}. Adapters are read in the "
-                f"dtypes {[*_DTYPES, 'BF16']}."
+                f"'{path}' holds '{key}' as {dtype}. Tensors are read in the "
+                f"dtypes {[*known, 'BF16']}."
             )
     with _opened(path) as file:
         arrays = {
             key: file.get_tensor(key)
             for key, (dtype, _) in header.items()
-            if dtype in _DTYPES
+            if dtype in known
         }
     halves = _upper_halves(path, [k for k in header if k not in arrays])
     with np.errstate(over="ignore"):
         return {
-            key: halves[key] if key in halves else arrays[key].astype("float32")
+            key: halves[key] if key in halves else _float32(arrays[key])
             for key in header
         }
+
+
+def _float32(array):
+    return array.astype("float32") if array.dtype.kind == "f" else array
 
 
 @contextlib.contextmanager

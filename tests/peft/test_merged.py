@@ -16,7 +16,8 @@ from tests.peft import hub
 pytestmark = pytest.mark.one_backend
 
 _QUICK = ("bert", "llama")
-#: Families whose converters drop numbers of the checkpoint.
+#: Families whose converters drop numbers of the checkpoint. They are written
+#: with the checkpoint of the base model.
 _INCOMPLETE = {
     "roberta": "shapes of the checkpoint's tensors are not known",
     "xlm-roberta": "computes its values: arithmetic",
@@ -58,17 +59,23 @@ def test_transformers_computes_the_same(family, tmp_path):
         with pytest.raises(ValueError, match=_INCOMPLETE[family]):
             kra.peft.save_merged(model, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
-        return
-    # The activation of this model is none that KerasHub's BERT knows of.
-    given = config if family in (*_NEED_CONFIG, "bert", "vit") else None
-    kra.peft.save_merged(model, tmp_path / "merged", config=given)
+        kra.peft.save_merged(
+            model, tmp_path / "merged", checkpoint=tmp_path / "base"
+        )
+    else:
+        # The activation of this model is none that KerasHub's BERT knows of.
+        given = config if family in (*_NEED_CONFIG, "bert", "vit") else None
+        kra.peft.save_merged(model, tmp_path / "merged", config=given)
     merged, report = transformers.AutoModel.from_pretrained(
         str(tmp_path / "merged"), output_loading_info=True
     )
     # A pooler is no part of KerasHub's vision models.
     assert not [k for k in report["missing_keys"] if "pooler" not in k]
     # A backbone has the head of its task.
-    assert set(report["unexpected_keys"]) <= {"lm_head.weight"}
+    assert all(
+        key.startswith(("lm_head.", "classifier."))
+        for key in report["unexpected_keys"]
+    )
     theirs = families.torch_outputs(merged.eval(), x)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 + apart)
 
@@ -240,3 +247,81 @@ def test_a_config_of_several_parts_is_asked_for(tmp_path):
     )
     text = (tmp_path / "a" / "config.json").read_text()
     assert json.loads(text) == {"model_type": "t5gemma", "x": 1}
+
+
+@families.needs_torch
+def test_what_keras_hub_leaves_out_is_the_base_checkpoints(tmp_path):
+    """Reserved positions, the head and the tokenizer come from there."""
+    torch_model = families.torch_model("roberta")
+    model = families.keras_model(torch_model, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    _adapted(model)
+    kra.peft.save_merged(model, tmp_path / "a", checkpoint=tmp_path / "base")
+    base = safetensors.numpy.load_file(tmp_path / "base" / "model.safetensors")
+    found = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    assert set(found) == set(base)
+    changed = {key for key in base if not np.array_equal(found[key], base[key])}
+    names = kra.peft.name_map(model)
+    assert changed == {f"{module}.weight" for module in _dense_modules(names)}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["architectures"] == ["RobertaForSequenceClassification"]
+    assert (tmp_path / "a" / "tokenizer.json").read_text() == "{}"
+
+
+def _dense_modules(names):
+    return {
+        module
+        for module, places in names.by_module().items()
+        if places[0][1].kind == "linear"
+    }
+
+
+@families.needs_torch
+def test_another_checkpoint_is_refused(tmp_path):
+    model = families.keras_model(
+        families.torch_model("roberta"), tmp_path / "base"
+    )
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+
+    def refused(message, **changed):
+        safetensors.numpy.save_file(
+            {
+                key: value
+                for key, value in {**tensors, **changed}.items()
+                if value is not None
+            },
+            path,
+        )
+        with pytest.raises(ValueError, match=message):
+            kra.peft.save_merged(
+                model, tmp_path / "a", checkpoint=tmp_path / "base"
+            )
+        assert not (tmp_path / "a").exists()
+
+    start = "roberta.embeddings"
+    words = f"{start}.word_embeddings.weight"
+    positions = f"{start}.position_embeddings.weight"
+    refused("lacks the tensor", **{words: None})
+    refused("lacks the tensor", **{positions: None})
+    refused(r"of shape \(60, 24\)", **{words: tensors[words][1:]})
+    refused("is not what|it was trained", **{positions: tensors[positions] + 1})
+    refused("as C64", **{"x": np.zeros(2, "complex64")})
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        kra.peft.save_merged(
+            model, tmp_path / "a", checkpoint=tmp_path / "base"
+        )
+    with pytest.raises(ValueError, match="must be the directory"):
+        kra.peft.save_merged(model, tmp_path / "a", checkpoint=path)
+    with pytest.raises(ValueError, match="are the same"):
+        kra.peft.save_merged(
+            model, tmp_path / "base", checkpoint=tmp_path / "base"
+        )
+    with pytest.raises(FileNotFoundError):
+        kra.peft.save_merged(
+            model, tmp_path / "a", checkpoint=tmp_path / "nothing"
+        )
+    (tmp_path / "c").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        kra.peft.save_merged(model, tmp_path / "b", checkpoint=tmp_path / "c")
