@@ -123,42 +123,96 @@ def test_keras_hub_reads_it_again(family, tmp_path):
     )
 
 
-@families.needs_torch
-@pytest.mark.slow("it needs the package gguf")
-def test_gguf(tmp_path):
-    """A GGUF file of the checkpoint has every tensor, read back."""
+def _gguf(folder, path):
+    """A GGUF file of a checkpoint, as llama.cpp's converter lays it out."""
     import gguf
 
-    model = families.keras_model(families.torch_model("llama"), tmp_path / "a")
-    _adapted(model)
-    kra.peft.save_merged(model, tmp_path / "merged")
-    tensors = safetensors.numpy.load_file(
-        tmp_path / "merged" / "model.safetensors"
-    )
-    config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    layers = config["num_hidden_layers"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    kind, layers = config["model_type"], config["num_hidden_layers"]
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
+    names = gguf.get_tensor_name_map(arch, layers)
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_name("tiny")
     writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(
+        config["hidden_size"] // config["num_attention_heads"]
+    )
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     found = {}
     for key, array in tensors.items():
-        # llama.cpp finds every tensor by the name that transformers has.
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, key
+        heads = {
+            "q_proj": "num_attention_heads",
+            "k_proj": "num_key_value_heads",
+        }
+        part = key.split(".")[-2]
+        if kind == "llama" and part in heads:
+            # llama.cpp turns pairs of neighbours, and transformers halves.
+            halves = array.reshape(config[heads[part]], 2, -1, *array.shape[1:])
+            array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(
+                array.shape
+            )
         found[name] = array
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return arch, found
+
+
+@families.needs_torch
+@pytest.mark.slow("it needs the package gguf")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf(family, tmp_path):
+    """A GGUF file of the checkpoint is complete, and computes the same.
+
+    transformers reads the file, with a map of names of its own.
+    """
+    import gguf
+    import torch
+    import transformers
+
+    torch_model = families.torch_model(family)
+    model = families.keras_model(torch_model, tmp_path / "a")
+    _adapted(model)
+    x = families.inputs(model)
+    ours = families.keras_outputs(model, x)
+    kra.peft.save_merged(model, tmp_path / "merged", checkpoint=tmp_path / "a")
+    path = tmp_path / "model.gguf"
+    arch, found = _gguf(tmp_path / "merged", path)
     read = {one.name: one for one in gguf.GGUFReader(path).tensors}
-    assert set(read) == set(found) and len(read) == 21
+    assert set(read) == set(found)
     for name, array in found.items():
         np.testing.assert_array_equal(read[name].data, array)
+    # llama.cpp can do without these.
+    without = {"ROPE_FREQS", "ATTN_ROT_EMBD"}
+    if torch_model.config.tie_word_embeddings:
+        without.add("OUTPUT")
+    needed = {
+        gguf.TENSOR_NAMES[one].format(bid=bid) + ".weight"
+        for one in gguf.MODEL_TENSORS[arch]
+        for bid in range(2)
+        if one.name not in without
+        and "EXP" not in one.name
+        and one.name != "FFN_GATE_INP"
+    }
+    assert needed <= set(read)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), gguf_file="model.gguf", dtype=torch.float32
+    )
+    theirs = families.torch_outputs(again.eval(), x)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.every_backend
