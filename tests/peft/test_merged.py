@@ -33,6 +33,9 @@ def _adapted(model, adapter=None, targets="all-linear"):
 
 
 @families.needs_torch
+@pytest.mark.filterwarnings(
+    'ignore:`targets="all-linear"` leaves out:keras_randadapt.AdapterWarning'
+)
 @pytest.mark.parametrize(
     "family",
     [
@@ -69,8 +72,14 @@ def test_transformers_computes_the_same(family, tmp_path):
     merged, report = transformers.AutoModel.from_pretrained(
         str(tmp_path / "merged"), output_loading_info=True
     )
-    # A pooler is no part of KerasHub's vision models.
-    assert not [k for k in report["missing_keys"] if "pooler" not in k]
+    # A pooler is no part of KerasHub's vision models, and there may be no
+    # register tokens.
+    sizes = {key: one.numel() for key, one in merged.state_dict().items()}
+    assert not [
+        key
+        for key in report["missing_keys"]
+        if "pooler" not in key and sizes[key]
+    ]
     # A backbone has the head of its task.
     assert all(
         key.startswith(("lm_head.", "classifier."))

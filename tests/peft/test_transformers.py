@@ -64,7 +64,8 @@ class Pair:
         sites = {
             id(layers[address])
             for address, parts in names.parts.items()
-            if parts[0].kind in kinds
+            # The gate of shared experts has one output.
+            if parts[0].kind in kinds and min(parts[0].dims) > 4
         }
         kra.inject(self.backbone, adapter, lambda layer: id(layer) in sites)
         return len(sites)
