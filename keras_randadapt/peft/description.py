@@ -13,6 +13,21 @@ from keras_randadapt.peft import sources
 #: float32 rounds more than this part of an update where it is refactored.
 _SAME = 1e-6
 
+#: Options that are compared elsewhere, as modules are, or that say nothing of
+#: the adapter.
+_NOT_COMPARED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "target_modules",
+)
+
 
 def described(directory):
     """What a directory holds, as a dict of JSON values.
@@ -172,12 +187,11 @@ def differences(first, second):
 
 def _settings(told):
     """The config without what is compared elsewhere or says nothing."""
-    left_out = ("peft_type", "base_model_name_or_path", "peft_version")
-    config = dict(told["config"])
-    if isinstance(config.get("target_modules"), list):
-        # PEFT writes a set, in another order each time.
-        config["target_modules"] = sorted(map(str, config["target_modules"]))
-    return {key: v for key, v in config.items() if key not in left_out}
+    return {
+        key: value
+        for key, value in told["config"].items()
+        if key not in _NOT_COMPARED and value not in (None, False, "", [], {})
+    }
 
 
 def _is_told(part):

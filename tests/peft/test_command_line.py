@@ -238,6 +238,14 @@ def test_the_same_update_in_another_form(tmp_path, capsys):
     found = [one["what"] for one in json.loads(capsys.readouterr().out)]
     assert f"form of {_MODULES[0]}" in found and "method" in found
     assert not [one for one in found if "update" in one or "tensor" in one]
+    # Only what says something of the adapter is told.
+    assert {one for one in found if "config" in one} == {
+        "config alpha_pattern",
+        "config lora_alpha",
+        "config r",
+        "config rank_pattern",
+        "config use_rslora",
+    }
 
 
 # Convert.
