@@ -12,7 +12,6 @@ import safetensors.numpy
 
 import keras_randadapt as kra
 from keras_randadapt import command_line
-from keras_randadapt.model import state as state_lib
 from tests.peft import directories
 from tests.peft import families
 from tests.peft import hub
@@ -514,7 +513,6 @@ def test_formats_are_not_mixed(folder, tmp_path, capsys):
     kra.inject(model, kra.LoRA(2), ["query"])
     file = tmp_path / "a.safetensors"
     kra.save_adapter(model, file)
-    state_lib.state_of(model)
     for arguments in (
         ("diff", folder, file),
         ("diff", file, folder),

@@ -369,6 +369,7 @@ def test_another_checkpoint_is_refused(tmp_path):
     refused("lacks the tensor", **{positions: None})
     refused(r"of shape \(60, 24\)", **{words: tensors[words][1:]})
     refused("is not what|it was trained", **{positions: tensors[positions] + 1})
+    refused("it was trained", **{positions: tensors[positions][:-1]})
     refused("as C64", **{"x": np.zeros(2, "complex64")})
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
