@@ -192,6 +192,12 @@ class RLoRA(base.Adapter):
         left = ops.transpose(self.basis_a.matrix())
         return left, rows * self._scaled_beta("float32")
 
+    def vector_form(self) -> tuple[Tensor, keras.Variable, Tensor]:
+        """`left`, `alpha` and `right` of `delta = left' diag(alpha) right`."""
+        right = ops.transpose(self.basis_b.matrix())
+        right = right * self._scaled_beta("float32")
+        return self.basis_a.matrix(), self.alpha, right
+
     def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()
 

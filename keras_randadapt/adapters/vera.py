@@ -150,6 +150,15 @@ class VeRA(base.Adapter):
         left = ops.transpose(self.basis_a.matrix())
         return left, rows * self._scaled_b("float32")
 
+    def vector_form(self) -> tuple[Tensor, keras.Variable, Tensor]:
+        """`left`, `alpha` and `right` of `delta = left' diag(alpha) right`.
+
+        `alpha` is `d`.
+        """
+        right = ops.transpose(self.basis_b.matrix())
+        right = right * self._scaled_b("float32")
+        return self.basis_a.matrix() * self._scale_d(), self.vera_d, right
+
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
     ) -> Tensor:

@@ -5,6 +5,8 @@ from keras_randadapt.analysis.information import layer_information
 from keras_randadapt.analysis.keyed_weights import kernels
 from keras_randadapt.analysis.loss_plane import LossPlane
 from keras_randadapt.analysis.loss_plane import mode_connectivity
+from keras_randadapt.analysis.pac_bayes_bound import PACBayesBound
+from keras_randadapt.analysis.pac_bayes_bound import pac_bayes_bound
 from keras_randadapt.analysis.rank import SingularValues
 from keras_randadapt.analysis.rank import delta_statistics
 from keras_randadapt.analysis.rank import effective_rank
@@ -16,6 +18,8 @@ from keras_randadapt.analysis.similarity import cka
 from keras_randadapt.analysis.similarity import linear_cka
 from keras_randadapt.analysis.table import SiteTable
 from keras_randadapt.analysis.table import Table
+from keras_randadapt.analysis.update_posterior import UpdatePosterior
+from keras_randadapt.analysis.update_posterior import update_posterior
 
 __all__ = [
     "cka",
@@ -29,11 +33,15 @@ __all__ = [
     "LossPlane",
     "mode_connectivity",
     "orthogonality_loss",
+    "pac_bayes_bound",
+    "PACBayesBound",
     "Similarity",
     "singular_values",
     "SingularValues",
     "SiteTable",
     "Table",
+    "update_posterior",
+    "UpdatePosterior",
 ]
 
 

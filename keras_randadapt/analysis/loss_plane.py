@@ -2,22 +2,20 @@
 
 import contextlib
 import inspect
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt._types import Axis
 from keras_randadapt._types import Data
 from keras_randadapt.analysis import keyed_weights
 from keras_randadapt.analysis import plane as plane_lib
 from keras_randadapt.analysis import plotting
+from keras_randadapt.analysis import point_values
 from keras_randadapt.analysis.table import Table
-from keras_randadapt.model import load
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 
@@ -190,7 +188,7 @@ def mode_connectivity(
             variables = [
                 keyed_weights.variable(layers, key) for key in points[0]
             ]
-            stack.enter_context(_restored(model, variables))
+            stack.enter_context(point_values.restored(model, variables))
 
             def write(values):
                 for key, value in values.items():
@@ -199,7 +197,7 @@ def mode_connectivity(
             points = _check_trainable_points(model, points)
             plane = plane_lib.Plane(points)
             variables = list(model.trainable_variables)
-            stack.enter_context(_restored(model, variables))
+            stack.enter_context(point_values.restored(model, variables))
 
             def write(values):
                 for variable, value in zip(variables, values.values()):
@@ -303,70 +301,13 @@ def _check_kernel_points(model, points):
 
 
 def _check_trainable_points(model, points):
-    variables = model.trainable_variables
-    if state_lib.is_adapted(model):
-        state_lib.check_no_block(model)
     values = []
     for i, point in enumerate(points):
-        if isinstance(point, (str, os.PathLike)):
-            point = _file_values(model, point)
-        if not isinstance(point, (list, tuple)):
-            raise TypeError(
-                "`points` must all be dicts of kernels (see `kernels`), or "
-                "all lists of values of `model.trainable_variables` or paths "
-                f"of adapter files. Received: points[{i}] of type "
-                f"{type(point).__name__}"
-            )
-        shapes = [tuple(np.shape(value)) for value in point]
-        expected = [tuple(variable.shape) for variable in variables]
-        if shapes != expected:
-            raise ValueError(
-                f"`points[{i}]` must hold a value for each of the model's "
-                f"{len(expected)} trainable variables, of their shapes "
-                f"{expected[:5]}. Received: {len(shapes)} values of shapes "
-                f"{shapes[:5]}"
-            )
-        values.append(
-            {
-                k: np.asarray(keyed_weights.as_numpy(v), "float64")
-                for k, v in enumerate(point)
-            }
+        found = point_values.read(
+            model,
+            point,
+            f"points[{i}]",
+            "`points` must all be dicts of kernels (see `kernels`), or all",
         )
+        values.append(dict(enumerate(found)))
     return values
-
-
-def _file_values(model, path):
-    """Values of the trainable variables after loading an adapter file."""
-    state = state_lib.state_of(model)
-    if len(state.active) != 1:
-        raise ValueError(
-            "Adapter files are points of a model with one active adapter. "
-            f"Active: {list(state.active)}. Call "
-            "`keras_randadapt.set_active(model, name)`."
-        )
-    with _restored(model, list(model.trainable_variables)):
-        load.load_adapter(model, path, name=state.active[0])
-        return [keyed_weights.as_numpy(v) for v in model.trainable_variables]
-
-
-# Reading, writing and restoring.
-
-
-@contextlib.contextmanager
-def _restored(model, variables):
-    """Restores the variables' values at the end of a block.
-
-    On JAX, `evaluate` removes the values of all variables while it runs and
-    does not put them back after an error, so all are restored there.
-    """
-    if keras.config.backend() == "jax":
-        variables = {id(v): v for v in [*variables, *model.variables]}.values()
-    values = [
-        (variable, keyed_weights.as_numpy(variable)) for variable in variables
-    ]
-    try:
-        yield
-    finally:
-        _compat.forget_jax_state(model)
-        for variable, value in values:
-            variable.assign(value)
