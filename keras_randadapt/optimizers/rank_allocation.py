@@ -82,7 +82,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
         self._owners = self._find_ranks(variables)
         # The sensitivity and the uncertainty of each variable, by its place, or
         # the magnitude of each gate.
-        self._averages = {}
+        self._averages: dict[int, tuple[keras.Variable, ...]] = {}
         self.initial_budget = 0
         for places in self._owners:
             self.initial_budget += int(variables[places["gate"]].shape[0])

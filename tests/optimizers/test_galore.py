@@ -114,7 +114,9 @@ class TestGaLore:
             m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
             m_hat = m / (1 - 0.9 ** (t + 1))
             v_hat = v / (1 - 0.999 ** (t + 1))
-            n = m_hat / (np.sqrt(v_hat) + 0.1)
+            # Keras adds epsilon before it corrects the bias of `v`.
+            epsilon = 0.1 / np.sqrt(1 - 0.999 ** (t + 1))
+            n = m_hat / (np.sqrt(v_hat) + epsilon)
             weight = weight - 0.1 * 0.5 * p @ n @ q.T
         methods.close(after, weight, 2e-4)
         (projection,) = optimizer._projections.values()
