@@ -294,8 +294,8 @@ FAULTS = [
         "wrong scale",
         "adapters/vera.py",
         "VeRA._scale_d",
-        "self.input_dim",
-        "self.output_dim",
+        "self._dims[0]",
+        "self._dims[1]",
         ("test_vera.py",),
     ),
     Fault(
