@@ -16,6 +16,7 @@ from keras_randadapt.model import parts
 from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
+from keras_randadapt.serving import bank_file
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import generation
 from keras_randadapt.serving import requests
@@ -89,6 +90,7 @@ class AdapterBank:
         self._table = Table(self.capacity, np.zeros(0))
         self._compiled: Any = None
         self._generator: Any = None
+        self._file: Any = None
         self._closed = False
         for name, file in requests.listed(adapters).items():
             try:
@@ -112,7 +114,7 @@ class AdapterBank:
             FileNotFoundError: If there is no such file.
         """
         requests.check_name(name)
-        read = tenants.File(paths.check_path(file))
+        read = tenants.read(paths.check_path(file))
         with self._lock:
             self._check_open()
             self._table.check_new(name)
@@ -270,6 +272,100 @@ class AdapterBank:
             rows = kept.rows(["", *names])
         saved_model.write(path, self.model, shared.layout, names, rows, specs)
 
+    def save(self, filepath: Path) -> None:
+        """Saves all tenants in one file.
+
+        It holds what their adapter files hold: nothing of the base model, and
+        nothing that a seed rebuilds. It is written beside its destination and
+        then moved there, so it is never incomplete. Requests go on meanwhile.
+
+        Args:
+            filepath: Path of the file, by convention `*.safetensors`.
+
+        Raises:
+            TypeError: If `filepath` is no path.
+            ValueError: If the bank had no tenant yet, or if a file that is read
+                lazily is damaged.
+            OSError: If the file can't be written.
+
+        Example:
+
+        ```python
+        with kra.serving.AdapterBank(model, "tenants") as bank:
+            bank.save("bank.safetensors")
+        ```
+        """
+        path = paths.check_path(filepath)
+        shared, table = self._opened()
+        with table.kept() as kept:
+            bank_file.write(path, shared, kept)
+
+    @classmethod
+    def load(
+        cls,
+        filepath: Path,
+        model: keras.Model,
+        *,
+        capacity: int | None = None,
+        lazy: bool = False,
+    ) -> Self:
+        """Makes a bank of a file that `save` wrote, on any backend.
+
+        It is as strict as `load_adapter` with `check_base="error"`.
+
+        Args:
+            filepath: Path of the file.
+            model: The base model, without adapters.
+            capacity: Optional int, the number of tenants that the bank has room
+                for: by default 10,000, or those of the file if they are more.
+            lazy: bool. Whether to read a tenant from the file when it is asked
+                for first. The file is then open until `close`. A damaged
+                tenant is an error for those who ask for it.
+
+        Returns:
+            An `AdapterBank`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, foreign or of a newer format, if
+                the model is adapted or another than the file's, if its base
+                weights are others, or if the capacity is too small. The model
+                is then unchanged.
+
+        Example:
+
+        ```python
+        with kra.serving.AdapterBank.load("bank.safetensors", model) as bank:
+            print(bank.names)
+        ```
+        """
+        file = bank_file.BankFile(paths.check_path(filepath))
+        try:
+            count = len(file.names)
+            if capacity is None:
+                capacity = max(10_000, count)
+            bank = cls(model, capacity=capacity)
+            if bank.capacity < count:
+                raise ValueError(
+                    f"'{file.path}' has {count} tenants. "
+                    f"Received: capacity={capacity}"
+                )
+            first = file.first(state_lib.layers_of(model))
+            try:
+                bank._open(first, file.check)
+                file.fill(bank._table, bank._shared, lazy)
+            except BaseException:
+                bank.close()
+                raise
+        except BaseException:
+            file.close()
+            raise
+        if lazy:
+            bank._file = file
+        else:
+            file.close()
+        return bank
+
     def status(self) -> str:
         """A few lines about the bank: method, tenants and bytes."""
         lines = [f"AdapterBank on '{self.model.name}'"]
@@ -284,6 +380,8 @@ class AdapterBank:
                 f"  sites    {sites:,}, heads {heads:,}",
                 f"  bytes    {row:,} a tenant, {row * len(self):,} in all",
             ]
+            if self._file is not None:
+                lines.append(f"  read     {self._table.read:,} tenants so far")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -293,6 +391,8 @@ class AdapterBank:
                 switch.eject(self.model)
             self._closed = True
             self._table = Table(self.capacity, np.zeros(0))
+            if self._file is not None:
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -311,9 +411,11 @@ class AdapterBank:
             raise ValueError("The bank has no tenant yet. Call `add`.")
         return self._shared, self._table
 
-    def _open(self, file):
+    def _open(self, file, check=None):
         """Attaches the adapter of the first file; the bank is empty then."""
-        shared, table = shared_lib.attached(self.model, file, self.capacity)
+        shared, table = shared_lib.attached(
+            self.model, file, self.capacity, check
+        )
         self._compiled = computation.compiled(self.model, shared.layout)
         self._generator = generation.Generator(self.model, shared.layout)
         self._shared, self._table = shared, table

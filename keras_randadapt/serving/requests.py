@@ -35,6 +35,12 @@ def check_name(name):
         raise ValueError(
             "`name` must not be empty: the empty name is the base model's."
         )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`name` must be text that UTF-8 can write. Received: name={name!r}"
+        ) from error
 
 
 def names_of(adapters, count):

@@ -54,6 +54,36 @@ class Shared:
         tenants.check_base(file, self.first)
         return self.own_row(file)
 
+    def units_of_last(self):
+        """The classes of the head that may have fewer, or `None`."""
+        if self.last not in self.kept:
+            return None
+        return self.layers[self.last].units
+
+    def check_can_be_smaller(self, path, classes):
+        """Raises `ValueError` if no head can have so few classes."""
+        tenants.check_can_be_smaller(
+            path, self.last, self.layers[self.last], classes
+        )
+
+    def fill_up(self, row, classes):
+        """Gives absent classes the lowest logit of this model's dtype.
+
+        Args:
+            row: A row, which is changed.
+            classes: int or `None`.
+        """
+        if classes is None or classes == self.units_of_last():
+            return
+        key = self.last, layout_lib.HEADS
+        (part,) = [
+            part
+            for part in self.layout.parts
+            if part.key == key and part.weight == "bias"
+        ]
+        layer = self.layers[self.last]
+        row[part.start + classes : part.stop] = tenants.lowest(layer)
+
     def own_row(self, file):
         """The row of a file that was checked."""
         return self.layout.row(
@@ -63,13 +93,15 @@ class Shared:
         )
 
 
-def attached(model, file, capacity):
+def attached(model, file, capacity, check=None):
     """Attaches the adapter of the first file, and heads.
 
     Args:
         model: A model without adapters.
         file: The `File` of the first tenant.
         capacity: int, the number of tenants that there must be room for.
+        check: Optional function of the `Shared` that raises an error if it is
+            not what was expected.
 
     Returns:
         A `Shared`, and an empty `Table`.
@@ -89,14 +121,15 @@ def attached(model, file, capacity):
     )
     attachment = loading.attachment
     kept, built = attachment.kept, attachment.built
-    tenants.check_method(
-        file.path, attachment.template, layers, list(built), kept
-    )
-    if any(loading.rename(key) != key for key in file.metadata["kept"]):
+    keys = [*file_format.site_keys(file.tensors), *file.metadata["kept"]]
+    if any(loading.rename(key) != key for key in keys):
         raise ValueError(
             f"'{file.path}' is of a part of this model or of a larger one. "
             "Make the bank of the model that the adapter was trained on."
         )
+    tenants.check_method(
+        file.path, attachment.template, layers, list(built), kept
+    )
     heads = build.build_adapters(
         TenantHead(), layout_lib.HEADS, layers, kept, {}
     )
@@ -112,6 +145,8 @@ def attached(model, file, capacity):
             [(key, name, np.shape(v)) for (key, name), v in values.items()]
         ),
     )
+    if check is not None:
+        check(shared)
     # Files of version 1 do not tell their base weights.
     told = file_format.BASE_KEY in file.tensors
     with attach.changing(model) as change:

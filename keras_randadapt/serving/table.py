@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import threading
 
 import numpy as np
@@ -31,8 +32,8 @@ class Kept:
         tenants: dict from name to `Tenant`.
     """
 
-    def __init__(self, rows, tenants):
-        self._rows = rows
+    def __init__(self, table, tenants):
+        self._table = table
         self.tenants = tenants
 
     def check(self, names):
@@ -52,7 +53,7 @@ class Kept:
         """
         self.check(names)
         places = [self.tenants[name].place if name else 0 for name in names]
-        return self._rows[places]
+        return self._table.gathered(places)
 
 
 class Table:
@@ -73,6 +74,8 @@ class Table:
         self._free = []
         self._used = 0
         self._changed = threading.Condition(threading.RLock())
+        # Functions that read the rows of tenants which nobody asked for yet.
+        self._unread = {}
         # Places that were freed while somebody keeps the rows.
         self._keepers = 0
         self._held = []
@@ -104,8 +107,47 @@ class Table:
         with self._changed:
             self.check_new(name)
             place = self._new_place()
+            self._unread.pop(place, None)
             self._rows[place] = row
             self._tenants = {**self._tenants, name: Tenant(place, classes)}
+
+    def add_file(self, names, classes, parts=None, read=None):
+        """Adds the tenants of a file to an empty table.
+
+        Args:
+            names: list of names, no more than the capacity.
+            classes: list of their classes; see `Tenant`.
+            parts: Iterable of pairs of a start and an array of rows.
+            read: Instead of `parts`, a function that gives the row of a
+                tenant's number when somebody asks for it.
+        """
+        with self._changed:
+            for start, rows in parts or ():
+                self._rows[start + 1 : start + 1 + len(rows)] = rows
+            if read is not None:
+                self._unread = {
+                    i + 1: functools.partial(read, i) for i in range(len(names))
+                }
+            self._used = len(names)
+            self._tenants = {
+                name: Tenant(i + 1, count)
+                for i, (name, count) in enumerate(zip(names, classes))
+            }
+
+    def gathered(self, places):
+        """The rows at some places, which somebody keeps; see `kept`."""
+        if self._unread:
+            with self._changed:
+                for place in {*places} & self._unread.keys():
+                    self._rows[place] = self._unread[place]()
+                    del self._unread[place]
+        return self._rows[places]
+
+    @property
+    def read(self):
+        """The number of tenants whose rows are in memory."""
+        places = {tenant.place for tenant in self._tenants.values()}
+        return len(places - {*self._unread})
 
     def remove(self, name):
         with self._changed:
@@ -133,7 +175,7 @@ class Table:
             self._keepers += 1
             tenants = self._tenants
         try:
-            yield Kept(self._rows, tenants)
+            yield Kept(self, tenants)
         finally:
             with self._changed:
                 self._keepers -= 1

@@ -41,12 +41,14 @@ class File:
         tensors: Its tensors, those of a smaller head filled up.
         metadata: Its metadata.
         classes: int, the classes of its own head, or `None` without one.
+
+    Raises:
+        ValueError: If a bank can't have it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, tensors, metadata):
         self.path = path
-        self.tensors, self.metadata = file_reading.read(path)
-        file_reading.check_finite(path, self.tensors)
+        self.tensors, self.metadata = tensors, metadata
         if self.metadata.get("moved"):
             raise ValueError(
                 f"'{path}' holds state of the base model that training moved "
@@ -75,24 +77,48 @@ class File:
         missing = layer.units - self.classes
         if missing <= 0:
             return
-        activation = keras.activations.serialize(layer.activation)
-        if bias is None or activation != "linear":
-            raise ValueError(
-                f"'{self.path}' has a head of {self.classes} classes at "
-                f"'{address}', and the model's has {layer.units}. Classes can "
-                "be left out only of a Dense layer with a bias and without an "
-                "activation."
-            )
-        lowest = _LOWEST[keras.backend.standardize_dtype(layer.compute_dtype)]
+        check_can_be_smaller(self.path, address, layer, self.classes)
         self.tensors[f"{address}#0"] = np.pad(kernel, ((0, 0), (0, missing)))
+        # A file without a bias would have been refused.
         self.tensors[f"{address}#1"] = np.pad(
-            bias, (0, missing), constant_values=lowest
+            bias, (0, missing), constant_values=lowest(layer)
         )
+
+
+def check_can_be_smaller(path, address, layer, classes):
+    """Raises `ValueError` if the head of a file can't have fewer classes.
+
+    Args:
+        path: The file.
+        address: The address of the head.
+        layer: The model's.
+        classes: int, the classes of the file's.
+    """
+    activation = keras.activations.serialize(layer.activation)
+    if classes < layer.units and (layer.bias is None or activation != "linear"):
+        raise ValueError(
+            f"'{path}' has a head of {classes} classes at '{address}', and "
+            f"the model's has {layer.units}. Classes can be left out only of "
+            "a Dense layer with a bias and without an activation."
+        )
+
+
+def lowest(layer):
+    """The logit of absent classes."""
+    return _LOWEST[keras.backend.standardize_dtype(layer.compute_dtype)]
+
+
+def read(path):
+    """The `File` of an adapter file."""
+    tensors, metadata = file_reading.read(path)
+    file_reading.check_finite(path, tensors)
+    return File(path, tensors, metadata)
 
 
 def last_dense(model, addresses, layers):
     """The address of the Dense layer that gives the model's outputs."""
-    dense = [a for a in addresses if type(layers[a]) is keras.layers.Dense]
+    # The addresses are those of a file, which may be of another model.
+    dense = [a for a in addresses if type(layers.get(a)) is keras.layers.Dense]
     outputs = getattr(model, "outputs", None) or []
     for address in dense:
         node = getattr(outputs[0], "_keras_history", None) if outputs else None

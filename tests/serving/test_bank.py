@@ -258,6 +258,7 @@ class TestTenants:
             ("alice", ValueError, "a tenant called 'alice' already"),
             ("", ValueError, "must not be empty"),
             (3, TypeError, "must be a string"),
+            ("\ud800", ValueError, "text that UTF-8 can write"),
         ],
     )
     def test_bad_names(self, bank, tmp_path, name, error, match):
@@ -404,6 +405,24 @@ class TestRefusals:
         )
         with pytest.raises(ValueError, match="state of the base model"):
             kra.serving.AdapterBank(_model(), tmp_path)
+
+    def test_other_models(self, tmp_path):
+        _tenant(tmp_path / "a.safetensors", METHODS["rlora"], 0)
+        model, _, _ = zoo.dense()
+        with pytest.raises(ValueError, match="lacks 2 of its 3 addresses"):
+            kra.serving.AdapterBank(model, tmp_path)
+        assert kra.sites(model) == {}
+
+    def test_files_of_a_part(self, tmp_path):
+        inner = _model()
+        kra.inject(inner, kra.LoRA(2), "query")
+        kra.save_adapter(inner, tmp_path / "a.safetensors")
+        kra.eject(inner)
+        inputs = keras.Input((4, 6))
+        outputs = keras.layers.Activation("tanh")(inner(inputs))
+        model = keras.Model(inputs, outputs)
+        with pytest.raises(ValueError, match="of a part of this model"):
+            kra.serving.AdapterBank(model, tmp_path)
 
     def test_adapted_model(self):
         model = _model()
