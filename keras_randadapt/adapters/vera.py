@@ -19,6 +19,7 @@ from keras_randadapt.bases.slice import Slice
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import of_examples
+from keras_randadapt.sites.per_example import rows_of_basis
 from keras_randadapt.sites.site import Site
 
 
@@ -154,8 +155,23 @@ class VeRA(base.Adapter):
         return self.basis_b.matvec(u) * self._scaled_b(x.dtype)
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        return self._expand_per_example(self.basis_a.matvec(x), weights)
+
+    def _expand_per_example(self, u, weights):
+        d, b = self._of_examples(weights, u.dtype)
+        return self.basis_b.matvec(u * d) * b
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
         d, b = self._of_examples(weights, x.dtype)
-        return self.basis_b.matvec(self.basis_a.matvec(x) * d) * b
+        return self.basis_a.adjoint(self.basis_b.adjoint(x * b) * d)
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        u = rows_of_basis(self.basis_a, ids, dtype)
+        return self._expand_per_example(u, weights)
 
     def _of_examples(self, weights, dtype):
         return (

@@ -11,6 +11,8 @@ from keras_randadapt.model import build
 from keras_randadapt.model import file_format
 from keras_randadapt.model import load
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import switch
+from keras_randadapt.serving import computation
 from keras_randadapt.serving import layout as layout_lib
 from keras_randadapt.serving import table as table_lib
 from keras_randadapt.serving import tenants
@@ -159,8 +161,15 @@ def attached(model, file, capacity, check=None):
             attach.refresh(change)
         for address in [*built, *heads]:
             change.set(layers[address].adapter, "per_example", True)
+        base = _base_row(shared)
         # The memory may not suffice.
-        table = table_lib.Table(capacity, _base_row(shared))
+        table = table_lib.Table(capacity, base)
+    try:
+        # A model can be called when its change has ended.
+        computation.check_batches(model, shared.layout, base)
+    except BaseException:
+        switch.eject(model)
+        raise
     return shared, table
 
 

@@ -127,27 +127,58 @@ def last_dense(model, addresses, layers):
     return dense[-1] if dense and not outputs else None
 
 
+# The methods that a site of a kind needs one of.
+_NEEDED = {
+    "product": ("delta_per_example", "adapt_per_example"),
+    "lookup": ("lookup_per_example",),
+    "norm": ("bias_per_example",),
+}
+
+
 def check_method(path, template, layers, addresses, kept):
     """Raises `ValueError` if a file's adapter can't be one of a batch."""
     if not any(
-        getattr(template, name, None) is not None
-        for name in ("delta_per_example", "adapt_per_example")
+        getattr(template, name, None) is not None for name in _NEEDED["product"]
     ):
         raise ValueError(
             f"'{path}' has a `{type(template).__name__}`, which can't have "
             "weights of each example's own. `to_lora` makes it one that can, "
             "if it is additive."
         )
-    for address in [*addresses, *kept]:
-        if supported.supported_class(
-            layers[address], ("product",)
-        ) is None or not supported.is_matrix_product(layers[address]):
+    for address in addresses:
+        if not _can_be_site(layers[address], template):
             raise ValueError(
-                f"'{path}' {'keeps' if address in kept else 'adapts'} "
-                f"'{address}', a {type(layers[address]).__name__}. In a bank "
-                "that must be a Dense layer, or an EinsumDense layer that is a "
-                "matrix product."
+                f"'{path}' adapts '{address}', a "
+                f"{type(layers[address]).__name__}, with a "
+                f"`{type(template).__name__}`. In a bank that must be a Dense "
+                "layer, an EinsumDense layer that is a matrix product, an "
+                "embedding, or, for `BitFit`, a normalization."
             )
+    for address in kept:
+        if not _is_product(layers[address]):
+            raise ValueError(
+                f"'{path}' keeps '{address}', a "
+                f"{type(layers[address]).__name__}. In a bank that must be a "
+                "Dense layer, or an EinsumDense layer that is a matrix product."
+            )
+
+
+def _is_product(layer):
+    known = supported.supported_class(layer, ("product",))
+    return known is not None and supported.is_matrix_product(layer)
+
+
+def _can_be_site(layer, template):
+    known = supported.supported_class(layer, tuple(_NEEDED))
+    if known is None:
+        return False
+    kind = supported.kind_of(layer)
+    if kind == "product" and not supported.is_matrix_product(layer):
+        return False
+    needed = _NEEDED[kind]
+    if getattr(layer, "tie_weights", False):
+        needed = ("delta_transpose_per_example",)
+    return any(getattr(template, name, None) is not None for name in needed)
 
 
 def check_alike(first, other):

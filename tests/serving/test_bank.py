@@ -26,6 +26,7 @@ METHODS = {
     "dylora": lambda: kra.DyLoRA(2),
     "rmlora": lambda: kra.RMLoRA(2),
     "ia3": lambda: kra.IA3(),
+    "nola": lambda: kra.NOLA(2, num_bases=5),
 }
 
 
@@ -385,7 +386,7 @@ class TestRefusals:
         kra.inject(model, kra.LoRA(2), targets)
         kra.save_adapter(model, tmp_path / "a.safetensors")
         kra.eject(model)
-        with pytest.raises(ValueError, match="a Conv2D. In a bank"):
+        with pytest.raises(ValueError, match="a Conv2D, with a `LoRA`. In"):
             kra.serving.AdapterBank(model, tmp_path)
 
     def test_weights(self, tmp_path):
