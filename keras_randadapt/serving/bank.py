@@ -19,6 +19,7 @@ from keras_randadapt.model import switch
 from keras_randadapt.serving import bank_file
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import generation
+from keras_randadapt.serving import low_rank
 from keras_randadapt.serving import requests
 from keras_randadapt.serving import saved_model
 from keras_randadapt.serving import shared as shared_lib
@@ -36,11 +37,11 @@ class AdapterBank:
     lie in the memory of the host; those of a batch travel with its inputs.
 
     All tenants of a bank share the method, the sites and, where the method has
-    random bases, seed and configuration. LoRA's ranks and scalings may differ:
-    smaller ones than the first tenant's are filled up. Each tenant has its own
-    kept layers, which must be Dense layers. A head of fewer classes than the
-    model's is filled up if it is the last layer: logits of absent classes are
-    the lowest number of the dtype.
+    random bases, seed and configuration. LoRA's ranks and scalings may differ
+    from tenant to tenant and from site to site: smaller ranks than the bank's
+    are filled up. Each tenant has its own kept layers, which must be Dense
+    layers. A head of fewer classes than the model's is filled up if it is the
+    last layer: logits of absent classes are the lowest number of the dtype.
 
     The model belongs to the bank until `close`. It is thread-safe: each request
     sees one consistent state, and nothing is switched between requests.
@@ -52,6 +53,8 @@ class AdapterBank:
             `*.safetensors` files are the tenants, named by their stems.
         capacity: int, the number of tenants that the bank has room for. Memory
             is used as they are added.
+        rank: Optional int, for LoRA: the largest rank of a tenant. By default
+            it is that of the first one.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -75,6 +78,7 @@ class AdapterBank:
         adapters: Mapping[str, Path] | Path | None = None,
         *,
         capacity: int = 10_000,
+        rank: int | None = None,
     ):
         checks.check_model(model)
         if state_lib.is_adapted(model) or parts.owner_of(model) is not None:
@@ -84,6 +88,7 @@ class AdapterBank:
             )
         self.model = model
         self.capacity = arguments.check_rank(capacity, "capacity")
+        self._rank = None if rank is None else arguments.check_rank(rank)
         # Requests take no lock but the table's, so they do not wait for files.
         self._lock = threading.RLock()
         self._shared: Any = None
@@ -119,10 +124,11 @@ class AdapterBank:
             self._check_open()
             self._table.check_new(name)
             if self._shared is None:
-                row = self._open(read).own_row(read)
+                read = low_rank.first(read, self._rank)
+                row, classes = self._open(read).own_row(read), read.classes
             else:
-                row = self._shared.row(read)
-            self._table.add(name, row, read.classes)
+                row, classes = self._shared.row(read)
+            self._table.add(name, row, classes)
 
     def remove(self, name: str) -> None:
         """Removes a tenant.

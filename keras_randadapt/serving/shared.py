@@ -14,6 +14,7 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import layout as layout_lib
+from keras_randadapt.serving import low_rank
 from keras_randadapt.serving import table as table_lib
 from keras_randadapt.serving import tenants
 from keras_randadapt.serving.head import TenantHead
@@ -42,19 +43,24 @@ class Shared:
     layout: layout_lib.Layout
 
     def row(self, file):
-        """The weights of another tenant as a row, after all checks.
+        """The weights of another tenant, after all checks.
 
         Args:
             file: Its `File`.
 
+        Returns:
+            Its row, and the number of its classes or `None`.
+
         Raises:
             ValueError: If it can't share the bank.
         """
+        if low_rank.is_plain(self.template):
+            file = low_rank.of_rank(file, self.template.rank)
         if self.last in self.kept:
             file.fill_up(self.last, self.layers[self.last])
         tenants.check_alike(self.first, file)
         tenants.check_base(file, self.first)
-        return self.own_row(file)
+        return self.own_row(file), file.classes
 
     def units_of_last(self):
         """The classes of the head that may have fewer, or `None`."""
@@ -89,9 +95,7 @@ class Shared:
     def own_row(self, file):
         """The row of a file that was checked."""
         return self.layout.row(
-            tenants.values(
-                file, self.template, self.built, self.layers, self.kept
-            )
+            tenants.values(file, self.built, self.layers, self.kept)
         )
 
 
@@ -135,7 +139,7 @@ def attached(model, file, capacity, check=None):
     heads = build.build_adapters(
         TenantHead(), layout_lib.HEADS, layers, kept, {}
     )
-    values = tenants.values(file, attachment.template, built, layers, kept)
+    values = tenants.values(file, built, layers, kept)
     shared = Shared(
         first=file,
         template=attachment.template,
@@ -161,7 +165,7 @@ def attached(model, file, capacity, check=None):
             attach.refresh(change)
         for address in [*built, *heads]:
             change.set(layers[address].adapter, "per_example", True)
-        base = _base_row(shared)
+        base = _base_row(shared, change)
         # The memory may not suffice.
         table = table_lib.Table(capacity, base)
     try:
@@ -173,14 +177,16 @@ def attached(model, file, capacity, check=None):
     return shared, table
 
 
-def _base_row(shared):
+def _base_row(shared, change):
     """The row with which the model computes as the base model does."""
     base = {}
     for address, adapter in shared.built.items():
+        values = _without_effect(adapter)
         for weight in adapter.stored_weights():
             key = (address, layout_lib.ADAPTER), weight.name
-            # An adapter that was just built changes nothing.
-            base[key] = keras.ops.convert_to_numpy(weight)
+            base[key] = values[weight.name]
+            # The model itself computes as the base model does, too.
+            change.assign(weight, values[weight.name])
     for address in shared.kept:
         layer = shared.layers[address]
         key = address, layout_lib.HEADS
@@ -189,6 +195,38 @@ def _base_row(shared):
         if layer.bias is not None:
             base[key, "bias"] = keras.ops.convert_to_numpy(layer.bias)
     return shared.layout.row(base)
+
+
+def _without_effect(adapter):
+    """Weights with which an adapter that was just built changes nothing."""
+    first = {
+        weight.name: keras.ops.convert_to_numpy(weight)
+        for weight in adapter.stored_weights()
+    }
+    zeros = {name: np.zeros_like(value) for name, value in first.items()}
+    # An initializer may have given it an update from the start.
+    for values in (first, zeros):
+        if _changes_nothing(adapter, values):
+            return values
+    raise ValueError(
+        f"The adapter at '{adapter.site.address}' changes the base model both "
+        "as it was built and with weights of zeros, so no row of a bank can "
+        "stand for the base model."
+    )
+
+
+def _changes_nothing(adapter, values):
+    if getattr(adapter, "delta_per_example", None) is None:
+        return True
+    x = np.random.default_rng(0).normal(size=(1, 1, adapter.input_dim))
+    weights = {
+        name: keras.ops.convert_to_tensor(value[None].astype("float32"))
+        for name, value in values.items()
+    }
+    y = adapter.delta_per_example(
+        keras.ops.convert_to_tensor(x.astype("float32")), weights
+    )
+    return not np.any(keras.ops.convert_to_numpy(y))
 
 
 def _attachment(like, built, template=None):

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 
 from keras_randadapt.adapters import configs
-from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
@@ -232,22 +231,18 @@ def check_base(file, first):
         )
 
 
-def values(file, template, built, layers, kept):
+def values(file, built, layers, kept):
     """The weights of a tenant by key and name; see `Layout.row`.
 
     Args:
         file: A `File`.
-        template: The bank's template.
         built: dict from address to the bank's built adapter.
         layers: dict from address to layer.
         kept: Addresses of the heads.
     """
-    own = configs.deserialize(file.metadata["adapter"])
     found = {}
     for address, adapter in built.items():
-        arrays = _arrays(file, own, address, adapter)
-        if configs.serialize(own) != configs.serialize(template):
-            arrays = _fitted(file, own, template, arrays, adapter)
+        arrays = _arrays(file, address, adapter)
         for weight in adapter.stored_weights():
             key = (address, layout_lib.ADAPTER), weight.name
             if arrays[weight.name].shape != tuple(weight.shape):
@@ -272,16 +267,11 @@ def values(file, template, built, layers, kept):
     return found
 
 
-def _arrays(file, own, address, adapter):
+def _arrays(file, address, adapter):
     """The weights at a site by name, in the shapes that the file has."""
     flat = file.tensors[address]
     weights = adapter.stored_weights()
     shapes = [tuple(weight.shape) for weight in weights]
-    if sum(map(math.prod, shapes)) != flat.size and type(own) is LoRA:
-        shapes = [
-            (adapter.input_dim, own.rank),
-            (own.rank, adapter.output_dim),
-        ]
     if sum(map(math.prod, shapes)) != flat.size:
         raise ValueError(
             f"'{file.path}' holds {flat.size} values for '{address}', where "
@@ -294,8 +284,19 @@ def _arrays(file, own, address, adapter):
     return arrays
 
 
+def _only_trains(key):
+    """Whether an argument of adapters matters in training alone."""
+    return key.endswith("_initializer") or key in (
+        "dropout",
+        "dtype",
+        "regularizer",
+        "precondition",
+        "d_initial",
+    )
+
+
 def _check_configs(path, own, template):
-    """Raises `ValueError` unless adapters are alike, or LoRAs that can be.
+    """Raises `ValueError` unless adapters are alike.
 
     Args:
         path: The file's path.
@@ -304,10 +305,11 @@ def _check_configs(path, own, template):
     """
     ours, theirs = template.get_config(), own.get_config()
     keys = sorted(ours.keys() | theirs.keys())
-    differing = [k for k in keys if ours.get(k) != theirs.get(k)]
-    if type(own) is LoRA and type(template) is LoRA:
-        free = ("rank", "alpha", "scaling", "seed", "dropout", "rslora")
-        differing = [key for key in differing if key not in free]
+    differing = [
+        key
+        for key in keys
+        if ours.get(key) != theirs.get(key) and not _only_trains(key)
+    ]
     if type(own) is type(template) and not differing:
         return
     raise ValueError(
@@ -319,18 +321,3 @@ def _check_configs(path, own, template):
         )
         + "."
     )
-
-
-def _fitted(file, own, template, arrays, adapter):
-    """A LoRA of a smaller rank and another scaling, as one of the bank's."""
-    missing = adapter.rank - own.rank
-    if missing < 0:
-        raise ValueError(
-            f"'{file.path}' has the rank {own.rank}, and the bank's is "
-            f"{adapter.rank}. Make the bank with the largest one first."
-        )
-    factor = own.scaling / template.scaling
-    return {
-        "lora_a": np.pad(arrays["lora_a"], ((0, 0), (0, missing))),
-        "lora_b": np.pad(arrays["lora_b"] * factor, ((0, missing), (0, 0))),
-    }

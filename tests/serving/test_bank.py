@@ -16,6 +16,7 @@ from tests import zoo
 METHODS = {
     "rlora": lambda: kra.RLoRA(5),
     "rlora_stacked": lambda: kra.RLoRA(23, scaling=2.0),
+    "rlora_started": lambda: kra.RLoRA(5, beta_initializer="ones"),
     "vera": lambda: kra.VeRA(6, scaling=5.0),
     "vera_sparse": lambda: kra.VeRA(6, basis="sparse"),
     "lora": lambda: kra.LoRA(2, alpha=3),
@@ -356,8 +357,95 @@ def test_ranks_of_lora(tmp_path):
     names = ["small", "large", "other", "small"] * 2
     _close(bank.predict(X, names), _expected(outputs, names))
     _tenant(tmp_path / "huge.safetensors", lambda: kra.LoRA(6), 1)
-    with pytest.raises(ValueError, match="rank 6, and the bank's is 4"):
+    with pytest.raises(ValueError, match="rank 6, and the bank's is 4.*rank=6"):
         bank.add("huge", tmp_path / "huge.safetensors")
+    bank.close()
+    with kra.serving.AdapterBank(_model(), tmp_path, rank=8) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+        bank.save(tmp_path / "bank.file")
+    with kra.serving.AdapterBank.load(tmp_path / "bank.file", _model()) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+        bank.remove("small")
+        bank.add("small", tmp_path / "small.safetensors")
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+
+@pytest.mark.one_backend
+def test_adapters_that_became_loras(tmp_path):
+    """`to_lora` and `compact` give each site a rank of its own."""
+    outputs = {}
+    model = _model()
+    kra.inject(model, kra.RLoRA(5), ["query", "value"])
+    zoo.randomize(model, seed=1)
+    kra.to_lora(model, energy=0.9)
+    kra.save_adapter(model, tmp_path / "became.safetensors")
+    outputs["became"] = keras.ops.convert_to_numpy(model(X))
+    model = _model()
+    kra.inject(model, kra.SoRA(4), ["query", "value"])
+    zoo.randomize(model, seed=2)
+    for i, adapter in enumerate(model._randadapt.adapters("default").values()):
+        adapter.gate.assign([0.5, 0.0, 2.0, float(i)])
+    kra.compact(model)
+    kra.save_adapter(model, tmp_path / "compact.safetensors")
+    outputs["compact"] = keras.ops.convert_to_numpy(model(X))
+    outputs[None] = keras.ops.convert_to_numpy(_model()(X))
+    names = ["became", "compact", None, "compact"] * 2
+    with kra.serving.AdapterBank(_model(), tmp_path, rank=6) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+
+@pytest.mark.one_backend
+class TestConfigs:
+    """What tenants may differ in, and what they must not."""
+
+    def _bank(self, folder, first, second, **arguments):
+        outputs = {}
+        for seed, (name, make) in enumerate({"a": first, "b": second}.items()):
+            path = folder / f"{name}.safetensors"
+            outputs[name] = _tenant(path, make, seed)
+        bank = kra.serving.AdapterBank(_model(), folder, **arguments)
+        names = ["a", "b"] * 4
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (lambda: kra.RLoRA(5), lambda: kra.RLoRA(5, dropout=0.5)),
+            (lambda: kra.VeRA(5), lambda: kra.VeRA(5, d_initial=0.5)),
+            (
+                lambda: kra.LoRA(2),
+                lambda: kra.LoRA(
+                    1, initialization="gaussian", dtype="bfloat16"
+                ),
+            ),
+        ],
+    )
+    def test_arguments_of_training(self, tmp_path, first, second):
+        self._bank(tmp_path, first, second)
+
+    @pytest.mark.parametrize(
+        ("first", "second", "match"),
+        [
+            # The first values of a decomposition depend on its rank.
+            (
+                lambda: kra.LoRA(4, initialization="pissa"),
+                lambda: kra.LoRA(2, initialization="pissa"),
+                "rank=2 and 4",
+            ),
+            (
+                lambda: kra.LoRA(2),
+                lambda: kra.LoRA(2, initialization="pissa"),
+                "can't share this bank",
+            ),
+        ],
+    )
+    def test_other_updates(self, tmp_path, first, second, match):
+        with pytest.raises(ValueError, match=match):
+            self._bank(tmp_path, first, second)
+
+    def test_ranks_of_other_methods(self, tmp_path):
+        with pytest.raises(ValueError, match="`rank` is for banks of LoRAs"):
+            self._bank(tmp_path, METHODS["rlora"], METHODS["rlora"], rank=8)
 
 
 @pytest.mark.one_backend
