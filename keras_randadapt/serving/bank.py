@@ -155,8 +155,9 @@ class AdapterBank:
         Args:
             x: Inputs: an array, or a list or dict of arrays, whose first axis
                 is that of examples. A dict may have the names in an entry
-                `"adapter"`. It may also be an iterable of batches of such
-                dicts, a `tf.data.Dataset` for example.
+                `"adapter"`. It may also be an iterable of such dicts, each a
+                batch: a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+                PyTorch `DataLoader`, for example.
             adapters: The tenants' names, one for each example. `None` or `""`
                 is the base model.
             batch_size: int, the number of examples that are computed at once.
@@ -172,11 +173,14 @@ class AdapterBank:
         _, table = self._opened()
         return requests.predict(table, self._answer, x, adapters, batch_size)
 
-    def __call__(self, x: Any, adapters: Sequence[str | None]) -> Any:
+    def __call__(
+        self, x: Any, adapters: Sequence[str | None] | None = None
+    ) -> Any:
         """Like `predict` for one batch, not compiled.
 
         Args:
             x: Inputs: tensors or arrays, whose first axis is that of examples.
+                A dict may have the names in an entry `"adapter"`.
             adapters: See `predict`.
 
         Returns:
@@ -186,6 +190,8 @@ class AdapterBank:
             ValueError: See `predict`.
         """
         shared, table = self._opened()
+        if adapters is None:
+            x, adapters = requests.split(x)
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         names = requests.names_of(adapters, requests.examples(x))
         with table.kept() as kept:

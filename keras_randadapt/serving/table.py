@@ -11,6 +11,10 @@ import numpy as np
 # Names are compared one by one for a suggestion, which takes long for many.
 _NAMES_TO_COMPARE = 20_000
 
+# Rows beyond the capacity, for tenants that come while others that went are
+# still read.
+_SPARE = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Tenant:
@@ -67,7 +71,8 @@ class Table:
 
     def __init__(self, capacity, base):
         self.capacity = capacity
-        self._rows = np.zeros((capacity + 1, len(base)), "float32")
+        self._places = capacity + _SPARE
+        self._rows = np.zeros((self._places + 1, len(base)), "float32")
         self._rows[0] = base
         # The dict is replaced and never changed, so readers take no copy.
         self._tenants = {}
@@ -76,8 +81,10 @@ class Table:
         self._changed = threading.Condition(threading.RLock())
         # Functions that read the rows of tenants which nobody asked for yet.
         self._unread = {}
-        # Places that were freed while somebody keeps the rows.
-        self._keepers = 0
+        # Each removal has a number. A keeper is known by that of the removal
+        # before it, and holds the places of those after it.
+        self._removals = 0
+        self._keepers = []
         self._held = []
 
     def __len__(self):
@@ -155,7 +162,9 @@ class Table:
             self._tenants = {
                 n: t for n, t in self._tenants.items() if n != name
             }
-            (self._held if self._keepers else self._free).append(place)
+            self._removals += 1
+            self._held.append((self._removals, place))
+            self._free_places()
 
     def tenant(self, name):
         """The `Tenant` of a name; raises `ValueError` if there is none."""
@@ -172,20 +181,25 @@ class Table:
             A `Kept`.
         """
         with self._changed:
-            self._keepers += 1
+            since = self._removals
+            self._keepers.append(since)
             tenants = self._tenants
         try:
             yield Kept(self, tenants)
         finally:
             with self._changed:
-                self._keepers -= 1
-                if not self._keepers:
-                    self._free += self._held
-                    self._held = []
-                    self._changed.notify_all()
+                self._keepers.remove(since)
+                self._free_places()
+
+    def _free_places(self):
+        """Frees the places of tenants that nobody keeps any more."""
+        oldest = min(self._keepers, default=self._removals)
+        self._free += [place for n, place in self._held if n <= oldest]
+        self._held = [(n, place) for n, place in self._held if n > oldest]
+        self._changed.notify_all()
 
     def _new_place(self):
-        while not self._free and self._used >= self.capacity:
+        while not self._free and self._used >= self._places:
             # All free places are those of tenants that somebody still reads.
             self._changed.wait()
         if self._free:

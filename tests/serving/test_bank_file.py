@@ -313,7 +313,8 @@ class TestAtomic:
         names = {one.name for one in path.parent.iterdir()}
         assert names == {"bank.safetensors", "answers.npy", "files"}
 
-    def test_rows_stay_while_they_are_kept(self):
+    def test_rows_stay_while_they_are_kept(self, monkeypatch):
+        monkeypatch.setattr(table_lib, "_SPARE", 0)
         table = table_lib.Table(2, np.zeros(3))
         for i, name in enumerate(("a", "b")):
             table.add(name, np.full(3, i + 1.0), None)
@@ -330,3 +331,18 @@ class TestAtomic:
         adding.join()
         with table.kept() as kept:
             assert kept.rows(["c"])[0, 0] == 9 and table.names == ["a", "c"]
+
+    def test_places_are_free_when_the_requests_of_their_time_have_ended(
+        self, monkeypatch
+    ):
+        """Others may go on: there need be no moment without a request."""
+        monkeypatch.setattr(table_lib, "_SPARE", 0)
+        table = table_lib.Table(1, np.zeros(3))
+        table.add("a", np.ones(3), None)
+        first = table.kept()
+        first.__enter__()
+        table.remove("a")
+        with table.kept():
+            first.__exit__(None, None, None)
+            table.add("b", np.full(3, 2.0), None)
+            assert table.names == ["b"]
