@@ -68,7 +68,7 @@ class AdapterBank:
     kra.eject(model)
 
     with kra.serving.AdapterBank(model, {"alice": "alice.safetensors"}) as bank:
-        answers = bank.predict(x, adapters=["alice"] * len(x))
+        answers = bank.predict(x, adapters=["alice", None, None, "alice"])
     ```
     """
 

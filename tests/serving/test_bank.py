@@ -664,6 +664,11 @@ def test_ten_thousand_requests(tmp_path):
 
 _ONLY_TENSORFLOW = """
 import sys
+
+# An import of one of these raises an error; TensorFlow can do without Keras.
+for name in ("keras", "keras_hub", "keras_randadapt"):
+    sys.modules[name] = None
+
 import numpy as np
 import tensorflow as tf
 
@@ -679,8 +684,6 @@ except tf.errors.InvalidArgumentError as error:
     assert "no tenants called" in str(error) and "nobody" in str(error), error
 else:
     raise AssertionError("an unknown name was answered")
-roots = {name.partition(".")[0] for name in sys.modules}
-assert not roots & {"keras", "keras_hub", "keras_randadapt"}, roots
 """
 
 
