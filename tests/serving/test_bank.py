@@ -89,7 +89,9 @@ def _close(found, expected, tolerance=1e-5):
         pytest.param(
             name,
             marks=[pytest.mark.every_backend]
-            * (name in ("rlora", "vera", "lora", "ia3")),
+            * (name in ("rlora", "vera", "lora", "ia3"))
+            # JAX compiles each call of a loop anew that is not compiled.
+            + [pytest.mark.one_backend("torch")] * (name == "nola"),
         )
         for name in METHODS
     ],
