@@ -347,7 +347,7 @@ FAULTS = [
         "nola_scaling_lost",
         "wrong scale",
         "adapters/nola.py",
-        "NOLA.factors",
+        "NOLA._factors",
         "(scale * self.scaling)",
         "scale",
         ("test_nola.py",),
