@@ -27,7 +27,6 @@ METHODS = {
     "dylora": lambda: kra.DyLoRA(2),
     "rmlora": lambda: kra.RMLoRA(2),
     "ia3": lambda: kra.IA3(),
-    "nola": lambda: kra.NOLA(2, num_bases=5),
 }
 
 
@@ -89,9 +88,7 @@ def _close(found, expected, tolerance=1e-5):
         pytest.param(
             name,
             marks=[pytest.mark.every_backend]
-            * (name in ("rlora", "vera", "lora", "ia3"))
-            # JAX compiles each call of a loop anew that is not compiled.
-            + [pytest.mark.one_backend("torch")] * (name == "nola"),
+            * (name in ("rlora", "vera", "lora", "ia3")),
         )
         for name in METHODS
     ],
