@@ -18,6 +18,7 @@ METHODS = {
     "rlora_stacked": lambda: kra.RLoRA(23, scaling=2.0),
     "rlora_started": lambda: kra.RLoRA(5, beta_initializer="ones"),
     "vera": lambda: kra.VeRA(6, scaling=5.0),
+    "vera_shared": lambda: kra.VeRA(6, shared=True, scaling=5.0),
     "vera_sparse": lambda: kra.VeRA(6, basis="sparse"),
     "lora": lambda: kra.LoRA(2, alpha=3),
     "pissa": lambda: kra.LoRA(2, initialization="pissa"),

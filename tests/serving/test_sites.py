@@ -20,6 +20,7 @@ LOOKUPS = {
     "lorafa_hadamard": lambda: kra.LoRAFA(2, basis="hadamard"),
     "rlora": lambda: kra.RLoRA(5, scaling=2.0),
     "vera": lambda: kra.VeRA(4, scaling=5.0),
+    "vera_shared": lambda: kra.VeRA(4, shared=True, scaling=5.0),
     "vera_hadamard": lambda: kra.VeRA(4, basis="hadamard"),
 }
 
