@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart  set up, fine-tune, save, merge, export (5 minutes)"
+	@echo "make quickstart  set up, train four tasks, serve them in one batch (5 min)"
 	@echo "make test        the tests on every backend, slow ones left out"
 	@echo "make test-full   every test, and those of make test on the oldest Keras"
 	@echo "make lint        check the style, the format and the types"
@@ -83,7 +83,7 @@ define run_tests
 endef
 
 quickstart: $(QUICKSTART_STAMP)
-	$(RUN) examples/finetune_text_classifier.py --quick
+	$(RUN) examples/many_tasks.py --quick
 
 test: $(TEST_STAMP)
 	$(call run_tests,$(VENV),-m "not slow")

@@ -111,13 +111,15 @@ def _on_jax(model, layout):
 def _on_tensorflow(model, layout):
     import tensorflow as tf
 
+    # By this name the Hadamard transform knows a function that is never saved
+    # (`ops/tensorflow.py`), and runs compiled code in it.
     @tf.function
-    def step(inputs, rows):
+    def one_batch_of_tenants(inputs, rows):
         return outputs(model, layout, inputs, rows)
 
     def run(inputs, rows):
         inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
-        return step(inputs, tf.convert_to_tensor(rows))
+        return one_batch_of_tenants(inputs, tf.convert_to_tensor(rows))
 
     return run
 
