@@ -45,8 +45,11 @@ LAYER_WEIGHTS = {
 }
 
 
-def load():
+def load(dtype=None):
     """Loads the model.
+
+    Args:
+        dtype: Optional dtype of its weights. Keras's default otherwise.
 
     Returns:
         A `keras_hub.models.Llama3CausalLM` that takes tokens, not texts.
@@ -59,7 +62,7 @@ def load():
     # KerasHub does not read the epsilon from the files, and only a backbone
     # takes it: `Llama3CausalLM.from_preset` would ignore it silently.
     backbone = keras_hub.models.Llama3Backbone.from_preset(
-        str(directory()), layer_norm_epsilon=EPSILON
+        str(directory()), layer_norm_epsilon=EPSILON, dtype=dtype
     )
     # With a preprocessor, `fit` and `predict` would tokenize their inputs.
     return keras_hub.models.Llama3CausalLM(backbone=backbone)
