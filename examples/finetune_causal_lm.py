@@ -169,16 +169,20 @@ class Task:
         """The same with some training examples before each prompt."""
         shots = self.split(seed=0).train[: self.arguments.shots]
         before = "".join(f"{meanings.prompt(m)} {t}\n\n" for m, t in shots)
-        longest = len(self.lm.prompt_ids(before)) + self.length
-        prompts = [before + one for one in self.prompts]
-        texts = self.lm.generate(prompts, longest)
-        # The model goes on with an example of its own after an empty line.
-        texts = [text.partition("\n")[0] for text in texts]
-        judged = self.lm.examples(
-            [before + meanings.prompt(m) for m, _ in self.pairs],
-            [text for _, text in self.pairs],
-            longest,
+        prompts = [before + meanings.prompt(one) for one, _ in self.pairs]
+        texts = [text for _, text in self.pairs]
+        longest = max(
+            len(self.lm.prompt_ids(f"{prompt} {text}"))
+            for prompt, text in zip(prompts, texts)
         )
+        judged = self.lm.examples(prompts, texts, longest)
+        # The model goes on with an example of its own after an empty line.
+        texts = [
+            text.partition("\n")[0]
+            for text in self.lm.generate(
+                [before + one for one in self.prompts], longest
+            )
+        ]
         scores = {"nats": self.lm.nats(*judged)}
         scores.update(text_scores.scores(texts, self.held_out))
         return scores
@@ -293,8 +297,8 @@ def table(rows):
         first = runs[0]
         line = [name]
         if "parameters" in first:
-            line.append(f"{first['parameters']:,}")
-            line.append(reporting.format_bytes(first["bytes"]))
+            line.append(f"{first['parameters']:,.0f}")
+            line.append(reporting.format_bytes(int(first["bytes"])))
         else:
             line += ["0", "none"]
         for score, (_, style, factor) in SCORES.items():
@@ -350,6 +354,19 @@ def side_by_side(task, before, after, count=4):
             "",
         ]
     return "\n".join(lines)
+
+
+def read_rows(path):
+    """Reads the file that `write_rows` has written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {
+                name: value if name == "method" else float(value)
+                for name, value in row.items()
+                if value
+            }
+            for row in csv.DictReader(file)
+        ]
 
 
 def write_rows(rows, path):

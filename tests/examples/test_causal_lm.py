@@ -140,7 +140,7 @@ def test_the_task_leaves_the_model_as_it_was(lm, tmp_path):
     assert again["nats"] == pytest.approx(scores["nats"], rel=1e-6)
 
 
-def test_tables_of_runs():
+def test_tables_of_runs(tmp_path):
     base = dict(nats=2.0, rouge_l=0.1, chrf=0.2, mentioned=0.3)
     better = dict(nats=1.0, rouge_l=0.5, chrf=0.4, mentioned=0.9)
     other = better | dict(nats=0.8)
@@ -151,6 +151,8 @@ def test_tables_of_runs():
         {"method": "RLoRA", "seed": 0, **better, **size},
         {"method": "RLoRA", "seed": 1, **other, **size},
     ]
+    program.write_rows(found, tmp_path / "runs.csv")
+    assert program.read_rows(tmp_path / "runs.csv") == found
     lines = program.table(found).splitlines()
     assert lines[2].split() == "base 0 none 2.000 10.0 20.0 30.0".split()
     assert "RLoRA" in lines[4] and "1,234" in lines[4] and "5.7 kB" in lines[4]

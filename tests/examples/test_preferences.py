@@ -17,7 +17,7 @@ def model():
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.Llama3Backbone(
         vocabulary_size=len(LETTERS) + 1,
-        num_layers=2,
+        num_layers=1,
         num_query_heads=2,
         num_key_value_heads=1,
         hidden_dim=16,
@@ -85,14 +85,14 @@ def test_fit_trains_the_adapter_towards_the_better_texts(lm):
     before = likelihoods(lm, BETTER) - likelihoods(lm, WORSE)
     weights = lm.model.get_weights()
     kra.inject(lm.model, kra.RLoRA(16, seed=0))
-    dpo = preferences.DPO(lm.model, strength=1.0)
-    assert len(dpo.trainable_variables) == 8
-    dpo.compile(keras.optimizers.AdamW(0.1))
+    dpo = preferences.DPO(lm.model, strength=2.0)
+    assert len(dpo.trainable_variables) == 4
+    dpo.compile(keras.optimizers.AdamW(0.2))
     x = preferences.pairs(lm, PROMPTS, BETTER, WORSE, 6)
-    losses = dpo.fit(x, batch_size=2, epochs=8, verbose=0).history["loss"]
+    losses = dpo.fit(x, batch_size=2, epochs=10, verbose=0).history["loss"]
     # The policy is its reference at first, also within the first epoch's mean.
     assert losses[0] == pytest.approx(np.log(2), rel=0.2)
-    assert losses[-1] < 0.75 * np.log(2)
+    assert losses[-1] < 0.85 * np.log(2)
     after = likelihoods(lm, BETTER) - likelihoods(lm, WORSE)
     assert np.all(after > before)
     with kra.disabled(lm.model):
