@@ -75,7 +75,14 @@ def parse_arguments(arguments=None):
     add("--lora-rate", type=float, default=3e-3, help="its rate (3e-3)")
     add("--randlora-rank", type=int, default=32, help="RandLoRA's (32)")
     add("--randlora-rate", type=float, default=3e-3, help="its rate (3e-3)")
-    add("--seeds", type=int, default=1, help="runs of each method (1)")
+    add(
+        "--seeds",
+        type=int,
+        choices=range(1, 11),
+        default=1,
+        metavar="1...10",
+        help="runs of each method (1)",
+    )
     add(
         "--output-dir",
         type=pathlib.Path,

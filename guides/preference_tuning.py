@@ -33,6 +33,7 @@ import preferences
 
 EPOCHS = int(os.environ.get("GUIDE_EPOCHS", 2))
 EXAMPLES = int(os.environ.get("GUIDE_EXAMPLES", 64))
+PAIRS = EXAMPLES // 2
 HELD_OUT = 16
 LENGTH = 84
 
@@ -94,7 +95,7 @@ triples = [
     for meaning, (better, worse) in by_meaning.items()
     if better and worse
 ]
-held_out, train = triples[:HELD_OUT], triples[HELD_OUT:][:EXAMPLES]
+held_out, train = triples[:HELD_OUT], triples[HELD_OUT:][:PAIRS]
 for prompt, better, worse in train[:1]:
     print(prompt, "\n better:", better, "\n worse: ", worse)
 
