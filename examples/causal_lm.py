@@ -145,7 +145,8 @@ class LanguageModel:
             rows = [self.prompt_ids(one) for one in prompts[start:][:size]]
             # All batches have one shape, so `generate` is compiled once.
             filled = rows + rows[-1:] * (size - len(rows))
-            ids, mask = token_rows.pad(filled, length)
+            # KerasHub stops at an end token, also at one that fills up.
+            ids, mask = token_rows.pad(filled, length, int(self.end == 0))
             written = self.model.generate(
                 {"token_ids": ids, "padding_mask": mask},
                 stop_token_ids=(self.end,),

@@ -91,16 +91,21 @@ def test_log_likelihoods_are_those_of_the_whole_text(lm):
 def test_generation_takes_the_likeliest_token(lm):
     prompts = ["ab:", "c", "dd dd", "e"]
     rows = lm.generated_ids(prompts, 10, batch_size=3)
-    assert len(rows) == 4
+    assert len(rows) == 4 and any(rows)
+
+    def likeliest(ids):
+        padded, mask = token_rows.pad([ids], 10)
+        x = {"token_ids": padded, "padding_mask": mask}
+        logits = keras.ops.convert_to_numpy(lm.model(x))
+        return logits[0, len(ids) - 1].argmax()
+
     for prompt, row in zip(prompts, rows):
         ids = lm.prompt_ids(prompt)
         for token in row:
-            padded, mask = token_rows.pad([ids], 10)
-            x = {"token_ids": padded, "padding_mask": mask}
-            logits = keras.ops.convert_to_numpy(lm.model(x))
-            assert token == logits[0, len(ids) - 1].argmax()
+            assert token == likeliest(ids)
             ids = ids + [token]
-        assert len(ids) == 10 or lm.end not in row
+        # It ends where the text is full, or at the end token.
+        assert len(ids) == 10 or likeliest(ids) == lm.end
     assert lm.generate(prompts, 10, 3) == [lm.decode(r).strip() for r in rows]
 
 
@@ -120,6 +125,7 @@ def arguments(tmp_path, *more):
     )
 
 
+@pytest.mark.one_backend("torch")
 def test_the_task_leaves_the_model_as_it_was(lm, tmp_path):
     task = program.Task(lm, rows(20), arguments(tmp_path))
     assert task.length == max(
@@ -189,7 +195,7 @@ def test_generation_from_a_saved_model(lm):
     [
         ("torch", ["--seeds", "2"]),
         ("jax", ["--quantize", "int4"]),
-        ("jax", ["--dtype", "bfloat16"]),
+        ("torch", ["--dtype", "bfloat16"]),
     ],
 )
 def test_whole_run_on_any_preset_and_csv(backend, more, preset, tmp_path):
