@@ -3,9 +3,8 @@
 
 SmolLM2-135M is a language model of 30 layers that comes inside a Python
 package, so this page needs no model hub. It gets attributes of a guesthouse and
-is to write a sentence or two about it. Before training it writes on about
-something else, in circles. 64 examples change that, and what they change is a
-file of some hundred kilobytes.
+is to write a sentence or two about it. Before training it writes about
+something else, in circles. 64 examples change that, in a file of 230 kB.
 
 With a network, `causal_lm.load` takes any causal language model of KerasHub in
 place of "smollm2", such as `load("gemma3_1b", quantize="int4")`. The program
@@ -96,7 +95,7 @@ print("loss", *(f"{value:.3f}" for value in history.history["loss"]))
 """
 ## After
 
-The same prompts, with the adapter in place.
+The prompts are the same, and the adapter is in place.
 """
 
 after = lm.generate(prompts, LENGTH)
@@ -104,7 +103,7 @@ for meaning, text in list(zip(split.held_out, after))[:3]:
     print(f"{meaning}\n  {text}")
 
 """
-Three scores of what was written, on a scale to 1. `rouge_l` compares words in
+Three scores judge the texts, on a scale to 1. `rouge_l` compares words in
 their order with the references, `chrf` compares runs of letters, and
 `mentioned` is the share of the attributes' values that a text has, word for
 word.
@@ -130,7 +129,7 @@ runs = finetune_causal_lm.read_rows(results)
 print(finetune_causal_lm.table(runs))
 
 """
-What training gains over the base model, with 95 % intervals over the seeds:
+Training gains this over the base model, with 95 % intervals over the seeds:
 """
 
 print(finetune_causal_lm.gains(runs))

@@ -30,6 +30,7 @@ import causal_lm
 import guesthouses
 import meanings
 import preferences
+import text_scores
 
 EPOCHS = int(os.environ.get("GUIDE_EPOCHS", 2))
 EXAMPLES = int(os.environ.get("GUIDE_EXAMPLES", 64))
@@ -40,8 +41,8 @@ LENGTH = 84
 """
 ## First, a model that does the task
 
-The adapter of the first stage is merged. What comes out of it is the base model
-of the second stage, and its reference.
+The adapter of the first stage is merged. The merged model is the base model of
+the second stage, and so the reference.
 """
 
 lm = causal_lm.load("smollm2")
@@ -75,9 +76,9 @@ kra.merge(lm.model)
 """
 ## Pairs
 
-The sample's grammar writes several texts about each meaning. Of two texts that
-say the same, the better one begins with the name. No meaning of a training pair
-is among the held-out ones.
+The sample's grammar writes several texts about each meaning. Where two of them
+differ in their beginnings, the better one begins with the name. No meaning of a
+training pair is among the held-out ones.
 """
 
 
@@ -127,7 +128,7 @@ dpo = preferences.DPO(lm.model, strength=0.1)
 
 
 def judge():
-    """The share of held-out pairs and of written texts in the right style."""
+    """Prints how many held-out pairs and written texts are as they should."""
     x = arrays(held_out)
     likelihoods = dpo.predict(x, batch_size=4, verbose=0)
     # Long texts are less likely, so the likelihood is that of a token.
@@ -135,9 +136,11 @@ def judge():
     preferred = (likelihoods[:, 0] > likelihoods[:, 1]).mean()
     texts = lm.generate(list(map(meanings.prompt, split.held_out)), LENGTH)
     first = [name_first(*pair) for pair in zip(split.held_out, texts)]
+    said = text_scores.scores(texts, split.held_out)["mentioned"]
     print(
         f"better text likelier: {100 * preferred:.0f} % of held-out pairs, "
-        f"name first: {100 * sum(first) / len(first):.0f} % of written texts"
+        f"name first: {100 * sum(first) / len(first):.0f} % of written texts, "
+        f"values said: {100 * said:.0f} %"
     )
     return texts
 
@@ -158,8 +161,7 @@ after = judge()
 """
 ## Before and after
 
-The facts should be the same, and the beginnings others. `text_scores` of the
-other guide measures whether values got lost.
+The facts should be the same, and the beginnings others.
 """
 
 for meaning, old, new in list(zip(split.held_out, before, after))[:4]:
@@ -170,9 +172,12 @@ for meaning, old, new in list(zip(split.held_out, before, after))[:4]:
 
 The adapter file belongs to the merged model of the first stage, and
 `load_adapter` warns where it is loaded into another one. `kra.merge` folds it
-in as well. Or both adapters are kept: do not merge the first one, inject the
-second one under another name, and use `kra.active(model, "first")` in place of
-`disabled`.
+in as well.
+
+Both adapters can be kept instead. Then nothing is merged, the second one is
+injected under another name, and
+`kra.set_active(model, ["first", "style"], train="style")` comes before
+training. The reference is computed inside of `kra.active(model, "first")`.
 """
 
 kra.save_adapter(lm.model, "style.safetensors")

@@ -46,7 +46,8 @@ def test_chrf_of_short_texts_by_hand():
     assert text_scores.chrf(["a b x"], [["abcd"]]) == pytest.approx(expected)
 
 
-# What sacrebleu 2.6.0 gives: `corpus_chrf(texts, references).score / 100`.
+# The package sacrebleu 2.6.0 gives `corpus_chrf(...).score / 100` of the test
+# below for these.
 TEXTS = [
     "Heron House is an inn at the lake.",
     "There is a hostel called Fern Hollow, and dogs are welcome.",
