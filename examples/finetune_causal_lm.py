@@ -124,7 +124,7 @@ class Task:
     """The data of one program, and what is done with a model on them.
 
     Args:
-        lm: A `causal_lm.LanguageModel`.
+        lm: A `language_model.LanguageModel`.
         rows: A list of pairs of a meaning and a text.
         arguments: The parsed arguments.
 
@@ -202,8 +202,8 @@ class Task:
         Returns:
             The scores, the texts, and the report of `inject`.
         """
-        import causal_lm
         import keras
+        import language_model
 
         import keras_randadapt as kra
 
@@ -212,7 +212,7 @@ class Task:
         x, y, weight = self.arrays(self.split(seed).train)
         self.lm.model.compile(
             optimizer=keras.optimizers.AdamW(rate),
-            loss=causal_lm.loss(),
+            loss=language_model.loss(),
             sampler="greedy",
         )
         self.lm.model.fit(
@@ -393,7 +393,7 @@ def main():
     # modules that need Keras.
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import causal_lm
+    import language_model
 
     folder = arguments.output_dir
     # An export into the folder of an earlier run would mix the two.
@@ -402,7 +402,9 @@ def main():
 
     stages = running.Stages()
     stages.begin("Model and data")
-    lm = causal_lm.load(arguments.preset, arguments.dtype, arguments.quantize)
+    lm = language_model.load(
+        arguments.preset, arguments.dtype, arguments.quantize
+    )
     task = Task(lm, load_rows(arguments), arguments)
     print(
         f"{len(task.rows)} texts of at most {task.length} tokens: "

@@ -76,7 +76,7 @@ def pairs(lm, prompts, better, worse, length):
     """Makes the inputs of `DPO`.
 
     Args:
-        lm: A `causal_lm.LanguageModel`.
+        lm: A `language_model.LanguageModel`.
         prompts: A list of strings.
         better: A list of strings, the text to prefer for each prompt.
         worse: A list of strings.

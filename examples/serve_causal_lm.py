@@ -12,9 +12,9 @@ import argparse
 import json
 import pathlib
 
-import causal_lm
 import finetune_causal_lm as program
 import keras
+import language_model
 import meanings
 import numpy as np
 
@@ -31,7 +31,7 @@ def check(lm, task):
     """Compares log likelihoods with those of the process that trained.
 
     Args:
-        lm: A `causal_lm.LanguageModel`.
+        lm: A `language_model.LanguageModel`.
         task: The dict that the training process wrote.
 
     Returns:
@@ -59,7 +59,7 @@ def export(lm, task, folder):
     """Writes the merged model as a SavedModel, and a question for it.
 
     Args:
-        lm: A `causal_lm.LanguageModel`, after `kra.merge`.
+        lm: A `language_model.LanguageModel`, after `kra.merge`.
         task: The dict that the training process wrote.
         folder: The folder for both.
     """
@@ -91,7 +91,7 @@ def main():
     backend = keras.backend.backend()
 
     task = json.loads((folder / program.TASK).read_text(encoding="utf-8"))
-    lm = causal_lm.load(task["preset"], task["dtype"])
+    lm = language_model.load(task["preset"], task["dtype"])
     kra.load_adapter(
         lm.model,
         folder / program.ADAPTER,

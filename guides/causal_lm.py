@@ -6,7 +6,7 @@ package, so this page needs no model hub. It gets attributes of a guesthouse and
 is to write a sentence or two about it. Before training it writes about
 something else, in circles. 64 examples change that, in a file of 230 kB.
 
-With a network, `causal_lm.load` takes any causal language model of KerasHub in
+With a network, `language_model.load` takes any causal language model of KerasHub in
 place of "smollm2", such as `load("gemma3_1b", quantize="int4")`. The program
 [finetune_causal_lm.py](../examples/finetune_causal_lm.py) does all of this page
 from the command line, for any preset and any file of E2E's form:
@@ -23,9 +23,9 @@ import keras
 import keras_randadapt as kra
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../examples"))
-import causal_lm
 import finetune_causal_lm
 import guesthouses
+import language_model
 import meanings
 import text_scores
 
@@ -45,7 +45,7 @@ attributes, and the grammar is the same. The dataset E2E has texts that people
 wrote, and its files work in place of the sample.
 """
 
-lm = causal_lm.load("smollm2")
+lm = language_model.load("smollm2")
 rows = meanings.read_csv(guesthouses.FILE)
 split = meanings.split(rows, train=EXAMPLES, held_out=HELD_OUT)
 for meaning, text in split.train[:2]:
@@ -78,7 +78,7 @@ x, y, weight = lm.examples(
 keras.utils.set_random_seed(0)
 lm.model.compile(
     optimizer=keras.optimizers.AdamW(5e-2),
-    loss=causal_lm.loss(),
+    loss=language_model.loss(),
     sampler="greedy",
 )
 history = lm.model.fit(

@@ -26,8 +26,8 @@ import keras
 import keras_randadapt as kra
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../examples"))
-import causal_lm
 import guesthouses
+import language_model
 import meanings
 import preferences
 import text_scores
@@ -45,7 +45,7 @@ The adapter of the first stage is merged. The merged model is the base model of
 the second stage, and so the reference.
 """
 
-lm = causal_lm.load("smollm2")
+lm = language_model.load("smollm2")
 rows = meanings.read_csv(guesthouses.FILE)
 split = meanings.split(rows, train=EXAMPLES, held_out=HELD_OUT)
 
@@ -62,7 +62,7 @@ x, y, weight = lm.examples(
     LENGTH,
 )
 kra.inject(lm.model, kra.LoRA(8, seed=0))
-compiled(lm.model, 3e-3, loss=causal_lm.loss(), sampler="greedy").fit(
+compiled(lm.model, 3e-3, loss=language_model.loss(), sampler="greedy").fit(
     x,
     y,
     sample_weight=weight,

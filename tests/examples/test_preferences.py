@@ -1,7 +1,7 @@
 """DPO in a training step, with the base model as its reference."""
 
-import causal_lm
 import keras
+import language_model
 import numpy as np
 import preferences
 import pytest
@@ -30,7 +30,7 @@ def model():
 @pytest.fixture
 def lm(model):
     """The model with letters as tokens, after which it is as it was."""
-    yield causal_lm.LanguageModel(
+    yield language_model.LanguageModel(
         model,
         encode=lambda text: [
             LETTERS.index(one) + 1 for one in text if one > " "

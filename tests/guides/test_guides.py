@@ -74,6 +74,12 @@ def _guides():
     return sorted(p for p in GUIDES.glob("*.py") if p.name != "render.py")
 
 
+def test_no_guide_hides_an_example():
+    """Python and Jupyter look for modules in the guide's folder first."""
+    examples = {path.stem for path in (GUIDES.parent / "examples").glob("*.py")}
+    assert not examples & {path.stem for path in GUIDES.glob("*.py")}
+
+
 @pytest.mark.parametrize("guide", _guides(), ids=lambda path: path.stem)
 def test_notebooks_have_all_of_a_guide(guide, tmp_path):
     content = json.loads(_renderer().notebook(guide, tmp_path).read_text())

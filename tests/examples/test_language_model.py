@@ -7,9 +7,9 @@ import string
 import subprocess
 import sys
 
-import causal_lm
 import finetune_causal_lm as program
 import keras
+import language_model
 import meanings
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def preset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lm(preset):
-    return causal_lm.load(str(preset))
+    return language_model.load(str(preset))
 
 
 def test_examples_train_on_what_follows_the_prompt(lm):
@@ -67,7 +67,7 @@ def test_examples_train_on_what_follows_the_prompt(lm):
 def test_a_token_across_the_boundary_is_trained():
     """A tokenizer may join the prompt's last letter to what follows."""
     ids = {"a": [1], "a b": [2, 3], "c": [4], "c d": [4, 5]}
-    lm = causal_lm.LanguageModel(None, ids.get, str, [9], 8)
+    lm = language_model.LanguageModel(None, ids.get, str, [9], 8)
     _, y, weight = lm.examples(["a", "c"], ["b", "d"], 4)
     assert y[0][weight[0] > 0].tolist() == [2, 3, 8]
     assert y[1][weight[1] > 0].tolist() == [5, 8]
