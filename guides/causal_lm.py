@@ -117,8 +117,8 @@ for name, texts in (("before", before), ("after", after)):
 ## Three methods, three seeds
 
 The program ran with `--seeds 3`. Each seed has other examples, another order
-and other random bases, and all are judged on the same held-out texts. `nats` are
-those of a token of the held-out texts, and less is better. The rows of the
+and other random bases, and all are judged on the same held-out texts. `nats`
+are those of a token of the held-out texts, and less is better. The rows of the
 table are in [causal_lm.csv](../benchmarks/results/causal_lm.csv), and all of
 them took 14 minutes of CPU time on two cores of a server (2026-11-30, JAX).
 """

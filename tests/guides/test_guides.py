@@ -115,6 +115,7 @@ def test_guide(guide, tmp_path, monkeypatch):
     # Enough to run every line; what it prints is not looked at.
     monkeypatch.setenv("GUIDE_EPOCHS", "2")
     monkeypatch.setenv("GUIDE_EXAMPLES", "16")
+    monkeypatch.setenv("GUIDE_TENANTS", "4")
     page = _renderer().render(guide, tmp_path).read_text()
     committed = guide.with_suffix(".md").read_text()
     pictures = committed.count("![](images/")
