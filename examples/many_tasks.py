@@ -26,10 +26,10 @@ import pathlib
 import shutil
 import statistics
 
-from finetune_text_classifier import BACKENDS
-from finetune_text_classifier import Stages
-from finetune_text_classifier import run_script
+from running import Stages
+from running import run_script
 
+BACKENDS = ("jax", "tensorflow", "torch")
 TASKS = ("films", "products", "editorials", "tweets")
 #: Sentences whose scores are nearer to 0 are left out.
 MARGIN = 0.5
