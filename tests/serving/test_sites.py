@@ -71,6 +71,7 @@ def test_embeddings_and_tied_heads(name, tmp_path):
 
 
 @pytest.mark.one_backend
+@pytest.mark.cpu_seconds(10, reason="a step of each tenant is compiled")
 @pytest.mark.parametrize(
     "build",
     [
