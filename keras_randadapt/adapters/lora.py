@@ -275,6 +275,12 @@ class LoRA(site_arguments.SiteArguments):
             training,
         )
 
+    def delta_of_stack(self, x: Tensor, training: bool | None = None) -> Tensor:
+        # `A` and `B` have the axis of experts in front.
+        return self._sum(
+            lambda a, b: ops.matmul(ops.matmul(x, a), b), x.dtype, training
+        )
+
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
         a = ops.cast(weights["lora_a"], x.dtype)
         b = ops.cast(weights["lora_b"] * self.scaling, x.dtype)
