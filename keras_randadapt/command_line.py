@@ -11,17 +11,27 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+from typing import NoReturn
 
 import numpy as np
 
+from keras_randadapt.model import differences
 from keras_randadapt.model import file_conversion
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
+from keras_randadapt.peft import conversion
+from keras_randadapt.peft import description
+from keras_randadapt.peft import directory
 
 __all__ = ["main"]
 
-_A_FILE = "an adapter file, as `save_adapter` writes it"
+_A_FILE = "an adapter file, as `save_adapter` writes it, or a directory of PEFT"
+_BETWEEN_FORMATS = (
+    "Load one into its model (`keras_randadapt.load_adapter` or "
+    "`keras_randadapt.peft.load`), and save it there in the other format "
+    "(`keras_randadapt.peft.save` or `keras_randadapt.save_adapter`)."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,14 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        _print(f"{parser.prog}: {error}", sys.stderr)
         return 2
 
 
 def _parser():
     parser = argparse.ArgumentParser(
         prog="keras_randadapt",
-        description="Looks at adapter files, and makes LoRA files of them. "
+        description="Looks at adapter files and directories of PEFT, and makes "
+        "LoRA of them. "
         "No model is needed.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -70,11 +81,14 @@ def _parser():
     diff.add_argument("files", metavar="FILE", nargs=2, help=_A_FILE)
     diff.set_defaults(run=_diff)
     convert = commands.add_parser(
-        "convert", help="write a file whose adapter is a LoRA of the same"
+        "convert",
+        help="write a file or directory that holds the same as a LoRA",
     )
     convert.add_argument("source", metavar="IN", help=_A_FILE)
     convert.add_argument(
-        "target", metavar="OUT", help="the file to write; it may be IN"
+        "target",
+        metavar="OUT",
+        help="the file to write, which may be IN, or the directory",
     )
     size = convert.add_mutually_exclusive_group()
     size.add_argument(
@@ -84,6 +98,12 @@ def _parser():
         "--energy",
         type=float,
         help="the share of the update's energy to keep, such as 0.99",
+    )
+    convert.add_argument(
+        "--base-checkpoint",
+        metavar="PATH",
+        help="the base model's safetensors file or its directory, which tells "
+        "the shapes that a directory of VeRA or RandLoRA lacks",
     )
     convert.set_defaults(run=_convert)
     for command in (inspect, diff, convert):
@@ -95,26 +115,29 @@ def _parser():
 
 def _inspect(options):
     told = described(options.file)
+    lines = description.lines if "directory" in told else _lines
     if options.json:
         print(json.dumps(told, indent=2))
     else:
-        print("\n".join(_lines(told)))
+        _print("\n".join(lines(told)))
     return 0
 
 
 def described(path: str) -> dict[str, Any]:
-    """What an adapter file holds, as a dict of JSON values.
+    """What an adapter file or a directory of PEFT holds.
 
     Args:
-        path: The file's path.
+        path: The path of the file or directory.
 
     Returns:
-        dict.
+        dict of JSON values.
 
     Raises:
-        ValueError: If the file is damaged or no adapter file.
+        ValueError: If a file is damaged or no adapter file.
         FileNotFoundError: If there is no such file.
     """
+    if os.path.isdir(path):
+        return description.described(path)
     return _described(path, *file_reading.read(path))
 
 
@@ -191,26 +214,66 @@ def _arguments(config):
 
 
 def _convert(options):
-    done = file_conversion.convert_file(
-        options.source, options.target, options.rank, options.energy, verbose=0
-    )
+    size = options.rank, options.energy
+    done: file_conversion.Conversion | conversion.Conversion
+    if os.path.isdir(options.source):
+        if os.path.splitext(options.target)[1] == ".safetensors":
+            _refuse_other_format(options.target, "an adapter file")
+        done = conversion.convert_directory(
+            options.source, options.target, *size, options.base_checkpoint
+        )
+    else:
+        if options.base_checkpoint is not None:
+            raise ValueError(
+                "`--base-checkpoint` is for directories of PEFT, and "
+                f"'{options.source}' is none."
+            )
+        if os.path.lexists(os.path.join(options.target, directory.CONFIG)):
+            _refuse_other_format(options.target, "a directory of PEFT")
+        done = file_conversion.convert_file(
+            options.source, options.target, *size, verbose=0
+        )
     if options.json:
         print(json.dumps(dataclasses.asdict(done), indent=2))
         return 0
-    print(done)
+    _print(str(done))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        _print(f"note: {note}", sys.stderr)
     return 0
 
 
+def _refuse_other_format(target, kind) -> NoReturn:
+    raise ValueError(
+        f"'{target}' would be {kind}, whose layers have other names, and only "
+        f"the model tells which. {_BETWEEN_FORMATS}"
+    )
+
+
+def _print(text, file=None):
+    """Prints a text that may have parts of a file, which may be hostile."""
+    for line in text.split("\n"):
+        # An escape sequence would steer the terminal.
+        shown = (one if one.isprintable() else ascii(one)[1:-1] for one in line)
+        print("".join(shown), file=file)
+
+
 def _diff(options):
-    differences = list(_differences(*options.files))
+    are_folders = [os.path.isdir(path) for path in options.files]
+    if are_folders[0] != are_folders[1]:
+        raise ValueError(
+            f"'{options.files[are_folders.index(True)]}' is a directory and "
+            "the other one is not. A directory of PEFT has the layers' names "
+            "in transformers, and an adapter file those in Keras. "
+            f"{_BETWEEN_FORMATS}"
+        )
+    compare = description.differences if are_folders[0] else _differences
+    found = list(compare(*options.files))
     if options.json:
-        print(json.dumps(differences, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        for one in differences:
-            print(f"{one['what']}: {one['first']} | {one['second']}")
-    return 1 if differences else 0
+        for one in found:
+            _print(f"{one['what']}: {one['first']} | {one['second']}")
+    return 1 if found else 0
 
 
 def _differences(first, second):
@@ -223,38 +286,11 @@ def _differences(first, second):
     left_out = ("file", "bytes", "sites", "kept", "config", "model")
     for key in one:
         if key not in left_out and one[key] != other[key]:
-            yield _difference(key, one[key], other[key])
+            yield differences.difference(key, one[key], other[key])
     for part in ("config", "model"):
-        for key in sorted(one[part].keys() | other[part].keys()):
-            values = one[part].get(key), other[part].get(key)
-            if values[0] != values[1]:
-                yield _difference(f"{part} {key}", *values)
-    tensors = [content[0] for content in contents]
-    for key in sorted(tensors[0].keys() | tensors[1].keys()):
-        if key == file_format.BASE_KEY:
-            continue
-        a, b = (one.get(key) for one in tensors)
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-            yield _difference(f"tensor {key}", *map(_shown, (a, b)))
-        elif not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
-            size = max(_norm(a), _norm(b))
-            change = _norm(a.astype("float64") - b) / size if size else 0.0
-            yield _difference(
-                f"values of {key}",
-                f"norm {_norm(a):.6g}",
-                f"norm {_norm(b):.6g}, apart by {100 * change:.3g} %",
-            )
-
-
-def _difference(what, first, second):
-    return {"what": what, "first": first, "second": second}
-
-
-def _shown(array):
-    if array is None:
-        return "nothing"
-    return f"{array.dtype} of shape {tuple(array.shape)}"
-
-
-def _norm(array):
-    return float(np.linalg.norm(array.astype("float64")))
+        yield from differences.of_values(one[part], other[part], part + " {}")
+    tensors = (
+        {k: one for k, one in content[0].items() if k != file_format.BASE_KEY}
+        for content in contents
+    )
+    yield from differences.of_tensors(*tensors)

@@ -4,8 +4,6 @@ import dataclasses
 import re
 from typing import NoReturn
 
-import safetensors.numpy
-
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import build
 from keras_randadapt.model import convert
@@ -16,6 +14,7 @@ from keras_randadapt.model import load
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import low_rank_report
 from keras_randadapt.model import paths
+from keras_randadapt.model import tensor_data
 from keras_randadapt.model import updates
 from keras_randadapt.sites.site import Site
 
@@ -159,9 +158,8 @@ def _written(tensors, metadata, lora, built):
     if metadata["version"] > 1:
         metadata["version"] = file_format.VERSION
         metadata["digest"] = file_format.digest(tensors, metadata)
-    return safetensors.numpy.save(
-        tensors,
-        metadata={file_format.METADATA_KEY: configs.canonical(metadata)},
+    return tensor_data.data_of(
+        tensors, {file_format.METADATA_KEY: configs.canonical(metadata)}
     )
 
 

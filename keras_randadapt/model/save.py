@@ -6,7 +6,6 @@ import warnings
 
 import keras
 import numpy as np
-import safetensors.numpy
 
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import configs
@@ -14,6 +13,7 @@ from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
 from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import tensor_data
 
 
 def save_adapter(
@@ -87,9 +87,8 @@ def file_of(model, name, preset=None):
     )
     metadata = file_format.describe(model, name, preset, digest_of)
     metadata["digest"] = file_format.digest(tensors, metadata)
-    return safetensors.numpy.save(
-        tensors,
-        metadata={file_format.METADATA_KEY: configs.canonical(metadata)},
+    return tensor_data.data_of(
+        tensors, {file_format.METADATA_KEY: configs.canonical(metadata)}
     )
 
 

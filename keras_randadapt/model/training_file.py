@@ -12,13 +12,13 @@ import reprlib
 import keras
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from keras_randadapt import _compat
 from keras_randadapt.model import file_format
 from keras_randadapt.model import paths
 from keras_randadapt.model import save as save_lib
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import tensor_data
 
 VERSION = 1
 _KEY = file_format.TRAINING_KEY
@@ -50,7 +50,7 @@ def write(model, target, told):
         "told": told,
     }
     text = json.dumps(metadata, sort_keys=True)
-    data = safetensors.numpy.save(tensors, metadata={_KEY: text})
+    data = tensor_data.data_of(tensors, {_KEY: text})
     paths.replace(target, data)
 
 

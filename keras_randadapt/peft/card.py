@@ -40,21 +40,12 @@ class About:
 
 def text(about):
     """The card as Markdown, with the metadata that Hugging Face reads."""
-    # JSON is YAML, so nothing that a user gives ends a line or a string.
-    header = {
-        "library_name": "peft",
-        "tags": ["keras", "keras_randadapt", type(about.template).__name__],
-    }
-    if about.base_model is not None:
-        header["base_model"] = about.base_model
-    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in header.items())]
-    lines += ["---", "", f"# {about.name}", ""]
+    lines = _header(about.base_model, type(about.template).__name__)
+    lines += [f"# {about.name}", ""]
     lines += [
         f"This adapter was trained in Keras with keras_randadapt {__version__} "
         "and is in the format of PEFT.",
         "",
-        "| | |",
-        "|---|---|",
     ]
     rows = {
         "base model": about.base_model or "not told",
@@ -67,15 +58,14 @@ def text(about):
         "size": f"{about.bytes / 1e6:.3g} MB",
         "energy lost at a site, at most": f"{100 * about.lost:.3g} %",
     }
-    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    lines += _table(rows)
     config = {
         "class": keras.saving.get_registered_name(type(about.template)),
         "config": about.template.get_config(),
     }
     lines += ["", "The method's arguments:", "", "```json"]
     lines += [json.dumps(config, indent=2, sort_keys=True, default=str), "```"]
-    lines += ["", "Modules:", ""]
-    lines += [f"- `{module}`" for module in about.modules]
+    lines += _listed(about.modules)
     if about.heads:
         lines += [
             "",
@@ -85,6 +75,49 @@ def text(about):
         ]
         lines += [f"- `{path}` (`{address}`)" for address, path in about.heads]
     return "\n".join(lines) + "\n"
+
+
+def text_of_conversion(title, rows, modules, base_model=None):
+    """The card of a directory that was made of another one.
+
+    Args:
+        title: string.
+        rows: dict of facts.
+        modules: The names of the modules that are adapted.
+        base_model: The name or path of the base model, or `None`.
+    """
+    lines = [
+        *_header(base_model),
+        f"# {_cell(title)}",
+        "",
+        f"keras_randadapt {__version__} converted this adapter to a LoRA in "
+        "the format of PEFT.",
+        "",
+        *_table(rows),
+        *_listed(modules),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _header(base_model, *tags):
+    # JSON is YAML, so nothing that a user gives ends a line or a string.
+    header = {
+        "library_name": "peft",
+        "tags": ["keras", "keras_randadapt", *tags],
+    }
+    if base_model is not None:
+        header["base_model"] = base_model
+    lines = (f"{key}: {json.dumps(value)}" for key, value in header.items())
+    return ["---", *lines, "---", ""]
+
+
+def _table(rows):
+    lines = (f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    return ["| | |", "|---|---|", *lines]
+
+
+def _listed(modules):
+    return ["", "Modules:", "", *(f"- `{module}`" for module in modules)]
 
 
 def _cell(value):

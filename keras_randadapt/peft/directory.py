@@ -1,5 +1,6 @@
 """The files of a PEFT directory: their names, and what is safe to read."""
 
+import contextlib
 import json
 import os
 import reprlib
@@ -19,6 +20,7 @@ _MOST_CONFIG_BYTES = 4_000_000
 
 #: The dtypes of safetensors that NumPy has and that adapters come in.
 _DTYPES = ("F64", "F32", "F16")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def check_path(directory):
@@ -76,21 +78,37 @@ def check_writable(directory):
     return path
 
 
-def read_config(directory):
-    """The config of a directory: a dict.
+def write(target, files):
+    """Writes the files of an adapter, one after the other.
+
+    Args:
+        target: What `check_writable` gave. It is made if it is not there.
+        files: dict from the names of files to their bytes.
+    """
+    os.makedirs(target, exist_ok=True)
+    for filename, data in files.items():
+        paths.replace(os.path.join(target, filename), data)
+    heads = os.path.join(target, HEADS)
+    if HEADS not in files and os.path.lexists(heads):
+        # It is an earlier adapter's, and `load` would read it.
+        os.unlink(heads)
+
+
+def read_config(directory, name=CONFIG):
+    """A config of a directory: a dict.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is too large or no object of JSON.
     """
-    path = os.path.join(directory, CONFIG)
+    path = os.path.join(directory, name)
     _check_file(directory, path)
     with open(path, "rb") as file:
         data = file.read(_MOST_CONFIG_BYTES + 1)
     if len(data) > _MOST_CONFIG_BYTES:
         raise ValueError(
             f"'{path}' has more than {_MOST_CONFIG_BYTES:,} bytes, so it is no "
-            "config of PEFT."
+            "config."
         )
     try:
         config = json.loads(data)
@@ -107,43 +125,79 @@ def read_config(directory):
     return config
 
 
-def read_tensors(directory, name=WEIGHTS):
-    """The tensors of a directory: float32 arrays by name.
+def read_header(directory, name=WEIGHTS):
+    """The dtypes and shapes of a directory's tensors, which are not read.
+
+    Returns:
+        dict from name to `(dtype, shape)`. The dtype is in the words of
+        safetensors, such as `"BF16"`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or of a dtype that has no float32.
+        ValueError: If it is damaged.
     """
     path = os.path.join(directory, name)
     if name == WEIGHTS and not os.path.exists(path):
         _refuse_pickles(directory)
     _check_file(directory, path)
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        return {
+            key: (one.get_dtype(), tuple(one.get_shape()))
+            for key, one in slices.items()
+        }
+
+
+def read_tensors(directory, name=WEIGHTS, integers=False):
+    """The tensors of a directory: float32 arrays by name.
+
+    Args:
+        directory: The directory's path.
+        name: The file's name.
+        integers: Whether integers are read too, in their own dtype.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or of a dtype that has no float32.
+    """
+    header = read_header(directory, name)
+    path = os.path.join(directory, name)
+    known = (*_DTYPES, *(_INTEGERS if integers else ()))
+    for key, (dtype, _) in header.items():
+        if dtype not in (*known, "BF16"):
+            raise ValueError(
+                f"'{path}' holds '{key}' as {dtype}. Tensors are read in the "
+                f"dtypes {[*known, 'BF16']}."
+            )
+    with _opened(path) as file:
+        arrays = {
+            key: file.get_tensor(key)
+            for key, (dtype, _) in header.items()
+            if dtype in known
+        }
+    halves = _upper_halves(path, [k for k in header if k not in arrays])
+    with np.errstate(over="ignore"):
+        return {
+            key: halves[key] if key in halves else _float32(arrays[key])
+            for key in header
+        }
+
+
+def _float32(array):
+    return array.astype("float32") if array.dtype.kind == "f" else array
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A file of safetensors. The library checks sizes against the file."""
     try:
-        # The library checks sizes and offsets against the file.
         with safetensors.safe_open(path, framework="np") as file:
-            dtypes = {k: file.get_slice(k).get_dtype() for k in file.keys()}
-            arrays = {
-                key: file.get_tensor(key)
-                for key, dtype in dtypes.items()
-                if dtype in _DTYPES
-            }
+            yield file
     except (safetensors.SafetensorError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is no safetensors file, or is damaged or cut short: "
             f"{error}"
         ) from error
-    for key, dtype in dtypes.items():
-        if dtype not in (*_DTYPES, "BF16"):
-            raise ValueError(
-                f"'{path}' holds '{key}' as {dtype}. Adapters are read in the "
-                f"dtypes {[*_DTYPES, 'BF16']}."
-            )
-    halves = _upper_halves(path, [k for k in dtypes if k not in arrays])
-    with np.errstate(over="ignore"):
-        return {
-            key: halves[key] if key in halves else arrays[key].astype("float32")
-            for key in dtypes
-        }
 
 
 def _upper_halves(path, keys):

@@ -22,7 +22,10 @@ from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.peft import options as options_lib
 from keras_randadapt.peft import sites
+from keras_randadapt.peft import sources
+from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.selection import Targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ def load(
     directory: str | os.PathLike,
     *,
     name: str = "default",
+    heads: bool = True,
+    keep_trainable: Targets = None,
 ) -> report.Report:
     """Attaches an adapter that PEFT or `kra.peft.save` wrote.
 
@@ -66,12 +71,17 @@ def load(
         directory: Path of the directory, with `adapter_config.json` and
             `adapter_model.safetensors`. Pickles are not read.
         name: The adapter's name in the model.
+        heads: Whether layers that were trained along with the adapter get
+            their values. `False` leaves them out, such as the head of a task
+            class that this model does not have.
+        keep_trainable: More layers to train along with the adapter, such as a
+            new head; see `inject`.
 
     Returns:
         A `Report` of the adapter.
 
     Raises:
-        TypeError: If `directory` is no path.
+        TypeError: If `directory` is no path or `heads` no bool.
         FileNotFoundError: If a file is not there.
         ValueError: If a file is damaged; if the method or an option is not
             known, or has an effect that can't be held, such as trained biases;
@@ -89,9 +99,14 @@ def load(
     """
     checks.check_model(model)
     checks.check_new_name(model, name)
+    if not isinstance(heads, bool):
+        raise TypeError(
+            "`heads` must be a bool: whether layers that were trained along "
+            f"with the adapter are loaded. Received: heads={heads!r}"
+        )
     distribution.check_scope(model)
-    source = _read(directory_lib.check_path(directory))
-    plan = _planned(model, name, source)
+    source = sources.read(directory_lib.check_path(directory))
+    plan = _planned(model, name, source, heads, keep_trainable)
     advice.warn_of_inference_in_fit(model, plan.template)
     with attach.changing(model) as change:
         attach.attach(
@@ -115,55 +130,7 @@ def load(
     return report.Report(model, name)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A directory that was read.
-
-    Attributes:
-        path: Its path.
-        config: Its config.
-        method: A key of `options.READ`.
-        options: The options that are read.
-        tensors: dict from name to float32 array.
-        heads: dict likewise, of layers that `kra.peft.save` kept.
-    """
-
-    path: str
-    config: dict
-    method: str
-    options: dict
-    tensors: dict
-    heads: dict
-
-
-def _read(path):
-    config = directory_lib.read_config(path)
-    method, options = options_lib.checked(path, config)
-    tensors = directory_lib.read_tensors(path)
-    heads = {}
-    if os.path.lexists(os.path.join(path, directory_lib.HEADS)):
-        heads = directory_lib.read_tensors(path, directory_lib.HEADS)
-    _check_finite(path, {**tensors, **heads})
-    return _Source(
-        path=path,
-        config=config,
-        method=method,
-        options=options,
-        tensors=tensors,
-        heads=heads,
-    )
-
-
-def _check_finite(path, tensors):
-    wrong = sorted(k for k, x in tensors.items() if not np.all(np.isfinite(x)))
-    if wrong:
-        raise ValueError(
-            f"'{path}' holds NaN or infinity in {wrong[:5]}: the training that "
-            "wrote it diverged, most likely."
-        )
-
-
-def _planned(model, name, source):
+def _planned(model, name, source, heads, keep_trainable):
     """Checks a source against a model, and builds what will be attached."""
     path = source.path
     layers = state_lib.layers_of(model)
@@ -174,9 +141,16 @@ def _planned(model, name, source):
         found = sites.scales(path, names, updates, views)
     else:
         found = sites.low_rank_updates(names, updates, views)
+    if not heads:
+        others = _without_heads(source.config, others)
     kept = {
         **_kept_of_modules(path, others, names, layers),
-        **_kept_of_heads(path, source.heads, layers),
+        **(_kept_of_heads(path, source.heads, layers) if heads else {}),
+    }
+    chosen = selection.select_kept(layers, keep_trainable)
+    kept = {
+        **{a: state_lib.kept_layer_values(layers[a]) for a in chosen},
+        **{a: one for a, one in kept.items() if not _is_below(a, chosen)},
     }
     checks.check_attachable(model, layers, list(found), list(kept))
     dropout = next(
@@ -284,6 +258,26 @@ def _ia3(name, found, layers):
     return template, built
 
 
+def _is_below(address, others):
+    """Whether an address is one of others, or of a layer inside."""
+    return any(
+        address == one or address.startswith(f"{one}/") for one in others
+    )
+
+
+def _without_heads(config, others):
+    """The tensors that belong to no module in `modules_to_save`."""
+    saved = config.get("modules_to_save")
+    saved = [
+        f"{one}." for one in (saved if isinstance(saved, list) else []) if one
+    ]
+    return {
+        name: array
+        for name, array in others.items()
+        if not any(one in name for one in saved)
+    }
+
+
 def _kept_of_modules(path, others, names, layers):
     """dict from address to arrays, of the layers in `modules_to_save`."""
     addresses = {id(layer): address for address, layer in layers.items()}
@@ -304,7 +298,8 @@ def _kept_of_modules(path, others, names, layers):
             raise ValueError(
                 f"'{path}' holds the tensor '{name}', which is no adapter's, "
                 "and no layer of this model has it alone, so it can't be kept "
-                "trainable. Save the adapter without it in `modules_to_save`."
+                "trainable. If it is a head in `modules_to_save`, "
+                "`heads=False` loads the adapter without it."
             )
         ((assigned, origin),) = places
         if array.shape != tuple(origin.shapes[0]):
@@ -339,7 +334,7 @@ def _kept_of_heads(path, heads, layers):
                 f"'{path}' keeps the layer '{address}' in "
                 f"'{directory_lib.HEADS}', and this model has no such weight "
                 f"({key!r}). Load it into the task that it was trained on, or "
-                "remove the file."
+                "leave out all heads, by `heads=False`."
             )
         if array.shape != tuple(weights[int(number)].shape):
             raise ValueError(

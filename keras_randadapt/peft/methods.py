@@ -9,9 +9,8 @@ import math
 
 import numpy as np
 
+from keras_randadapt.peft import canonical
 from keras_randadapt.peft import options as options_lib
-
-_START = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +77,29 @@ _REQUIRED = {
 }
 
 
+_NAMES = {
+    "LORA": "LoRA",
+    "ADALORA": "AdaLoRA",
+    "VERA": "VeRA",
+    "RANDLORA": "RandLoRA",
+    "IA3": "IA3",
+}
+
+
+def label(method, config):
+    """The name of a method as its paper has it.
+
+    Args:
+        method: The type of an adapter in PEFT, which may be an unknown one.
+        config: The adapter's config.
+    """
+    found = _NAMES.get(str(method), str(method))
+    if found == "LoRA":
+        found = "rsLoRA" if config.get("use_rslora") is True else found
+        found = "DoRA" if config.get("use_dora") is True else found
+    return found
+
+
 def grouped(path, method, tensors):
     """Sorts the tensors of a directory by module.
 
@@ -101,12 +123,12 @@ def grouped(path, method, tensors):
         if key in shared_keys:
             found[key] = array
             continue
-        if not key.startswith(_START):
+        if not key.startswith(canonical.START):
             raise ValueError(
                 f"'{path}' holds the tensor {key!r}, and those of PEFT start "
-                f"with '{_START}'."
+                f"with '{canonical.START}'."
             )
-        name = key.removeprefix(_START)
+        name = key.removeprefix(canonical.START)
         for ending, role in _ENDINGS[method]:
             if name.endswith(ending):
                 module = name.removesuffix(ending)
@@ -137,7 +159,8 @@ def grouped(path, method, tensors):
             endings = [e for e, r in _ENDINGS[method] if r in lacking]
             raise ValueError(
                 f"'{path}' has tensors of the module '{module}', and lacks "
-                f"{[_START + module + e for e in endings]}: it is incomplete."
+                f"{[canonical.START + module + e for e in endings]}: it is "
+                "incomplete."
             )
     return modules, [found.get(key) for key in shared_keys], others
 

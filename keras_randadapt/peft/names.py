@@ -1,6 +1,8 @@
 """`name_map`: the modules of transformers that hold the sites of a model."""
 
 import difflib
+from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -36,6 +38,9 @@ class NameMap:
             not give.
         lost: dict from the path of a variable to a string that says why its
             values can't go back to a checkpoint.
+        lost_keys: The names of the tensors of these variables.
+        record: Function that runs KerasHub's converter once more, with a dict
+            of tensors of a checkpoint, and gives `recording.Recording`s.
         stopped: Why KerasHub's converter stopped half-way, or `""`.
 
     Example:
@@ -55,6 +60,8 @@ class NameMap:
         self.config: dict[str, Any] = {}
         self.config_differs: list[str] = []
         self.lost: dict[str, str] = {}
+        self.lost_keys: set[str] = set()
+        self.record: Callable[[dict], Iterable] = lambda arrays: ()
         self.stopped = ""
         self._known: dict[str, str] = {}
 
@@ -152,10 +159,18 @@ def name_map(model: keras.Model) -> NameMap:
         config["model_type"], family.prefix_of(config["model_type"])
     )
     names.config, names.config_differs = config, wrong
-    runs = [recording.record(converter.convert_weights, backbone, config)]
-    if backbone is not model and hasattr(converter, "convert_head"):
-        runs.append(recording.record(converter.convert_head, model, config))
-    _fill(names, layers, runs)
+
+    def record(arrays):
+        yield recording.record(
+            converter.convert_weights, backbone, config, arrays
+        )
+        if backbone is not model and hasattr(converter, "convert_head"):
+            yield recording.record(
+                converter.convert_head, model, config, arrays
+            )
+
+    names.record = record
+    _fill(names, layers, list(record({})))
     return names
 
 
@@ -238,6 +253,7 @@ def _fill(names, layers, runs):
         if i in refused:
             if one.value is not None and i not in whole:
                 names.lost[one.variable.path] = refused[i]
+                names.lost_keys.update(one.value.keys())
             if is_site(one):
                 names.refused[address] = refused[i]
         elif is_site(one):

@@ -42,14 +42,16 @@ class Assignment:
         shape: Its shape as a tuple; for a packed kernel, the unpacked one.
         value: A `Tensor`, or `None` where the value does not come from the
             checkpoint.
+        array: A NumPy array, where the tensors of the checkpoint were given.
     """
 
-    def __init__(self, layer, attribute, variable, shape, value):
+    def __init__(self, layer, attribute, variable, shape, value, array=None):
         self.layer = layer
         self.attribute = attribute
         self.variable = variable
         self.shape = shape
         self.value = value
+        self.array = array
 
 
 class Tensor:
@@ -207,10 +209,11 @@ class Checkpoint:
     prefix = ""
     safetensor_config = None
 
-    def __init__(self, absent):
+    def __init__(self, absent, arrays=None):
         self.safetensor_files = {}
         self.given = []
         self._absent = absent
+        self._arrays = arrays or {}
 
     def get_prefixed_key(self, key, keys):
         return key
@@ -218,11 +221,13 @@ class Checkpoint:
     def get_tensor(self, key):
         if key in self._absent:
             raise KeyError(key)
+        if key in self._arrays:
+            return self._arrays[key]
         self.given.append(Tensor(key=key))
         return self.given[-1]
 
     def port_weight(self, keras_variable, hf_weight_key, hook_fn=None):
-        value = Tensor(key=hf_weight_key)
+        value = self._arrays.get(hf_weight_key, Tensor(key=hf_weight_key))
         if hook_fn is not None:
             try:
                 value = hook_fn(value, list(keras_variable.shape))
@@ -282,11 +287,17 @@ class _Variable:
             self.shape = tuple(variable.shape)
 
     def assign(self, value):
+        array = value if isinstance(value, np.ndarray) else None
         if not isinstance(value, Tensor):
             value = None
         self._noted.append(
             Assignment(
-                self._layer, self._attribute, self._variable, self.shape, value
+                self._layer,
+                self._attribute,
+                self._variable,
+                self.shape,
+                value,
+                array,
             )
         )
 
@@ -294,7 +305,12 @@ class _Variable:
         return getattr(self._variable, name)
 
     def __add__(self, other):
-        return Tensor("arithmetic (`__add__`)", (other,))
+        ours = [one for one in self._noted if one.variable is self._variable]
+        if ours and ours[-1].array is not None:
+            return ours[-1].array + other
+        return Tensor(
+            "arithmetic (`__add__`)", (*(one.value for one in ours[-1:]), other)
+        )
 
 
 def _stand_in(value, noted):
@@ -322,13 +338,15 @@ def _stand_in(value, noted):
 Recording = collections.namedtuple("Recording", ["assignments", "stopped"])
 
 
-def record(convert, part, config):
+def record(convert, part, config, arrays=None):
     """Runs a converter's function on a stand-in.
 
     Args:
         convert: Function `(part, checkpoint, config)` of a converter.
         part: A backbone, or a task for its head.
         config: The checkpoint's config as a dict.
+        arrays: Optional dict from the names of tensors to NumPy arrays. What
+            is assigned of these alone is computed.
 
     Returns:
         A `Recording`: a list of `Assignment`, the last one of each variable,
@@ -336,7 +354,7 @@ def record(convert, part, config):
     """
     absent = set()
     while True:
-        noted, checkpoint = [], Checkpoint(absent)
+        noted, checkpoint = [], Checkpoint(absent, arrays)
         stopped = None
         try:
             convert(_StandIn(part, noted), checkpoint, config)

@@ -1,14 +1,11 @@
 """`save`: writes an adapter as a directory of PEFT."""
 
-import dataclasses
 import functools
-import json
 import os
 import warnings
 
 import keras
 import numpy as np
-import safetensors.numpy
 
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import DoRA
@@ -18,28 +15,15 @@ from keras_randadapt.model import convert
 from keras_randadapt.model import file_format
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import moving_state
-from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.model import tensor_data
 from keras_randadapt.model import updates
+from keras_randadapt.peft import canonical
 from keras_randadapt.peft import card
 from keras_randadapt.peft import directory as directory_lib
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
-
-#: Readers of PEFT's format have limits near this rank.
-_LARGE_RANK = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Factors:
-    """The update of one module of transformers: `B A`, `(outputs, inputs)`."""
-
-    kind: str
-    weight_shape: tuple
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None
 
 
 def save(
@@ -108,13 +92,7 @@ def save(
             _files_of, model, name, base_model, base, rank, energy
         )
     )
-    os.makedirs(target, exist_ok=True)
-    for filename, data in files.items():
-        paths.replace(os.path.join(target, filename), data)
-    heads = os.path.join(target, directory_lib.HEADS)
-    if directory_lib.HEADS not in files and os.path.lexists(heads):
-        # It is an earlier adapter's, and `load` would read it.
-        os.unlink(heads)
+    directory_lib.write(target, files)
 
 
 def _check_arguments(base_model, base):
@@ -157,20 +135,27 @@ def _files_of(model, name, base_model, base, rank, energy):
         found[address], lost[address] = _product(
             inner, address, name, rank, energy
         )
-    modules = _modules(names, state, adapters, found, is_dora)
-    module_rank = max(1, *(len(one.a) for one in modules.values()))
-    tensors = _tensors(modules, module_rank, names, base)
+    modules = _modules(names, state, adapters, found, is_dora, base)
+    module_rank = canonical.rank_of(modules)
+    tensors = canonical.tensors_of(modules, module_rank)
     _check_finite(tensors, name)
-    _warn_of_size(modules, module_rank)
+    message = canonical.size_warning(modules, module_rank)
+    if message is not None:
+        warnings.warn(message, AdapterWarning, stacklevel=4)
     heads = file_format.kept_tensors(state, name)
-    config = _config(modules, module_rank, names, base_model, base, is_dora)
-    config["task_type"] = _task_type(model)
+    config = canonical.config_of(
+        modules,
+        module_rank,
+        base_model_name_or_path=base_model,
+        task_type=_task_type(model),
+        use_dora=is_dora,
+    )
     about = card.About(
         name=name,
         template=record.template,
         base_model=base_model,
         model_type=names.model_type,
-        modules=[_named(module, names, base) for module in modules],
+        modules=list(modules),
         sites=len(adapters),
         rank=module_rank,
         bytes=sum(one.nbytes for one in tensors.values()),
@@ -178,21 +163,14 @@ def _files_of(model, name, base_model, base, rank, energy):
         heads=[(a, _path(state, a)) for a in record.kept],
     )
     files = {
-        directory_lib.CONFIG: _json(config),
-        directory_lib.WEIGHTS: safetensors.numpy.save(
-            tensors, metadata={"format": "pt"}
-        ),
+        **canonical.files_of(config, tensors),
         directory_lib.CARD: card.text(about).encode(),
     }
     if heads:
-        files[directory_lib.HEADS] = safetensors.numpy.save(
-            heads, metadata={"format": "keras_randadapt_heads"}
+        files[directory_lib.HEADS] = tensor_data.data_of(
+            heads, {"format": "keras_randadapt_heads"}
         )
     return files
-
-
-def _json(config):
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _path(state, address):
@@ -271,8 +249,8 @@ def _product(adapter, address, name, rank, energy):
     return factors[address], lost[address]
 
 
-def _modules(names, state, adapters, found, is_dora):
-    """dict from module to its `_Factors`, in the map's order."""
+def _modules(names, state, adapters, found, is_dora, base):
+    """dict from module to its `Factors`, in the map's order."""
     places = {
         module: [(a, part) for a, part in here]
         for module, here in names.by_module().items()
@@ -293,7 +271,7 @@ def _modules(names, state, adapters, found, is_dora):
             b[part.outputs] = right[:, part.columns].T
             a_blocks.append(a)
             b_blocks.append(b)
-        modules[module] = _Factors(
+        modules[_named(module, names, base)] = canonical.Factors(
             kind=first.kind,
             weight_shape=first.weight_shape,
             a=np.concatenate(a_blocks, axis=0),
@@ -337,33 +315,6 @@ def _named(module, names, base):
     return module.removeprefix(start)
 
 
-def _tensors(modules, rank, names, base):
-    tensors = {}
-    for module, factors in modules.items():
-        key = f"base_model.model.{_named(module, names, base)}"
-        short = rank - len(factors.a)
-        a = np.pad(factors.a, ((0, short), (0, 0)))
-        b = np.pad(factors.b, ((0, 0), (0, short)))
-        named = ("lora_A.weight", "lora_B.weight")
-        if factors.kind == "embedding":
-            named = ("lora_embedding_A", "lora_embedding_B")
-        if factors.kind == "conv":
-            a = a.reshape(rank, *factors.weight_shape[1:])
-            b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
-        with np.errstate(over="ignore"):
-            tensors[f"{key}.{named[0]}"] = a.astype("float32")
-            tensors[f"{key}.{named[1]}"] = b.astype("float32")
-            if factors.magnitude is not None:
-                magnitude = factors.magnitude
-                if factors.kind == "conv":
-                    ones = [1] * (len(factors.weight_shape) - 2)
-                    magnitude = magnitude.reshape(1, -1, *ones)
-                tensors[f"{key}.lora_magnitude_vector"] = magnitude.astype(
-                    "float32"
-                )
-    return tensors
-
-
 def _check_finite(tensors, name):
     wrong = [k for k, one in tensors.items() if not np.all(np.isfinite(one))]
     if wrong:
@@ -372,50 +323,3 @@ def _check_finite(tensors, name):
             f"too large for float32, in {sorted(wrong)[:5]}: training "
             "diverged, most likely. Lower the learning rate."
         )
-
-
-def _warn_of_size(modules, rank):
-    numbers = [
-        rank * (sum(one.a.shape[1:]) + one.b.shape[0])
-        for one in modules.values()
-    ]
-    larger = [
-        module
-        for (module, one), size in zip(modules.items(), numbers)
-        if 2 * size > one.a.shape[1] * one.b.shape[0]
-    ]
-    if rank > _LARGE_RANK or larger:
-        megabytes = 4 * sum(numbers) / 1e6
-        warnings.warn(
-            f"The LoRA has rank {rank} in all {len(modules)} modules and takes "
-            f"{megabytes:.3g} MB"
-            + (
-                f"; in {len(larger)} of them it is above half the kernel, such "
-                f"as in '{larger[0]}'"
-                if larger
-                else ""
-            )
-            + ". vLLM takes rank 16 unless it is told otherwise. Pass `rank` "
-            "or `energy` for a smaller one, which is the closest of its rank.",
-            AdapterWarning,
-            stacklevel=5,
-        )
-
-
-def _config(modules, rank, names, base_model, base, is_dora):
-    return {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": any(one.kind == "conv1d" for one in modules.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "r": rank,
-        "target_modules": sorted(_named(m, names, base) for m in modules),
-        "use_dora": is_dora,
-        "use_rslora": False,
-    }

@@ -131,12 +131,33 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _NO_HEAD_DIM),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _QWEN3),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", _NO_HEAD_DIM),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        dict(_NO_HEAD_DIM, num_local_experts=3, sliding_window=None),
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        dict(
+            _NO_HEAD_DIM,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _VIT),
     "deit": ("DeiTConfig", "DeiTForImageClassification", _IMAGES),
     "dinov2": (
         "Dinov2Config",
         "Dinov2ForImageClassification",
         {k: v for k, v in _IMAGES.items() if k != "intermediate_size"},
+    ),
+    "dinov3": (
+        "DINOv3ViTConfig",
+        "DINOv3ViTModel",
+        dict(_IMAGES, layer_norm_eps=1e-5),
     ),
     "swin": (
         "SwinConfig",
@@ -246,9 +267,13 @@ def torch_outputs(model, x):
     import torch
 
     base = model.base_model if hasattr(model, "base_model") else model
+    if type(base).__name__ == "DINOv3ViTEncoder":
+        # transformers calls a part of this model its base.
+        base = model
     with torch.no_grad():
-        if isinstance(x, np.ndarray) or "images" in x:
-            x = x if isinstance(x, np.ndarray) else x["images"]
+        images = [x] if isinstance(x, np.ndarray) else list(x.values())
+        if images[0].ndim == 4:
+            (x,) = images
             y = base(pixel_values=torch.tensor(x).permute(0, 3, 1, 2))
         elif "token_ids" in x:
             ids = torch.tensor(x["token_ids"]).long()

@@ -14,45 +14,13 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import options
 from tests import interruptions
+from tests.peft import directories
 from tests.peft import hub
+from tests.peft.directories import START as _START
+from tests.peft.directories import modules as _modules
+from tests.peft.directories import write as _write
 
 pytestmark = pytest.mark.one_backend
-
-_START = "base_model.model.model.layers.{}.self_attn.{}_proj"
-
-
-def _modules():
-    return [_START.format(i, side) for i in range(2) for side in "qv"]
-
-
-def _write(folder, tensors=None, config=None):
-    """A LoRA of rank 2 for the small Llama, as PEFT writes one."""
-    generator = np.random.default_rng(0)
-    content = {}
-    for module in _modules():
-        n_out = 24 if "q_proj" in module else 12
-        content[f"{module}.lora_A.weight"] = generator.normal(size=(2, 24))
-        content[f"{module}.lora_B.weight"] = generator.normal(size=(n_out, 2))
-    content.update(tensors or {})
-    content = {
-        key: np.ascontiguousarray(array.astype("float32"))
-        if array.dtype == np.float64
-        else array
-        for key, array in content.items()
-        if array is not None
-    }
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "bias": "none",
-        "target_modules": ["q_proj", "v_proj"],
-        **(config or {}),
-    }
-    folder.mkdir(exist_ok=True)
-    safetensors.numpy.save_file(content, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return content
 
 
 def _snapshot(model):
@@ -279,6 +247,65 @@ def test_a_head_that_the_converter_knows(tmp_path):
     with pytest.raises(ValueError, match="a part of the layer .* lacks"):
         kra.peft.load(model, folder)
     assert not state_lib.is_adapted(model)
+
+
+def test_heads_of_another_task_are_left_out(model, tmp_path):
+    """An adapter of a classifier in transformers, for a head in Keras."""
+    directories.write(
+        tmp_path / "a",
+        {
+            "base_model.model.score.weight": np.ones((3, 24)),
+            "base_model.model.other.dense.weight": np.ones((24, 24)),
+        },
+        {"modules_to_save": ["score"], "task_type": "SEQ_CLS"},
+    )
+    safetensors.numpy.save_file(
+        {"x#0": np.ones(2, "float32")}, tmp_path / "a" / "heads.safetensors"
+    )
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match="`heads=False`"):
+        kra.peft.load(model, tmp_path / "a")
+    _check_same(model, before)
+    with pytest.raises(ValueError, match="'other.dense"):
+        # It is in no module to save, so it may be anything.
+        kra.peft.load(model, tmp_path / "a", heads=False)
+    _check_same(model, before)
+    path = tmp_path / "a" / _CONFIG
+    config = json.loads(path.read_text())
+    saved = ["score", "other"]
+    path.write_text(json.dumps({**config, "modules_to_save": saved}))
+    with pytest.raises(TypeError, match="`heads` must be a bool"):
+        kra.peft.load(model, tmp_path / "a", heads="no")
+    _check_same(model, before)
+    report = kra.peft.load(model, tmp_path / "a", heads=False)
+    assert report.head_parameters == 0 and len(report.sites) == 4
+
+
+@pytest.mark.every_backend
+def test_a_new_head_is_trained_along(tmp_path):
+    """In one adapter, which is saved and loaded with it."""
+    model = hub.bert_classifier()
+    kra.inject(model, kra.LoRA(2), ["query"], keep_trainable="logits")
+    kra.peft.save(model, tmp_path / "a")
+    kra.eject(model)
+    head = next(layer for layer in model.layers if layer.name == "logits")
+    head.kernel.assign(np.full(head.kernel.shape, 2.0))
+    with pytest.raises(ValueError, match="keep_trainable"):
+        kra.peft.load(model, tmp_path / "a", keep_trainable="nothing")
+    assert not state_lib.is_adapted(model)
+    arguments = dict(heads=False, keep_trainable="logits")
+    report = kra.peft.load(model, tmp_path / "a", **arguments)
+    assert report.head_parameters == 75
+    # The head of the directory is left out, and this one's values stay.
+    kernel = keras.ops.convert_to_numpy(head.kernel)
+    np.testing.assert_array_equal(kernel, 2.0)
+    assert any(w is head.kernel for w in model.trainable_variables)
+    kra.peft.save(model, tmp_path / "b")
+    kra.eject(model)
+    head.kernel.assign(np.zeros(head.kernel.shape))
+    kra.peft.load(model, tmp_path / "b")
+    kernel = keras.ops.convert_to_numpy(head.kernel)
+    np.testing.assert_array_equal(kernel, 2.0)
 
 
 def _without(key):

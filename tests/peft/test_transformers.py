@@ -64,7 +64,8 @@ class Pair:
         sites = {
             id(layers[address])
             for address, parts in names.parts.items()
-            if parts[0].kind in kinds
+            # The gate of shared experts has one output.
+            if parts[0].kind in kinds and min(parts[0].dims) > 4
         }
         kra.inject(self.backbone, adapter, lambda layer: id(layer) in sites)
         return len(sites)
@@ -73,7 +74,7 @@ class Pair:
         """Both compute the same, and not what the base model does."""
         ours = families.keras_outputs(self.backbone, self.x)
         assert np.abs(theirs - self.base).max() > 100 * self.apart
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 + 2 * self.apart)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 + self.apart)
 
 
 @pytest.fixture(scope="module")
