@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.model import file_conversion
 from keras_randadapt.sites import lanes
 from tests import methods
 from tests import zoo
@@ -410,6 +411,15 @@ class TestFiles:
         with pytest.raises(ValueError, match="3x6x8 in the file, 2x6x8 here"):
             kra.load_adapter(make(num_experts=2), path)
 
+    @pytest.mark.one_backend
+    def test_a_file_is_not_converted_without_the_model(self, tmp_path):
+        path = str(tmp_path / "adapter.safetensors")
+        kra.save_adapter(adapted("rlora"), path)
+        with pytest.raises(ValueError, match="adapts the experts"):
+            file_conversion.convert_file(
+                path, str(tmp_path / "lora.safetensors")
+            )
+
     def test_keras_files(self, tmp_path):
         model = adapted()
         model.save(tmp_path / "model.keras")
@@ -434,6 +444,26 @@ class TestFiles:
 
 @pytest.mark.filterwarnings("ignore:At 2 of 2 sites the LoRA is larger")
 class TestConversions:
+    @pytest.mark.one_backend
+    def test_peft_refuses_experts(self, tmp_path):
+        from tests import test_mixtures
+
+        model = test_mixtures.make("Mixtral")
+        kra.inject(model, kra.LoRA(2), "experts")
+        with pytest.raises(ValueError, match="PEFT has no common form"):
+            kra.peft.save(model, tmp_path / "peft")
+        assert not (tmp_path / "peft").exists()
+
+    @pytest.mark.one_backend
+    def test_a_bank_of_adapters_refuses_experts(self, tmp_path):
+        path = str(tmp_path / "adapter.safetensors")
+        kra.save_adapter(adapted(), path)
+        with pytest.raises(ValueError, match="In a bank a site must have one"):
+            kra.serving.AdapterBank(make(), {"one": path})
+        kra.save_adapter(adapted("vera"), path)
+        with pytest.raises(ValueError, match="In a bank that must be"):
+            kra.serving.AdapterBank(make(), {"one": path})
+
     @pytest.mark.parametrize("method", _methods(["rlora", "randlora"]))
     def test_to_lora(self, method):
         model = adapted(method)
