@@ -1321,8 +1321,8 @@ FAULTS = [
         "wrong first value",
         "model/low_rank.py",
         "give",
-        "whole_a[:, :rank] = _float32(a)",
-        "whole_a[:, rank:] = 0; whole_a[:, :rank] = _float32(a)",
+        "whole_a[..., :rank] = _float32(a)",
+        "whole_a[..., rank:] = 0; whole_a[..., :rank] = _float32(a)",
         ("test_to_lora.py",),
     ),
     Fault(

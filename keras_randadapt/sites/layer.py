@@ -13,14 +13,15 @@ import keras
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import folding
 from keras_randadapt.sites import per_example
-from keras_randadapt.sites import product
 from keras_randadapt.sites import straight_through
+from keras_randadapt.sites.folding import own_bias
 
 _CLASS_LOCK = threading.RLock()
 
 
-class AdaptedLayer(_compat.KeepsTrainingFlag):
+class AdaptedLayer(folding.Folds, _compat.KeepsTrainingFlag):
     """The base of the mixins for sites; see `supported.site_class`."""
 
     _site_base = None
@@ -28,9 +29,8 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
     #: See `Adapter.site_kinds`.
     kind = "product"
 
-    #: The attributes that hold the layer's kernel and its bias.
+    #: The attribute that holds the layer's kernel; for the bias see `Folds`.
     kernel_name = "kernel"
-    bias_name = "bias"
 
     @property
     def _dtype_of_shown_bias(self):
@@ -84,38 +84,6 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         if training is None:
             return _compat.training_phase(self)
         return training
-
-    def _merged_kernel_view(self, kernel, training=False):
-        """The kernel view with every active adapter folded in, float32."""
-        base = ops.cast(self.to_view(_compat.unrounded(kernel)), "float32")
-        return product.fold(self.adapter.active(), base, training)
-
-    def bias_to_view(self, bias):
-        """A bias as a vector, in the order of the columns if it has one each.
-
-        The columns are those of the kernel view.
-        """
-        return ops.reshape(bias, (-1,))
-
-    def bias_from_view(self, vector):
-        return ops.reshape(vector, own_bias(self).shape)
-
-    def merged_bias(self):
-        """The bias with every active adapter folded in, in its own shape.
-
-        It is float32, and the caller casts it to the compute dtype. If no
-        adapter adapts biases it is the variable itself, and without a bias it
-        is `None`.
-        """
-        bias = own_bias(self)
-        adapters = [a for a in self.adapter.active() if a.adapts_bias]
-        if bias is None or not adapters:
-            return bias
-        base = ops.cast(self.bias_to_view(_compat.unrounded(bias)), "float32")
-        vector = base
-        for adapter in adapters:
-            vector = adapter.merged_bias(vector, base)
-        return self.bias_from_view(vector)
 
     def _merged_or_base(self, kernel):
         """The value of the public `kernel` or `embeddings` property.
@@ -185,11 +153,6 @@ def shown_bias(name):
         vars(self)[name] = value
 
     return property(read, write)
-
-
-def own_bias(site):
-    """The bias variable of a site, without adapters, or `None`."""
-    return vars(site).get(site.bias_name)
 
 
 def as_float(x, dtype):

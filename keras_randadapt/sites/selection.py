@@ -11,6 +11,7 @@ import keras
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import linear
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.linear import is_below
 
 #: The type of `targets`, `exclude` and `keep_trainable`.
@@ -45,6 +46,7 @@ def select_sites(
     kinds=supported.KERNEL_KINDS,
     default=None,
     takes=lambda layer: True,
+    experts=False,
 ):
     """The layers that `targets` means and `exclude` does not.
 
@@ -61,6 +63,7 @@ def select_sites(
             means. Without it, `None` means the query and value projections.
         takes: Function from a layer of these kinds to whether the method
             adapts it.
+        experts: Whether `"all-linear"` means the kernels of experts too.
 
     Returns:
         A `Selection`, in the order of `layers`.
@@ -87,7 +90,7 @@ def select_sites(
     elif targets is None:
         chosen = _query_value(layers, candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
-        chosen = _all_linear(layers, candidates, kept)
+        chosen = _all_linear(layers, candidates, kept, experts, takes)
         left_out = linear.left_out_of_all_linear(layers, chosen, kept)
     elif _is_function(targets):
         can = _adaptable(layers, kinds, takes)
@@ -136,7 +139,7 @@ def _not_excluded(layers, exclude, kept, candidates):
     if exclude is None:
         return lambda address: True
     if _is_function(exclude):
-        return lambda address: not exclude(layers[address])
+        return lambda address: not exclude(layer_of(layers[address]))
     if isinstance(exclude, str) and exclude == "all-linear":
         excluded = _linear(layers, candidates, kept)
         return lambda address: address not in excluded
@@ -146,7 +149,7 @@ def _not_excluded(layers, exclude, kept, candidates):
 
 def _meant_by_function(layers, function, adaptable):
     """The adaptable layers for which a function is true, and the others."""
-    chosen = [a for a, layer in adaptable.items() if function(layer)]
+    chosen = [a for a, layer in adaptable.items() if function(layer_of(layer))]
     if not chosen:
         raise ValueError(
             "`targets` returned a false value for every one of the "
@@ -157,6 +160,7 @@ def _meant_by_function(layers, function, adaptable):
         address
         for address, layer in layers.items()
         if address not in adaptable
+        and address not in layers.kernels
         and (linear.is_normalization(layer) or linear.kernel_parameters(layer))
         and _is_meant(function, layer)
     ]
@@ -165,7 +169,7 @@ def _meant_by_function(layers, function, adaptable):
 
 def _is_meant(function, layer):
     try:
-        return bool(function(layer))
+        return bool(function(layer_of(layer)))
     except AttributeError:
         # A function may ask for an attribute, such as `units`, that only
         # layers of the classes that can be adapted have.
@@ -218,13 +222,22 @@ def select_kept(layers, keep_trainable):
     if keep_trainable is None:
         return []
     if _is_function(keep_trainable):
-        found = [a for a, layer in layers.items() if keep_trainable(layer)]
+        whole = [a for a in layers if not layers.is_kernel(a)]
+        found = [a for a in whole if keep_trainable(layers[a])]
         if not found:
             raise ValueError(
                 "`keep_trainable` returned a false value for every layer."
             )
     else:
         found = match(layers, keep_trainable, "keep_trainable")
+        kernels = [a for a in found if layers.is_kernel(a)]
+        if kernels:
+            raise ValueError(
+                "`keep_trainable` takes layers, and "
+                f"{layers.named(kernels[:5])} are kernels of layers with "
+                "several. Name the layers, whose weights are then trained. "
+                f"Received: keep_trainable={keep_trainable!r}"
+            )
     return [
         a
         for a in found
@@ -273,6 +286,11 @@ def match(layers, targets, argument):
                 + _near_misses(target, layers)
             )
         found |= hits
+    if argument != "keep_trainable":
+        # A layer with several kernels means all of them.
+        for address in found & set(layers.kernels):
+            found.remove(address)
+            found.update(layers.kernels[address])
     return [address for address in layers if address in found]
 
 
@@ -342,8 +360,22 @@ def _linear(layers, candidates, kept):
     ]
 
 
-def _all_linear(layers, candidates, kept):
+def _all_linear(layers, candidates, kept, experts, takes):
     chosen = _linear(layers, candidates, kept)
+    if experts:
+        found = [
+            a
+            for a, layer in candidates.items()
+            if getattr(layer, "stack", None) is not None
+            and takes(layer)
+            and not is_below(a, kept)
+        ]
+        if not found:
+            raise ValueError(
+                "`experts=True` finds no layer with the kernels of several "
+                "experts that this method adapts. Leave `experts` out."
+            )
+        chosen = [a for a in candidates if a in {*chosen, *found}]
     if not chosen:
         raise ValueError(
             '`targets="all-linear"` found no Dense or EinsumDense layer '

@@ -63,6 +63,15 @@ class Site:
         return KernelView(self.input_dim, self.output_dim)
 
     @property
+    def shape(self) -> str:
+        """The kernel view's shape as files spell it: `"8x4"`, or `"3x8x4"`.
+
+        The first number of three is `stack`.
+        """
+        sizes = f"{self.input_dim}x{self.output_dim}"
+        return sizes if self.stack is None else f"{self.stack}x{sizes}"
+
+    @property
     def role(self) -> str:
         """The last part of the address.
 
