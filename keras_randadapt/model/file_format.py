@@ -43,6 +43,20 @@ BASE_KEY = "#base"
 
 _ALL_KINDS = (*supported.KERNEL_KINDS, "norm")
 
+#: The layers that a digest covers even if they are no sites. Files of earlier
+#: versions have digests of these alone, so no class may be added.
+_IN_EVERY_DIGEST = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Embedding,
+    keras.layers.LayerNormalization,
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+)
+
 
 def size(model, name):
     """The exact size in bytes of an adapter's file, without writing it."""
@@ -273,10 +287,11 @@ def _backbone(model):
 def layers_digest(model, sites, kept, prefix=""):
     """A short hash of the base model's layers: addresses and kernel views.
 
-    The hash covers every layer that some method can adapt, with or without
-    adapters. If a task has all sites in its backbone, only the backbone is
-    hashed, so that files of the task and of the backbone fit both. The hash is
-    the same for float, int8 and int4 kernels.
+    The hash covers the sites and every layer of a class that some method could
+    adapt in the first version of the format, with or without adapters. If a
+    task has all sites in its backbone, only the backbone is hashed, so that
+    files of the task and of the backbone fit both. The hash is the same for
+    float, int8 and int4 kernels.
 
     Args:
         model: A built model, with or without adapters.
@@ -295,6 +310,7 @@ def layers_digest(model, sites, kept, prefix=""):
         for address in kept
         for layer in _compat.flatten_layers(layers[address])
     }
+    covered = {id(layers[address]) for address in sites}
     backbone = _backbone(model)
     if backbone is not None:
         parts = {id(layer) for layer in _compat.flatten_layers(backbone)}
@@ -305,7 +321,11 @@ def layers_digest(model, sites, kept, prefix=""):
         if not address.startswith(prefix):
             continue
         address = address.removeprefix(prefix)
-        view = None if id(layer) in left_out else _view_of(layer)
+        view = None
+        if id(layer) not in left_out and (
+            id(layer) in covered or isinstance(layer, _IN_EVERY_DIGEST)
+        ):
+            view = _view_of(layer)
         if view is not None:
             lines.append(f"{address} {view.input_dim}x{view.output_dim}")
     text = "\n".join(lines)

@@ -77,9 +77,9 @@ def _visit(value, path, place, found, visited, containers, names):
             return
         found[path] = value
         found.places[path] = place
-        # These classes have no layers below, and reading all their attributes
-        # would unpack quantized kernels.
-        if not supported.looks_supported(value):
+        # Most of these classes have no layers below, and reading all their
+        # attributes would unpack quantized kernels.
+        if supported.may_have_sublayers(value):
             _walk_layer(value, path, place, found, visited)
     elif isinstance(value, (list, tuple, dict)):
         # Only the containers around this one are compared. Properties return

@@ -8,6 +8,7 @@ and the bias, and defines the layer's kernel view.
 
 import contextlib
 import threading
+from typing import Any
 
 import keras
 from keras import ops
@@ -30,6 +31,23 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
     #: The attributes that hold the layer's kernel and its bias.
     kernel_name = "kernel"
     bias_name = "bias"
+
+    #: The attributes that a site computes by itself instead of calling the
+    #: layer. A class that overrides one of them can't be a site.
+    computes: tuple[str, ...] = (
+        "call",
+        "quantized_call",
+        "kernel",
+        "bias",
+        "beta",
+        "embeddings",
+        "convolution_op",
+    )
+
+    #: The number of channels of one position of the input and of the output,
+    #: where a row or a column of the kernel view is for one position of a
+    #: window; see `Site`.
+    channels_of_view: Any = (None, None)
 
     @property
     def _dtype_of_shown_bias(self):
@@ -175,6 +193,21 @@ def shown_bias(name):
         if bias is None or bias is own_bias(self):
             return bias
         return ops.cast(bias, self._dtype_of_shown_bias)
+
+    def write(self, value):
+        vars(self)[name] = value
+
+    return property(read, write)
+
+
+def shown_kernel(name):
+    """A property for a plain attribute that holds a site's kernel.
+
+    It shows the adapted kernel, as `shown_bias` does for the bias.
+    """
+
+    def read(self):
+        return self._merged_or_base(vars(self)[name])
 
     def write(self, value):
         vars(self)[name] = value
