@@ -28,6 +28,10 @@ _READS_KERNELS = {
     "Gemma4ClippableEinsumDense",
 }
 
+#: Sublayers of KerasHub whose variable the layer around them reads, so that
+#: no adapter is seen before a merge: the class around and the attribute.
+_READ_RAW = {("SAM3GeometryEncoder", "cls_embed")}
+
 
 def check_model(model):
     """Raises an error if adapters can't be attached to a model."""
@@ -267,6 +271,14 @@ def _check_overlap(model, layers, addresses, kept):
 def _check_parent(address, layers):
     layer = layers[address]
     parent = layers.get(address.rpartition("/")[0])
+    attribute = address.rpartition("/")[2]
+    if (type(parent).__name__, attribute) in _READ_RAW:
+        raise ValueError(
+            f"KerasHub's {type(parent).__name__} reads the variable of "
+            f"'{layers.named([address])[0]}' and never calls the layer, so an "
+            "adapter there would do nothing until it is merged. Leave it out "
+            f"with `exclude={attribute!r}`."
+        )
     reads = type(parent).__name__ in _READS_KERNELS
     if layer.quantization_mode is not None and reads:
         raise ValueError(

@@ -317,19 +317,38 @@ def _matches(target, place, layer):
 
 
 def _query_value(layers, candidates, kept):
+    wanted = kerashub.query_and_value_projections(layers)
     chosen = [
         address
         for address in candidates
-        if kerashub.is_query_or_value(address, layers)
-        and not is_below(address, kept)
+        if address in wanted and not is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
             "This model has no query or value projection by any name that "
-            "`targets=None` looks for. Name the layers to adapt in `targets`, "
-            'or give "all-linear". ' + _available(candidates)
+            "`targets=None` looks for. "
+            + _what_to_name(candidates)
+            + _available(candidates)
         )
     return chosen
+
+
+def _what_to_name(candidates):
+    """What to give as `targets` where the default finds nothing."""
+    classes = sorted(
+        {
+            supported.supported_class(layer).__name__
+            for layer in candidates.values()
+            if supported.kind_of(layer) == "convolution"
+        }
+    )
+    if not classes:
+        return 'Name the layers to adapt in `targets`, or give "all-linear". '
+    names = ", ".join(f"keras.layers.{name}" for name in classes)
+    return (
+        "Its convolutions can be adapted by `targets=lambda layer: "
+        f"isinstance(layer, ({names},))`. Or name layers. "
+    )
 
 
 def _linear(layers, candidates, kept):
