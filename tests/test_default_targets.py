@@ -75,15 +75,18 @@ def stable_diffusion_3():
     import keras_hub
     from keras_hub.src.models.vae import vae_backbone
 
-    def clip(width):
+    def clip(name):
         return keras_hub.models.CLIPTextEncoder(
             vocabulary_size=20,
-            embedding_dim=width,
-            hidden_dim=width,
-            num_layers=1,
+            embedding_dim=8,
+            hidden_dim=8,
+            num_layers=2,
             num_heads=2,
             intermediate_dim=8,
+            intermediate_activation="quick_gelu",
+            intermediate_output_index=-2,
             max_sequence_length=6,
+            name=name,
         )
 
     return keras_hub.models.StableDiffusion3Backbone(
@@ -97,8 +100,8 @@ def stable_diffusion_3():
         vae=vae_backbone.VAEBackbone(
             [32, 32], [1, 1], [32, 32], [1, 1], image_shape=(16, 16, 3)
         ),
-        clip_l=clip(8),
-        clip_g=clip(8),
+        clip_l=clip("clip_l"),
+        clip_g=clip("clip_g"),
         image_shape=(16, 16, 3),
     )
 

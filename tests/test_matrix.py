@@ -468,7 +468,8 @@ class TestMatrix:
                 continue
             if not adapter.additive:
                 if not case.quantized:
-                    kernel = layer.to_view(layer._kernel)
+                    kernel = supported.kernel_variable(layer)
+                    kernel = layer.to_view(kernel)
                     self._check(layer, adapter.merged(kernel, kernel))
                 continue
             delta = adapter.delta_kernel()
