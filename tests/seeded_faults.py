@@ -90,7 +90,7 @@ FAULTS = [
         "convolution_bias_axis",
         "wrong axis",
         "sites/convolution.py",
-        "_AdaptedConvolution.call",
+        "activated",
         '-1 if self.data_format == "channels_last" else 1',
         "-1",
         ("test_injection.py",),

@@ -17,6 +17,7 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites import lanes
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
@@ -215,7 +216,11 @@ class LoRA(site_arguments.SiteArguments):
             self.regularizer,
         )
         if self.initialization == "orthogonal":
-            self._start_orthogonal()
+            if site.stack is None:
+                self._start_orthogonal("")
+            else:
+                experts = [f"/{e}" for e in range(site.stack)]
+                lanes.assign_each(self, LoRA._start_orthogonal, experts)
         if self.initialization in _FROM_KERNEL:
             self.start_a = self.add_derived(
                 "start_a", (self.input_dim, self.rank)
@@ -229,11 +234,11 @@ class LoRA(site_arguments.SiteArguments):
             return {"name": "normal", "stddev": 1 / self.rank}
         return self.a_initializer
 
-    def _start_orthogonal(self):
+    def _start_orthogonal(self, expert):
         """`A = R_1 Q_1 / 10` and `B = Q_2' R_2 / 10`, with `Q_1 Q_2' = 0`."""
 
         def normals(role, *shape):
-            role = f"initial/orthogonal/{self.site.address}/{role}"
+            role = f"initial/orthogonal/{self.site.address}/{role}{expert}"
             return random.normals(self.seed, role, shape).astype("float64")
 
         q, _ = np.linalg.qr(normals("Q", self.rank, self.rank))

@@ -14,6 +14,7 @@ from keras_randadapt._types import Layers
 from keras_randadapt._types import Rename
 from keras_randadapt.adapters import base
 from keras_randadapt.sites import selection
+from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.site import Site
 
 
@@ -142,7 +143,7 @@ def resolve(
             # The address of a site, as `keras_randadapt.sites` gives it.
             meant = [key]
         elif isinstance(key, keras.layers.Layer):
-            meant = [a for a in layers if layers[a] is key]
+            meant = [a for a in layers if layer_of(layers[a]) is key]
         else:
             meant = selection.match(layers, key, argument)
         chosen = [address for address in meant if address in addresses]

@@ -13,10 +13,10 @@ import numpy as np
 from keras import ops
 
 from keras_randadapt import _compat
-from keras_randadapt import arguments
 from keras_randadapt._types import Initializer
 from keras_randadapt._types import Store
 from keras_randadapt._types import Tensor
+from keras_randadapt.adapters import stacked
 from keras_randadapt.ops.sparse import dense
 from keras_randadapt.sites.site import Site
 
@@ -92,6 +92,8 @@ class AdapterVariables(keras.layers.Layer):
         self.step_counter = None
         #: The `Site` that the adapter is built for; `None` for a template.
         self.site: Site = None
+        #: The weights that have an axis of experts in front.
+        self.stacked_weights: tuple[keras.Variable, ...] = ()
         self._frozen_names: tuple[str, ...] = ()
         self._derived_names: tuple[str, ...] = ()
 
@@ -101,8 +103,12 @@ class AdapterVariables(keras.layers.Layer):
         shape: tuple[int, ...],
         initializer: Initializer,
         regularizer: keras.regularizers.Regularizer | None = None,
+        apart: bool = True,
     ) -> keras.Variable:
         """A trainable weight whose first values are equal on every backend.
+
+        Where kernels are stacked, each of them has a weight of its own, and
+        the variable has an axis for them in front.
 
         Args:
             name: string.
@@ -113,18 +119,15 @@ class AdapterVariables(keras.layers.Layer):
             regularizer: Optional Keras regularizer. Its penalty on the weight
                 is among the model's losses while the adapter is trained.
         """
-        self._check_limit(name, shape)
-        own = arguments.own_initializer(initializer)
-        if own is not None:
-            kind, options = own
-            values = arguments.initial_values(
-                kind, self.seed, f"{self.site.address}/{name}", shape, **options
-            )
-
-            def initializer(shape, dtype=None):
-                return ops.convert_to_tensor(values, dtype=dtype)
-
-        return self.add_weight(
+        stack = self.site.stack if apart else None
+        self._check_limit(name, (stack or 1, *shape))
+        initializer = stacked.first_values(
+            initializer, self.seed, f"{self.site.address}/{name}", shape, stack
+        )
+        if stack is not None:
+            shape = (stack, *shape)
+            regularizer = regularizer and stacked.Penalty(regularizer)
+        weight = self.add_weight(
             name=name,
             shape=shape,
             initializer=initializer,
@@ -133,6 +136,9 @@ class AdapterVariables(keras.layers.Layer):
             autocast=False,
             regularizer=regularizer,
         )
+        if stack is not None:
+            self.stacked_weights += (weight,)
+        return weight
 
     def add_frozen(self, name: str, basis: _Basis) -> _Basis:
         """Keeps the values of a random basis in a variable that no file has.
@@ -240,7 +246,7 @@ class AdapterVariables(keras.layers.Layer):
         key = f"trainable {name}"
         variable = None if shared is None else shared.get(key)
         if variable is None:
-            variable = self.add_trainable(name, shape, initializer)
+            variable = self.add_trainable(name, shape, initializer, apart=False)
             if shared is not None:
                 shared[key] = variable
         return SharedVariable(variable)
@@ -251,14 +257,18 @@ class AdapterVariables(keras.layers.Layer):
         Keras's files hold it; adapter files do not.
         """
         self._derived_names += (name,)
-        return self.add_weight(
+        stack = self.site.stack
+        weight = self.add_weight(
             name=name,
-            shape=shape,
+            shape=shape if stack is None else (stack, *shape),
             dtype="float32",
             initializer="zeros",
             trainable=False,
             autocast=False,
         )
+        if stack is not None:
+            self.stacked_weights += (weight,)
+        return weight
 
     def _prepare_dropout(self) -> None:
         # Each site has its own state, because every site of a model is called

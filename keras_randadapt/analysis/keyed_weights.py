@@ -7,9 +7,9 @@ import numpy as np
 
 from keras_randadapt.analysis import deltas
 from keras_randadapt.model import state as state_lib
-from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import product
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import is_adapted
 
 
 def kernels(
@@ -102,9 +102,7 @@ def check_keys(layers, keys):
                 f"Layer '{address}' is a {type(layer).__name__}, which has no "
                 f"kernel view. Name its weights: '{address}#0' and so on."
             )
-        elif layer.quantization_mode is not None and not isinstance(
-            layer, layer_lib.AdaptedLayer
-        ):
+        elif layer.quantization_mode is not None and not is_adapted(layer):
             raise ValueError(
                 f"The kernel of '{address}' is quantized to "
                 f"'{layer.quantization_mode}': it can be read only while an "
@@ -124,17 +122,17 @@ def variable(layers, key):
 def shape(layers, key):
     if "#" in key:
         return tuple(variable(layers, key).shape)
-    return tuple(supported.view_of(layers[key]))
+    return supported.view_shape(layers[key])
 
 
 def read(layers, key):
     address, _, index = key.partition("#")
     layer = layers[address]
-    if index == "bias" and isinstance(layer, layer_lib.AdaptedLayer):
+    if index == "bias" and is_adapted(layer):
         return as_numpy(layer.merged_bias()).astype("float32")
     if index:
         return as_numpy(variable(layers, key)).astype("float32")
-    if not isinstance(layer, layer_lib.AdaptedLayer):
+    if not is_adapted(layer):
         view = supported.as_view(layer, supported.kernel_variable(layer))
         return as_numpy(view).astype("float32")
     view = deltas.base_kernel_view(layer)

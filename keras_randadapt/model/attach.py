@@ -26,12 +26,13 @@ from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
 from keras_randadapt.model import transaction
 from keras_randadapt.model import weighting
+from keras_randadapt.model.site_layers import become_site
+from keras_randadapt.model.site_layers import carry_gradients
+from keras_randadapt.model.site_layers import stop_carrying
 from keras_randadapt.optimizers import wrapper
-from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import lanes
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import stack
-from keras_randadapt.sites import straight_through
-from keras_randadapt.sites import supported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,13 +94,13 @@ def attach(change, attachment):
     carry_gradients(change)
     state = model._randadapt
     for address, adapter in built.items():
-        _become_site(change, layers[address])
+        become_site(change, layers[address])
         # A decomposition of a kernel may fail.
         _start(adapter, layers[address])
     for address, adapter in built.items():
         add_adapter(change, layers[address], name, adapter)
     for address, source in attachment.sources.items():
-        _become_site(change, layers[source])
+        become_site(change, layers[source])
         _connect(change, layers[source], layers[address], name)
     base_values = dict(state.base_values)
     held = {a for active in state.active for a in state.records[active].kept}
@@ -199,7 +200,7 @@ def leave_model(change):
     """Gives a model without adapters back what it had, but its class."""
     model = change.model
     state = model._randadapt
-    _stop_carrying(change)
+    stop_carrying(change)
     for part in state.parts:
         change.on_undo(functools.partial(parts_lib.claim, part, model))
         parts_lib.release(part, model)
@@ -216,53 +217,16 @@ def models_of(model):
     ]
 
 
-def carry_gradients(change):
-    """Lets gradients pass the quantized heads that are no sites."""
-    for layer in change.model._randadapt.layers.values():
-        if (
-            layer_lib.own_class(layer) is None
-            and straight_through.stops_gradient(layer)
-            and supported.supported_class(layer) is not None
-        ):
-            change.set(
-                layer,
-                "__class__",
-                straight_through.carrying_class(type(layer)),
-            )
-
-
-def _stop_carrying(change):
-    for layer in change.model._randadapt.layers.values():
-        if isinstance(layer, straight_through.CarriesGradient):
-            change.set(layer, "__class__", layer._site_base)
-
-
-def _become_site(change, layer):
-    if isinstance(layer, layer_lib.AdaptedLayer):
-        return
-    own = layer_lib.own_class(layer) or type(layer)
-    change.set(layer, "__class__", supported.site_class(own))
-    change.attach_sublayer(layer, "adapter", stack.AdapterStack())
-
-
 def _start(adapter, layer):
     """Gives an adapter the base kernel, if it asks for it."""
     if type(adapter).start_from is not Adapter.start_from:
         kernel = quantized.float_kernel(layer)
         view = keras.ops.cast(layer.to_view(kernel), "float32")
-        adapter.start_from(np.array(keras.ops.convert_to_numpy(view)))
-
-
-def leave_unused_site(change, address):
-    """Gives a layer its own class back if no adapter is left on it."""
-    state = change.model._randadapt
-    if any(address in record.changed for record in state.records.values()):
-        return
-    layer = state.layers[address]
-    if isinstance(layer, layer_lib.AdaptedLayer):
-        change.detach_sublayer(layer, "adapter")
-        change.set(layer, "__class__", layer._site_base)
-        carry_gradients(change)
+        view = np.array(keras.ops.convert_to_numpy(view))
+        if adapter.site.stack is None:
+            adapter.start_from(view)
+        else:
+            lanes.assign_each(adapter, type(adapter).start_from, view)
 
 
 def show(model, names):

@@ -4,6 +4,7 @@ from keras_randadapt import _compat
 from keras_randadapt.adapters import variables as adapter_variables
 from keras_randadapt.model import checks
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import KernelSite
 
 
 def build_adapters(template, name, layers, addresses, sources, counts=None):
@@ -109,12 +110,29 @@ def _check_kind(template, layer):
             f"`{type(template).__name__}` does not adapt a "
             f"{type(layer).__name__}. Leave it out with `exclude`."
         )
+    if getattr(layer, "stack", None) is not None:
+        _check_stack(template)
     if template.adapts_output and not supported.is_matrix_product(layer):
         raise ValueError(
             f"`{type(template).__name__}` adapts outputs of matrix products, "
-            f"and the equation '{layer.equation}' is none. Leave the layer "
-            "out with `exclude`."
+            f"and {_product_of(layer)} is none. Leave the layer out with "
+            "`exclude`."
         )
+
+
+def _check_stack(template):
+    """Raises `ValueError` if a method can't adapt experts."""
+    if template.dropout and not template.additive:
+        raise ValueError(
+            f"`{type(template).__name__}` has no dropout on experts. Inject "
+            "it with `dropout=0`, or leave the experts out with `exclude`."
+        )
+
+
+def _product_of(layer):
+    if isinstance(layer, KernelSite):
+        return f"the product with '{layer.name}' of {layer.layer.name}"
+    return f"the equation '{layer.equation}'"
 
 
 def _check_source(address, site_address, layers):

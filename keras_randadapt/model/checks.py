@@ -297,6 +297,13 @@ def check_called(template, address, layers):
     not call them. Other parents are found when they read it, see
     `sites.layer`.
     """
+    if template.dropout and not getattr(layers[address], "takes_dropout", True):
+        raise ValueError(
+            "The kernels of a recurrent layer are adapted before the loop "
+            "over time, so the adapter's `dropout` would be missed. Inject it "
+            "with `dropout=0`, or leave the layer out with `exclude`. "
+            f"Received: dropout={template.dropout}"
+        )
     parent = layers.get(address.rpartition("/")[0])
     if type(parent).__name__ not in _READS_KERNELS:
         return

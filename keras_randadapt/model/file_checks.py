@@ -92,7 +92,7 @@ def check_views(filepath, metadata, addresses, layers, kinds):
                 f"'{filepath}' adapts '{address}', which in this model is a "
                 f"{type(layers[address]).__name__} and can't be adapted."
             )
-        ours = "{}x{}".format(*supported.view_of(layers[address]))
+        ours = supported.shape_of(layer)
         if ours != theirs:
             wrong.append(f"'{address}' ({theirs} in the file, {ours} here)")
     if wrong:

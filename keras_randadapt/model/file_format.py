@@ -27,6 +27,7 @@ from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import layer_of
 
 VERSION = 2
 METADATA_KEY = "keras_randadapt"
@@ -211,10 +212,7 @@ def describe(model, name, preset, digest_of):
     parts = {p: digest_of(f"{p}/") for p in _parts(model, record, moved)}
     if parts:
         described["parts"] = parts
-    shapes = [
-        f"{adapters[a].input_dim}x{adapters[a].output_dim}"
-        for a in sorted(record.addresses)
-    ]
+    shapes = [adapters[a].site.shape for a in sorted(record.addresses)]
     metadata = {
         "version": VERSION,
         "name": name,
@@ -305,45 +303,45 @@ def layers_digest(model, sites, kept, prefix=""):
     """
     layers = state_lib.layers_of(model)
     # Layers are compared by `id`, since their addresses in a backbone differ.
+    adapted = {getattr(layers[a], "key", id(layers[a])) for a in sites}
     left_out = {
         id(layer)
         for address in kept
         for layer in _compat.flatten_layers(layers[address])
     }
-    covered = {id(layers[address]) for address in sites}
     backbone = _backbone(model)
     if backbone is not None:
         parts = {id(layer) for layer in _compat.flatten_layers(backbone)}
-        if all(id(layers[address]) in parts for address in sites):
+        if all(id(layer_of(layers[a])) in parts for a in sites):
             layers, prefix = state_lib.layers_of(backbone), ""
     lines = []
     for address, layer in sorted(layers.items()):
         if not address.startswith(prefix):
             continue
         address = address.removeprefix(prefix)
-        view = None
-        if id(layer) not in left_out and (
-            id(layer) in covered or isinstance(layer, _IN_EVERY_DIGEST)
+        if id(layer_of(layer)) in left_out or not _has_view(layer):
+            continue
+        if isinstance(layer, _IN_EVERY_DIGEST) or (
+            getattr(layer, "key", id(layer)) in adapted
         ):
-            view = _view_of(layer)
-        if view is not None:
-            lines.append(f"{address} {view.input_dim}x{view.output_dim}")
+            lines.append(f"{address} {supported.shape_of(layer)}")
     text = "\n".join(lines)
     return hashlib.sha256(text.encode()).hexdigest()[: len(_SOME_DIGEST)]
 
 
-def _view_of(layer):
-    """The kernel view of a layer that can be a site; otherwise `None`."""
+def _has_view(layer):
+    """Whether a layer can be a site with a kernel view."""
     if not layer.built:
-        return None
+        return False
     if supported.supported_class(layer, _ALL_KINDS) is None:
-        return None
+        return False
     try:
-        return supported.view_of(layer)
+        supported.view_of(layer)
     except (AttributeError, ValueError):
         # There is no kernel view of a normalization without an offset, an
         # einsum that repeats a label, or a kernel that quantization removed.
-        return None
+        return False
+    return True
 
 
 def basis_hashes(adapters):
@@ -357,8 +355,7 @@ def basis_hashes(adapters):
 
 
 def _basis_key(adapter):
-    shape = f"{adapter.input_dim}x{adapter.output_dim}"
-    return f"{adapter.site.role} {shape}"
+    return f"{adapter.site.role} {adapter.site.shape}"
 
 
 def _short_hash(text):

@@ -69,11 +69,13 @@ def of_kernel(view):
     """The fingerprint of a kernel view.
 
     Args:
-        view: NumPy array `(input_dim, output_dim)`.
+        view: NumPy array `(input_dim, output_dim)`, or several such kernels
+            stacked, which are then one below the other.
 
     Returns:
         See `of_site`.
     """
+    view = view.reshape(-1, view.shape[-1])
     rows, columns = view.shape
     left = random.signs(0, "fingerprint rows", (_SIDE, rows))
     right = random.signs(0, "fingerprint columns", (columns, _SIDE))

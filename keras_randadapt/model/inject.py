@@ -18,6 +18,7 @@ from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import linear
 from keras_randadapt.sites import selection
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.selection import Targets
 
 
@@ -28,6 +29,7 @@ def inject(
     *,
     exclude: Targets = None,
     keep_trainable: Targets = None,
+    experts: bool = False,
     name: str = "default",
 ) -> report_lib.Report:
     """Attaches an adapter to a model, in place, and freezes the rest.
@@ -64,6 +66,10 @@ def inject(
         keep_trainable: The layers that are trained along with the adapter and
             saved with it, such as a classification head: names, a pattern or
             a function.
+        experts: bool. Whether `"all-linear"` also means the kernels of the
+            experts of a mixture, which are stacked in variables of three axes.
+            Each expert then gets an adapter of its own. Without it they are
+            adapted only if `targets` names them or their layer.
         name: The adapter's name: letters, digits, `_` and `-`.
 
     Returns:
@@ -104,6 +110,7 @@ def inject(
         adapter.site_kinds,
         adapter.default_targets,
         functools.partial(build.takes, adapter),
+        _check_experts(experts, targets),
     )
     chosen, left_out = selected.chosen, selected.left_out
     if adapter.adapts_bias and not adapter.adapts_kernel:
@@ -138,6 +145,21 @@ def inject(
     return report_lib.Report(model, name, left_out)
 
 
+def _check_experts(experts, targets):
+    if not isinstance(experts, bool):
+        raise TypeError(
+            '`experts` must be a bool: whether `"all-linear"` means the '
+            f"kernels of experts too. Received: experts={experts!r}"
+        )
+    if experts and not (isinstance(targets, str) and targets == "all-linear"):
+        raise ValueError(
+            '`experts=True` belongs to `targets="all-linear"`. With other '
+            "targets name the experts' layer in them, such as "
+            f'`targets=["query", "experts"]`. Received: targets={targets!r}'
+        )
+    return experts
+
+
 def _with_bias(layers, chosen, adapter):
     """The chosen layers that have a bias; it warns of the others.
 
@@ -154,11 +176,14 @@ def _with_bias(layers, chosen, adapter):
             f"None of the {len(chosen)} layers that `targets` matched has a "
             "bias to train."
         )
-    if without:
+    # A layer's bias belongs to one of its kernels.
+    biased = {id(layer_of(layers[a])) for a in chosen if a not in without}
+    told = [a for a in without if id(layer_of(layers[a])) not in biased]
+    if told:
         warnings.warn(
-            f"{len(without)} of the {len(chosen)} layers that `targets` "
+            f"{len(told)} of the {len(chosen)} layers that `targets` "
             "matched have no bias and are left out: "
-            f"{layers.named(without[:5])}",
+            f"{layers.named(told[:5])}",
             AdapterWarning,
             stacklevel=3,
         )
@@ -171,5 +196,5 @@ def _without_task_head(model, layers, chosen):
     if not isinstance(backbone, keras.Model):
         return chosen, []
     inside = {id(layer) for layer in _compat.flatten_layers(backbone)}
-    inner = [a for a in chosen if id(layers[a]) in inside] or chosen
+    inner = [a for a in chosen if id(layer_of(layers[a])) in inside] or chosen
     return inner, [a for a in chosen if a not in inner]

@@ -11,6 +11,7 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build as build_lib
 from keras_randadapt.model import checks
 from keras_randadapt.model import distribution
+from keras_randadapt.model import site_layers
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
@@ -152,7 +153,7 @@ def _put(change, name, template, built):
     weighting.settle(change, name)
     for address in changed:
         if address not in built:
-            attach.leave_unused_site(change, address)
+            site_layers.leave_unused_site(change, address)
     attach.activate(change, state.active)
     attach.refresh(change)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.sites import linear
+from keras_randadapt.sites.kernel_site import KernelSite
 
 
 def find(layers):
@@ -36,7 +37,7 @@ def find(layers):
     }
     found, seen = {}, set()
     for address, layer in layers.items():
-        if isinstance(layer, keras.layers.RNN):
+        if isinstance(layer, (keras.layers.RNN, KernelSite)):
             continue
         if getattr(layer, "quantization_mode", None) is not None:
             continue

@@ -11,10 +11,12 @@ from keras_randadapt import _compat
 from keras_randadapt.model import attach
 from keras_randadapt.model import checks
 from keras_randadapt.model import moving_state
+from keras_randadapt.model import site_layers
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import training
 from keras_randadapt.model import transaction
 from keras_randadapt.model import weighting
+from keras_randadapt.sites.kernel_site import layer_of
 
 
 def eject(model: keras.Model, name: str | None = None) -> keras.Model:
@@ -63,7 +65,7 @@ def remove(change, names):
             attach.remove_adapter(change, state.layers[address], name)
         change.set(state, "records", records)
         for address in record.changed:
-            attach.leave_unused_site(change, address)
+            site_layers.leave_unused_site(change, address)
     kept = {a for record in state.records.values() for a in record.kept}
     change.set(
         state,
@@ -398,10 +400,13 @@ def sites(model: keras.Model) -> dict[str, keras.layers.Layer]:
 
     Returns:
         dict from structural address to layer, in the model's order; empty if
-        no adapter is attached.
+        no adapter is attached. A layer with several kernels, such as a bank of
+        experts, has one address for each of them: the layer's own, a slash
+        and the kernel's name. Its `adapter[kernel_name].get(name)` is the
+        adapter of one.
     """
     state_lib.check_is_model(model)
     if not state_lib.is_adapted(model):
         return {}
     state = model._randadapt
-    return {a: state.layers[a] for a in state.site_addresses}
+    return {a: layer_of(state.layers[a]) for a in state.site_addresses}

@@ -21,9 +21,12 @@ from keras_randadapt.model import weighting
 from keras_randadapt.model.state import check_no_block
 from keras_randadapt.model.state import check_not_fitting
 
-_ADAPTERS = "/adapter/named_"
-_WEIGHT = re.compile(r"/adapter/weight_([^/]+)/vars/0$")
-_DESCRIPTION = re.compile(r"/adapter/named_[^/]+/vars/description$")
+# Between the two a layer with several kernels has the kernel's name.
+_STACK = r"/adapter/(?:kernel_[^/]+/)?"
+_ADAPTER = re.compile(rf"{_STACK}named_")
+_WEIGHT = re.compile(rf"{_STACK}weight_([^/]+)/vars/0$")
+_FROZEN = re.compile(rf"{_STACK}vars/frozen$")
+_DESCRIPTION = re.compile(rf"{_STACK}named_[^/]+/vars/description$")
 
 
 def has_adapters(filepath):
@@ -36,10 +39,10 @@ def has_adapters(filepath):
         return None
     if filepath.endswith(".json"):
         with open(filepath) as file:
-            return _ADAPTERS in file.read()
+            return _ADAPTER.search(file.read()) is not None
     with contextlib.ExitStack() as stack:
         (file,) = _opened(filepath, stack)
-        return bool(file.visit(lambda path: _ADAPTERS in path or None))
+        return bool(file.visit(lambda path: _ADAPTER.search(path) or None))
 
 
 def check(filepath, state):
@@ -104,7 +107,7 @@ def usage(filepath, model):
         match = _WEIGHT.search(f"/{path}")
         if match and match[1] in weights:
             weights[match[1]] = float(np.array(item))
-        if f"/{path}".endswith("/adapter/vars/frozen"):
+        if _FROZEN.search(f"/{path}"):
             frozen.update(json.loads(bytes(np.array(item, "uint8"))))
 
     with contextlib.ExitStack() as stack:

@@ -5,12 +5,17 @@ import keras
 from keras_randadapt import _compat
 from keras_randadapt.sites import stack
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import KernelSite
 
 
 class Layers(dict):
     """Every layer below a model, by structural address.
 
+    A layer with several kernels is followed by a `KernelSite` for each.
+
     Attributes:
+        kernels: dict from the address of a layer with several kernels to the
+            list of their addresses.
         places: dict from address to the same path with layers' names. In a
             list, an address numbers layers of each class, so the layer with
             the address `dense_1` may be named `encoder`, while another layer
@@ -19,11 +24,16 @@ class Layers(dict):
 
     def __init__(self):
         super().__init__()
+        self.kernels = {}
         self.places = {}
 
     def attribute(self, address):
         """The attribute that holds a layer, or its name if a list holds it."""
         return self.places[address].rpartition("/")[2].lstrip("_")
+
+    def is_kernel(self, address):
+        """Whether an address is that of one kernel of a layer with several."""
+        return isinstance(self[address], KernelSite)
 
     def named(self, addresses):
         """A list of layers as users name them, for messages."""
@@ -73,7 +83,7 @@ def _visit(value, path, place, found, visited, containers, names):
         if id(value) in visited:
             return
         visited.add(id(value))
-        if isinstance(value, stack.AdapterStack):
+        if isinstance(value, (stack.AdapterStack, stack.KernelStacks)):
             return
         found[path] = value
         found.places[path] = place
@@ -81,6 +91,7 @@ def _visit(value, path, place, found, visited, containers, names):
         # attributes would unpack quantized kernels.
         if supported.may_have_sublayers(value):
             _walk_layer(value, path, place, found, visited)
+            _add_kernels(value, path, place, found)
     elif isinstance(value, (list, tuple, dict)):
         # Only the containers around this one are compared. Properties return
         # new lists, so a list that was walked before may be gone and its
@@ -90,6 +101,21 @@ def _visit(value, path, place, found, visited, containers, names):
             _visit_container(
                 value, path, place, found, visited, containers, names
             )
+
+
+def _add_kernels(layer, path, place, found):
+    sites = supported.kernel_sites(layer)
+    for site in sites:
+        address = f"{path}/{site.kernel_name}"
+        found[address] = site
+        found.places[address] = f"{place}/{site.kernel_name}"
+        found.kernels.setdefault(path, []).append(address)
+    # A cell's name means its kernels too, although the layer around the cell
+    # is what has adapters.
+    owners = [site.owner for site in sites if site.owner is not layer]
+    for address, below in list(found.items()):
+        if any(below is owner for owner in owners):
+            found.kernels[address] = found.kernels[path]
 
 
 def _visit_container(container, path, place, found, visited, containers, names):

@@ -29,17 +29,7 @@ class _AdaptedConvolution(AdaptedLayer):
     def call(self, inputs):
         inputs = as_float(inputs, self.compute_dtype)
         y = kernel_space_product(self, inputs, self._is_training(None))
-        bias = self.merged_bias()
-        if bias is not None:
-            # The bias is broadcast over batch and space.
-            shape = [1] * (self.rank + 2)
-            channels = -1 if self.data_format == "channels_last" else 1
-            shape[channels] = bias.shape[0]
-            bias = ops.cast(bias, self.compute_dtype)
-            y = ops.add(y, reshape(bias, shape))
-        if self.activation is not None:
-            y = self.activation(y)
-        return y
+        return activated(self, y, self.merged_bias())
 
     def _base_product(self, x):
         return self._float_product(x, _compat.kernel_of(self))
@@ -109,7 +99,7 @@ class AdaptedDepthwiseConv(_AdaptedConvolution):
     def _float_product(self, x, kernel):
         return ops.depthwise_conv(
             x,
-            ops.convert_to_tensor(kernel),
+            kernel,
             strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
@@ -147,10 +137,33 @@ class AdaptedConvTranspose(_AdaptedConvolution):
     def _float_product(self, x, kernel):
         return ops.conv_transpose(
             x,
-            ops.convert_to_tensor(kernel),
+            kernel,
             strides=list(self.strides),
             padding=self.padding,
             output_padding=self.output_padding,
             dilation_rate=self.dilation_rate,
             data_format=self.data_format,
         )
+
+
+def activated(layer, y, bias):
+    """What a convolution makes of its product: bias and activation.
+
+    Args:
+        layer: A convolution of any class.
+        y: Tensor, the product.
+        bias: Optional tensor `(channels,)` of any dtype.
+
+    Returns:
+        Tensor like `y`.
+    """
+    if bias is not None:
+        # The bias is broadcast over batch and space.
+        shape = [1] * (layer.rank + 2)
+        channels = -1 if layer.data_format == "channels_last" else 1
+        shape[channels] = bias.shape[0]
+        bias = ops.cast(bias, layer.compute_dtype)
+        y = ops.add(y, reshape(bias, shape))
+    if layer.activation is not None:
+        y = layer.activation(y)
+    return y

@@ -8,19 +8,19 @@ and the bias, and defines the layer's kernel view.
 
 import contextlib
 import threading
-from typing import Any
 
 import keras
 from keras import ops
 
 from keras_randadapt import _compat
-from keras_randadapt.sites import product
+from keras_randadapt.sites import folding
 from keras_randadapt.sites import straight_through
+from keras_randadapt.sites.folding import own_bias
 
 _CLASS_LOCK = threading.RLock()
 
 
-class AdaptedLayer(_compat.KeepsTrainingFlag):
+class AdaptedLayer(folding.Folds, _compat.KeepsTrainingFlag):
     """The base of the mixins for sites; see `supported.site_class`."""
 
     _site_base = None
@@ -28,9 +28,8 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
     #: See `Adapter.site_kinds`.
     kind = "product"
 
-    #: The attributes that hold the layer's kernel and its bias.
+    #: The attribute that holds the layer's kernel; for the bias see `Folds`.
     kernel_name = "kernel"
-    bias_name = "bias"
 
     #: The attributes that a site computes by itself instead of calling the
     #: layer. A class that overrides one of them can't be a site.
@@ -43,11 +42,6 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         "embeddings",
         "convolution_op",
     )
-
-    #: The number of channels of one position of the input and of the output,
-    #: where a row or a column of the kernel view is for one position of a
-    #: window; see `Site`.
-    channels_of_view: Any = (None, None)
 
     @property
     def _dtype_of_shown_bias(self):
@@ -70,11 +64,15 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
             return
         # Only the active adapters are trained here: the base layer stays
         # frozen, the statistics of a normalization included.
-        for variable in _compat.owned_variables(self):
+        for variable in self.base_variables():
             variable.trainable = False
         if self.kind == "norm":
             _compat.set_layer_trainable_flag(self, False)
         adapters.train_active()
+
+    def base_variables(self):
+        """The layer's variables without those of adapters."""
+        return _compat.owned_variables(self)
 
     def save_own_variables(self, store):
         # Keras stores the `kernel` property, which here is the merged kernel.
@@ -101,38 +99,6 @@ class AdaptedLayer(_compat.KeepsTrainingFlag):
         if training is None:
             return _compat.training_phase(self)
         return training
-
-    def _merged_kernel_view(self, kernel, training=False):
-        """The kernel view with every active adapter folded in, float32."""
-        base = ops.cast(self.to_view(_compat.unrounded(kernel)), "float32")
-        return product.fold(self.adapter.active(), base, training)
-
-    def bias_to_view(self, bias):
-        """A bias as a vector, in the order of the columns if it has one each.
-
-        The columns are those of the kernel view.
-        """
-        return ops.reshape(bias, (-1,))
-
-    def bias_from_view(self, vector):
-        return ops.reshape(vector, own_bias(self).shape)
-
-    def merged_bias(self):
-        """The bias with every active adapter folded in, in its own shape.
-
-        It is float32, and the caller casts it to the compute dtype. If no
-        adapter adapts biases it is the variable itself, and without a bias it
-        is `None`.
-        """
-        bias = own_bias(self)
-        adapters = [a for a in self.adapter.active() if a.adapts_bias]
-        if bias is None or not adapters:
-            return bias
-        base = ops.cast(self.bias_to_view(_compat.unrounded(bias)), "float32")
-        vector = base
-        for adapter in adapters:
-            vector = adapter.merged_bias(vector, base)
-        return self.bias_from_view(vector)
 
     def _merged_or_base(self, kernel):
         """The value of the public `kernel` or `embeddings` property.
@@ -213,11 +179,6 @@ def shown_kernel(name):
         vars(self)[name] = value
 
     return property(read, write)
-
-
-def own_bias(site):
-    """The bias variable of a site, without adapters, or `None`."""
-    return vars(site).get(site.bias_name)
 
 
 def as_float(x, dtype):

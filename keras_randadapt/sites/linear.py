@@ -111,10 +111,21 @@ def left_out_of_all_linear(layers, chosen, kept):
     Returns:
         list of addresses.
     """
+    # Kernels of one layer are told apart once some of them are chosen.
+    parted = {
+        address
+        for address, kernels in layers.kernels.items()
+        if not set(kernels).isdisjoint(chosen)
+    }
+    whole = set().union(
+        *(k for a, k in layers.kernels.items() if a not in parted)
+    )
     return [
         address
         for address, layer in layers.items()
         if address not in chosen
+        and address not in parted
+        and address not in whole
         and not is_below(address, kept)
         and not isinstance(layer, _NOT_LINEAR)
         and not is_normalization(layer)

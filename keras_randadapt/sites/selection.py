@@ -1,7 +1,6 @@
 """The layers that `targets`, `exclude` and `keep_trainable` mean."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ import keras
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import linear
 from keras_randadapt.sites import supported
+from keras_randadapt.sites import target_hints
+from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.linear import is_below
 
 #: The type of `targets`, `exclude` and `keep_trainable`.
@@ -45,6 +46,7 @@ def select_sites(
     kinds=supported.KERNEL_KINDS,
     default=None,
     takes=lambda layer: True,
+    experts=False,
 ):
     """The layers that `targets` means and `exclude` does not.
 
@@ -61,6 +63,7 @@ def select_sites(
             means. Without it, `None` means the query and value projections.
         takes: Function from a layer of these kinds to whether the method
             adapts it.
+        experts: Whether `"all-linear"` means the kernels of experts too.
 
     Returns:
         A `Selection`, in the order of `layers`.
@@ -82,12 +85,12 @@ def select_sites(
             raise ValueError(
                 "`targets=None` finds no layer of the kind that this method "
                 "adapts by default. Name layers in `targets`. "
-                + _available(candidates)
+                + target_hints.available(candidates)
             )
     elif targets is None:
         chosen = _query_value(layers, candidates, kept)
     elif isinstance(targets, str) and targets == "all-linear":
-        chosen = _all_linear(layers, candidates, kept)
+        chosen = _all_linear(layers, candidates, kept, experts, takes)
         left_out = linear.left_out_of_all_linear(layers, chosen, kept)
     elif _is_function(targets):
         can = _adaptable(layers, kinds, takes)
@@ -136,7 +139,7 @@ def _not_excluded(layers, exclude, kept, candidates):
     if exclude is None:
         return lambda address: True
     if _is_function(exclude):
-        return lambda address: not exclude(layers[address])
+        return lambda address: not exclude(layer_of(layers[address]))
     if isinstance(exclude, str) and exclude == "all-linear":
         excluded = _linear(layers, candidates, kept)
         return lambda address: address not in excluded
@@ -146,17 +149,18 @@ def _not_excluded(layers, exclude, kept, candidates):
 
 def _meant_by_function(layers, function, adaptable):
     """The adaptable layers for which a function is true, and the others."""
-    chosen = [a for a, layer in adaptable.items() if function(layer)]
+    chosen = [a for a, layer in adaptable.items() if function(layer_of(layer))]
     if not chosen:
         raise ValueError(
             "`targets` returned a false value for every one of the "
             f"{len(adaptable)} layers that can be adapted. "
-            + _available(adaptable)
+            + target_hints.available(adaptable)
         )
     left_out = [
         address
         for address, layer in layers.items()
         if address not in adaptable
+        and address not in layers.kernels
         and (linear.is_normalization(layer) or linear.kernel_parameters(layer))
         and _is_meant(function, layer)
     ]
@@ -165,7 +169,7 @@ def _meant_by_function(layers, function, adaptable):
 
 def _is_meant(function, layer):
     try:
-        return bool(function(layer))
+        return bool(function(layer_of(layer)))
     except AttributeError:
         # A function may ask for an attribute, such as `units`, that only
         # layers of the classes that can be adapted have.
@@ -203,8 +207,8 @@ def _named(layers, targets, remain, adaptable, kinds):
         if is_name and others:
             classes = sorted({type(layers[a]).__name__ for a in others})
             raise ValueError(
-                f"The target {_shown(target)} also means layers of classes "
-                f"{classes}, which can't be adapted: "
+                f"The target {target_hints.shown(target)} also means layers of "
+                f"classes {classes}, which can't be adapted: "
                 f"{layers.named(others[:5])}. Leave them out with `exclude`, "
                 "or name the others by the ends of their paths."
             )
@@ -218,13 +222,22 @@ def select_kept(layers, keep_trainable):
     if keep_trainable is None:
         return []
     if _is_function(keep_trainable):
-        found = [a for a, layer in layers.items() if keep_trainable(layer)]
+        whole = [a for a in layers if not layers.is_kernel(a)]
+        found = [a for a in whole if keep_trainable(layers[a])]
         if not found:
             raise ValueError(
                 "`keep_trainable` returned a false value for every layer."
             )
     else:
         found = match(layers, keep_trainable, "keep_trainable")
+        kernels = [a for a in found if layers.is_kernel(a)]
+        if kernels:
+            raise ValueError(
+                "`keep_trainable` takes layers, and "
+                f"{layers.named(kernels[:5])} are kernels of layers with "
+                "several. Name the layers, whose weights are then trained. "
+                f"Received: keep_trainable={keep_trainable!r}"
+            )
     return [
         a
         for a in found
@@ -268,11 +281,16 @@ def match(layers, targets, argument):
         hits = _matched(layers, target)
         if not hits:
             raise ValueError(
-                f"`{argument}` matches no layer: {_shown(target)}. "
+                f"`{argument}` matches no layer: {target_hints.shown(target)}. "
                 + _hint(target, argument)
-                + _near_misses(target, layers)
+                + target_hints.near_misses(target, layers)
             )
         found |= hits
+    if argument != "keep_trainable":
+        # A layer with several kernels means all of them.
+        for address in found & set(layers.kernels):
+            found.remove(address)
+            found.update(layers.kernels[address])
     return [address for address in layers if address in found]
 
 
@@ -327,28 +345,10 @@ def _query_value(layers, candidates, kept):
         raise ValueError(
             "This model has no query or value projection by any name that "
             "`targets=None` looks for. "
-            + _what_to_name(candidates)
-            + _available(candidates)
+            + target_hints.what_to_name(candidates)
+            + target_hints.available(candidates)
         )
     return chosen
-
-
-def _what_to_name(candidates):
-    """What to give as `targets` where the default finds nothing."""
-    classes = sorted(
-        {
-            supported.supported_class(layer).__name__
-            for layer in candidates.values()
-            if supported.kind_of(layer) == "convolution"
-        }
-    )
-    if not classes:
-        return 'Name the layers to adapt in `targets`, or give "all-linear". '
-    names = ", ".join(f"keras.layers.{name}" for name in classes)
-    return (
-        "Its convolutions can be adapted by `targets=lambda layer: "
-        f"isinstance(layer, ({names},))`. Or name layers. "
-    )
 
 
 def _linear(layers, candidates, kept):
@@ -361,12 +361,27 @@ def _linear(layers, candidates, kept):
     ]
 
 
-def _all_linear(layers, candidates, kept):
+def _all_linear(layers, candidates, kept, experts, takes):
     chosen = _linear(layers, candidates, kept)
+    if experts:
+        found = [
+            a
+            for a, layer in candidates.items()
+            if getattr(layer, "stack", None) is not None
+            and takes(layer)
+            and not is_below(a, kept)
+        ]
+        if not found:
+            raise ValueError(
+                "`experts=True` finds no layer with the kernels of several "
+                "experts that this method adapts. Leave `experts` out."
+            )
+        chosen = [a for a in candidates if a in {*chosen, *found}]
     if not chosen:
         raise ValueError(
             '`targets="all-linear"` found no Dense or EinsumDense layer '
-            "besides those in `keep_trainable`. " + _available(candidates)
+            "besides those in `keep_trainable`. "
+            + target_hints.available(candidates)
         )
     return chosen
 
@@ -397,39 +412,8 @@ def _refuse_unsupported(layers, target, chosen, adaptable, kinds):
             if is_below(a, chosen) and supported.supported_class(layer, kinds)
         ]
         raise ValueError(
-            f"The target {_shown(target)} matches only layers of classes "
-            f"{classes}, which can't be adapted. "
+            f"The target {target_hints.shown(target)} matches only layers of "
+            f"classes {classes}, which can't be adapted. "
             + (f"Layers inside of them can: {inside[:5]}. " if inside else "")
             + f"Supported: {', '.join(supported.class_names(kinds))}."
         )
-
-
-def _shown(target):
-    if isinstance(target, re.Pattern):
-        return f"re.compile({target.pattern!r})"
-    return repr(target)
-
-
-def _near_misses(target, layers):
-    names = sorted({layer.name for layer in layers.values()})
-    paths = sorted({layer.path or layer.name for layer in layers.values()})
-    wanted = target.pattern if isinstance(target, re.Pattern) else target
-    close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
-    close += [
-        path
-        for path in difflib.get_close_matches(wanted, paths, n=3, cutoff=0.5)
-        if path not in close
-    ]
-    if close:
-        return f"Near misses: {close}."
-    return _available(
-        {a: x for a, x in layers.items() if supported.supported_class(x)}
-    )
-
-
-def _available(candidates):
-    names = sorted({layer.name for layer in candidates.values()})
-    if not names:
-        return "The model has no layer of a supported class."
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"Layers that can be adapted are called: {shown}."

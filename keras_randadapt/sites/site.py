@@ -70,6 +70,17 @@ class Site:
         return KernelView(self.input_dim, self.output_dim)
 
     @property
+    def shape(self) -> str:
+        """The kernel view's shape as files spell it: `"8x4"`, or `"3x8x4"`.
+
+        The first number of three is `stack`.
+        """
+        sizes = (self.input_dim, self.output_dim)
+        if self.stack is not None:
+            sizes = (self.stack, *sizes)
+        return "x".join(map(str, sizes))
+
+    @property
     def role(self) -> str:
         """The last part of the address.
 

@@ -143,6 +143,53 @@ class AdapterStack(keras.layers.Layer):
         return
 
 
+class KernelStacks(keras.layers.Layer):
+    """The `AdapterStack`s of a layer with several kernels, by kernel.
+
+    It is a sublayer of the layer with the name `adapter`, so that variables
+    have paths `<layer>/<kernel>/adapter/<adapter name>/<variable>`, and their
+    place in a weights file is `<layer>/adapter/kernel_<kernel>`.
+    """
+
+    def __init__(self, name="adapter"):
+        super().__init__(name=name, dtype="float32")
+        self.built = True
+
+    def __getitem__(self, kernel_name):
+        stack = getattr(self, kernel_attribute(kernel_name), None)
+        if stack is None:
+            raise KeyError(kernel_name)
+        return stack
+
+    def __contains__(self, kernel_name):
+        return hasattr(self, kernel_attribute(kernel_name))
+
+    def __iter__(self):
+        # Without it, Python would iterate over the indices 0, 1 and so on.
+        return iter([stack.name for stack in _compat.sublayers(self)])
+
+    def active(self):
+        """The active adapters of all kernels."""
+        return [a for stack in _compat.sublayers(self) for a in stack.active()]
+
+    def train_active(self):
+        for stack in _compat.sublayers(self):
+            stack.train_active()
+
+    def save_own_variables(self, store):
+        # It has no variables.
+        return
+
+    def load_own_variables(self, store):
+        # Files of models without adapters have no entry for it.
+        return
+
+
+def kernel_attribute(kernel_name):
+    """The attribute of a `KernelStacks` that holds the stack of a kernel."""
+    return f"kernel_{kernel_name}"
+
+
 def weight_attribute(name):
     """The attribute of an `AdapterStack` that holds an adapter's weight."""
     return f"weight_{name}"

@@ -13,9 +13,14 @@ from keras_randadapt import _compat
 from keras_randadapt.sites import convolution
 from keras_randadapt.sites import dense
 from keras_randadapt.sites import embedding
+from keras_randadapt.sites import experts
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import normalization
+from keras_randadapt.sites import recurrent
+from keras_randadapt.sites import separable
 from keras_randadapt.sites import table
+from keras_randadapt.sites.kernel_site import KernelSite
+from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.site import Site
 
 #: Quantization modes whose layers can be sites.
@@ -39,6 +44,14 @@ _SITE_CLASSES = {
     keras.layers.GroupNormalization: normalization.AdaptedNorm,
 }
 
+#: Functions of a built layer to the `KernelSite`s of its kernels. The list is
+#: empty for layers that are not of the function's kind.
+_SEVERAL_KERNELS = (
+    experts.sites_of,
+    separable.sites_of,
+    recurrent.sites_of,
+)
+
 #: The kinds with a kernel, which most methods take; see `Adapter.site_kinds`.
 KERNEL_KINDS = ("product", "convolution", "lookup")
 
@@ -48,13 +61,31 @@ def supported_class(layer, kinds=KERNEL_KINDS):
 
     A user's subclass of a supported class counts if it does not override the
     computation. If it does, this library does not know its computation, and
-    the result is `None`, as for all other layers.
+    the result is `None`, as for all other layers. The supported class of a
+    `KernelSite` is that of its layer.
     """
+    if isinstance(layer, KernelSite):
+        own = layer_lib.own_class(layer.layer) or type(layer.layer)
+        return own if layer.kind in kinds else None
     own = layer_lib.own_class(layer) or type(layer)
     cls = _base_of(own)
     if cls is None or overridden(own, cls) or _mixin(cls).kind not in kinds:
         return None
     return cls
+
+
+def kernel_sites(layer):
+    """The sites of a layer with several kernels; none for all other layers.
+
+    Args:
+        layer: A layer, with or without adapters.
+
+    Returns:
+        list of `KernelSite`s.
+    """
+    if not layer.built:
+        return []
+    return next(filter(None, (f(layer) for f in _SEVERAL_KERNELS)), [])
 
 
 def class_names(kinds):
@@ -109,7 +140,11 @@ def may_have_sublayers(layer):
 
 
 def kernel_variable(layer):
-    """The kernel that a merge changes, or `None` for normalizations."""
+    """The kernel that a merge changes, or `None` for normalizations.
+
+    Args:
+        layer: A layer of a supported class or a `KernelSite`.
+    """
     return _compat.kernel_of(layer)
 
 
@@ -143,13 +178,33 @@ def site_of(address, layer, source=None, number=0):
         input_dim=view.input_dim,
         output_dim=view.output_dim,
         address=address,
-        kernel_name=mixin.kernel_name,
+        kernel_name=(
+            layer.kernel_name
+            if isinstance(layer, KernelSite)
+            else mixin.kernel_name
+        ),
+        stack=getattr(layer, "stack", None),
         bias_shape=None if bias is None else tuple(bias.shape),
         source_dim=view_of(layer if source is None else source).input_dim,
         number=number,
         input_channels=channels[0],
         output_channels=channels[1],
     )
+
+
+def view_shape(layer):
+    """The shape of a kernel view as an array, the stacked axis included."""
+    stack = getattr(layer, "stack", None)
+    return (*(() if stack is None else (stack,)), *view_of(layer))
+
+
+def shape_of(layer):
+    """The shape of a layer's kernel view as files spell it; see `Site`."""
+    view = view_of(layer)
+    stack = getattr(layer, "stack", None)
+    return Site(
+        input_dim=view.input_dim, output_dim=view.output_dim, stack=stack
+    ).shape
 
 
 def as_view(layer, kernel):
@@ -181,8 +236,9 @@ def check_site(address, layer):
             f"'{layer.quantization_mode}'. Adapters attach to float, int8 and "
             "int4 kernels."
         )
-    if "adapter" in vars(layer) and not isinstance(
-        layer, layer_lib.AdaptedLayer
+    whole = layer_of(layer)
+    if "adapter" in vars(whole) and not isinstance(
+        whole, layer_lib.AdaptedLayer
     ):
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' has an attribute `adapter` "
@@ -207,13 +263,18 @@ def has_keras_lora(layer):
     )
 
 
-def site_class(base):
+def site_class(base, mixin=None):
     """The class of a site whose layer has the class `base`.
 
     It keeps the base's name, because weight files contain class names, and its
     module, because configs contain it.
+
+    Args:
+        base: The layer's own class.
+        mixin: Optional `KernelSite.layer_mixin`, for a layer with several
+            kernels.
     """
-    return _site_class(base)
+    return _site_class(base, mixin or _mixin(base))
 
 
 def _base_of(cls):
@@ -225,6 +286,8 @@ def _base_of(cls):
 
 
 def _mixin(cls):
+    if issubclass(cls, KernelSite):
+        return cls
     base = _base_of(cls)
     if base in _SITE_CLASSES:
         return _SITE_CLASSES[base]
@@ -232,10 +295,10 @@ def _mixin(cls):
 
 
 @functools.lru_cache(maxsize=None)
-def _site_class(base):
+def _site_class(base, mixin):
     return type(
         base.__name__,
-        (_mixin(base), base),
+        (mixin, base),
         {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
