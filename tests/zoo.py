@@ -215,6 +215,22 @@ def conv_transpose_3d():
     return *_around(layer, normal(4, 3, 3, 2, 7)), ["site"]
 
 
+def conv_separable():
+    layer = layers.SeparableConv2D(
+        8, 3, depth_multiplier=2, padding="same", activation="relu", name="site"
+    )
+    return *_around(layer, normal(8, 5, 6, 4)), ["site"]
+
+
+def lstm():
+    return *_around(layers.LSTM(8, name="site"), normal(8, 4, 8)), ["site"]
+
+
+def gru():
+    layer = layers.GRU(8, use_bias=False, return_sequences=True, name="site")
+    return *_around(layer, normal(8, 4, 8)), ["site"]
+
+
 def position_embedding():
     import keras_hub
 
@@ -446,6 +462,9 @@ SITE_CLASSES = {
         conv_transpose_1d,
         conv_transpose_2d,
         conv_transpose_3d,
+        conv_separable,
+        lstm,
+        gru,
         position_embedding,
     )
 }

@@ -128,11 +128,13 @@ class AdaptedConvTranspose(_AdaptedConvolution):
 
     def to_view(self, kernel):
         view = AdaptedConvTranspose.kernel_view.fget(self)
-        return ops.reshape(ops.moveaxis(kernel, -1, 0), view)
+        last = len(kernel.shape) - 1
+        return ops.reshape(ops.transpose(kernel, (last, *range(last))), view)
 
     def from_view(self, view):
         *window, channels = _compat.kernel_of(self).shape
-        return ops.moveaxis(ops.reshape(view, (channels, *window)), 0, -1)
+        kernel = ops.reshape(view, (channels, *window))
+        return ops.transpose(kernel, (*range(1, len(window) + 1), 0))
 
     def _float_product(self, x, kernel):
         return ops.conv_transpose(

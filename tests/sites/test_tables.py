@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import safetensors.numpy
 from keras_hub.src.models.deberta_v3 import relative_embedding
 from keras_hub.src.models.stable_diffusion_3 import mmdit
 
@@ -109,3 +110,30 @@ def test_16_bits_merge_to_what_was_computed():
     assert np.abs(out - base).max() > 1e-2
     kra.merge(model)
     np.testing.assert_array_equal(zoo.outputs(model, x), out)
+
+
+@pytest.mark.one_backend("torch")
+# A rank of 2 is much of a table of six rows.
+@pytest.mark.filterwarnings(
+    "ignore:The LoRA has rank:keras_randadapt.AdapterWarning"
+)
+def test_peft_knows_position_tables(tmp_path):
+    """PEFT adapts `position_embeddings`, an embedding in transformers."""
+    model, x, _ = zoo.bert()
+    names = list(kra.peft.name_map(model).parts)
+    assert "layers/position_embedding" in names
+    kra.inject(model, kra.LoRA(2), ["position_embedding", "query"])
+    zoo.randomize(model)
+    out = zoo.outputs(model, x)
+    assert list(kra.peft.name_map(model).parts) == names
+    kra.peft.save(model, tmp_path)
+    saved = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    (table,) = [
+        array
+        for name, array in saved.items()
+        if name.endswith("embeddings.position_embeddings.lora_embedding_A")
+    ]
+    assert table.shape == (2, 6)
+    other, _, _ = zoo.bert()
+    kra.peft.load(other, tmp_path)
+    np.testing.assert_allclose(zoo.outputs(other, x), out, atol=1e-6)
