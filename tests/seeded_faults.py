@@ -91,7 +91,7 @@ FAULTS = [
         "wrong axis",
         "sites/convolution.py",
         "activated",
-        '-1 if self.data_format == "channels_last" else 1',
+        '-1 if layer.data_format == "channels_last" else 1',
         "-1",
         ("test_injection.py",),
     ),
