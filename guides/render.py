@@ -2,17 +2,20 @@
 
     KERAS_BACKEND=jax python guides/render.py            # all guides
     KERAS_BACKEND=jax python guides/render.py rlora.py
+    python guides/render.py --notebook                   # all, as notebooks
 
 A guide is a Python file in the manner of keras.io. Its module-level strings are
 text, and the code between them makes cells. The page of `rlora.py` is
-`rlora.md`. The output and the pictures of a cell follow the cell.
+`rlora.md`. The output and the pictures of a cell follow the cell. The notebook
+is `rlora.ipynb`, without output, and nothing is run to write it.
 """
 
+import argparse
 import ast
 import contextlib
 import io
+import json
 import pathlib
-import sys
 
 HERE = pathlib.Path(__file__).parent
 
@@ -88,14 +91,74 @@ def render(path, folder=HERE):
     return output
 
 
+def notebook(path, folder=HERE):
+    """Writes a guide as a Jupyter notebook, without running it.
+
+    Args:
+        path: The guide.
+        folder: The folder of the notebook. The guide's imports work in
+            `guides/`, where the examples are a neighbour.
+
+    Returns:
+        The path of the notebook.
+    """
+    # A guide finds the examples from its own place, which a notebook does not
+    # know. Jupyter starts in the notebook's folder.
+    contents = [("code", f'__file__ = "{path.name}"')]
+    found = cells(path.read_text(encoding="utf-8"))
+    contents += [(kind, content) for kind, content, _ in found]
+    # The title comes first.
+    if contents[1][0] == "text":
+        contents[:2] = contents[1::-1]
+    output = folder / f"{path.stem}.ipynb"
+    # These are the required fields of version 4.5 of the format.
+    content = {
+        "cells": [
+            _cell(number, *content) for number, content in enumerate(contents)
+        ],
+        "metadata": {
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    output.write_text(text + "\n", encoding="utf-8")
+    return output
+
+
+def _cell(number, kind, content):
+    cell = {
+        "cell_type": "code" if kind == "code" else "markdown",
+        "id": f"cell-{number}",
+        "metadata": {},
+        "source": content.splitlines(keepends=True),
+    }
+    if kind == "code":
+        cell |= {"execution_count": None, "outputs": []}
+    return cell
+
+
 def main():
-    names = sys.argv[1:] or [
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("guides", nargs="*", help="files such as rlora.py")
+    parser.add_argument(
+        "--notebook", action="store_true", help="write notebooks, run nothing"
+    )
+    arguments = parser.parse_args()
+    names = arguments.guides or [
         path.name
         for path in sorted(HERE.glob("*.py"))
         if path.name != "render.py"
     ]
+    write = notebook if arguments.notebook else render
     for name in names:
-        print(render(HERE / name), flush=True)
+        print(write(HERE / name), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,21 @@ class TestAdaLoRA:
         assert sum(ranks.values()) == 3
         assert report.method == "LoRA"
 
+    def test_score_by_magnitude(self):
+        model, x, y = _adapted(score="magnitude")
+        optimizer = model.optimizer
+        assert optimizer.score == "magnitude"
+        budget = kra.callbacks.RankBudget(2, interval=1)
+        model.fit(x, y, epochs=8, batch_size=4, callbacks=[budget], verbose=0)
+        assert np.count_nonzero(_gates(model)) == 4
+        clone = kra.AdaLoRA.from_config(
+            kra.AdaLoRA(4, score="magnitude").get_config()
+        )
+        assert clone.score == "magnitude"
+        assert "score" not in kra.AdaLoRA(4).get_config()
+        with pytest.raises(ValueError, match="`score` must be one of"):
+            kra.AdaLoRA(4, score="size")
+
     def test_resumes_from_a_checkpoint(self, tmp_path):
         def fit(model, epochs, initial=0):
             model.fit(

@@ -25,7 +25,7 @@ MAY_BE_PRIVATE = (
     f"{PACKAGE}.ops.jax",
     f"{PACKAGE}.ops.tensorflow",
     f"{PACKAGE}.ops.torch",
-    f"{PACKAGE}.callbacks.per_example_gradients",
+    f"{PACKAGE}.per_example",
 )
 
 

@@ -207,6 +207,7 @@ def _modules():
         kra.callbacks,
         kra.peft,
         kra.random,
+        kra.serving,
         kra.hadamard,
     )
 

@@ -132,6 +132,35 @@ class TestDyLoRA:
         assert counts.sum() == 600
         assert ((counts - 200) ** 2 / 200).sum() < 13.8
 
+    @pytest.mark.every_backend
+    def test_ranks_of_a_distribution(self):
+        """The paper's `p_B`, by the inverse of its cumulative sum."""
+        probabilities = [0, 1, 0, 5, 2, 0]
+        adapter = _built(rank=7, min_rank=2, probabilities=probabilities)
+        cumulative = np.cumsum(probabilities) / 8
+        drawn = []
+        for step in range(60):
+            _set_step(adapter, step)
+            (word,) = reference_words(3, 0, step, 1)
+            uniform = int(word) % 2**31 / 2**31
+            expected = 2 + np.searchsorted(cumulative, uniform, side="right")
+            assert int(adapter.drawn_rank()) == expected
+            drawn.append(expected)
+        assert set(drawn) == {3, 5, 6}
+
+    @pytest.mark.parametrize(
+        "probabilities", [[1, 2], [0, 0, 0, 0], [1, 1, 1, -1]]
+    )
+    def test_bad_distributions(self, probabilities):
+        with pytest.raises(ValueError, match="`probabilities` must"):
+            kra.DyLoRA(4, probabilities=probabilities)
+
+    def test_config_of_a_distribution(self):
+        adapter = kra.DyLoRA(3, probabilities=(1, 2, 4))
+        clone = kra.DyLoRA.from_config(adapter.get_config())
+        assert clone.probabilities == [1.0, 2.0, 4.0]
+        assert "probabilities" not in kra.DyLoRA(3).get_config()
+
     def test_all_sites_of_a_step_draw_one_rank(self):
         """Plain `fit`: the n-th step trains what the n-th draw says."""
         model, x, y = _adapted(seed=11)

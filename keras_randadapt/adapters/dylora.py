@@ -1,5 +1,6 @@
 """DyLoRA: a LoRA that can be cut to any rank after training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -18,10 +19,11 @@ from keras_randadapt.sites.site import Site
 class DyLoRA(lora.LoRA):
     """LoRA that is trained for all ranks up to its own at once.
 
-    Each training step draws a rank `b`, the same for all sites, uniformly
-    from `min_rank` to `rank`, and computes with only the first `b` columns of
-    `A` and rows of `B`: `delta = scaling * (rank / b) * A[:, :b] B[:b]`.
-    Outside training the delta is that of `LoRA` at the full rank. A site has
+    Each training step draws a rank `b`, the same for all sites, from
+    `min_rank` to `rank`, uniformly by default. It computes with only the first
+    `b` columns of `A` and rows of `B`: `delta = scaling * (rank / b) * A[:, :b]
+    B[:b]`. Outside training the delta is that of `LoRA` at the full rank. A
+    site has
     `rank * (input_dim + output_dim)` trained weights.
 
     After training, `keras_randadapt.truncate(model, b)` turns the adapter into
@@ -36,6 +38,10 @@ class DyLoRA(lora.LoRA):
     Args:
         rank: int. The largest rank.
         min_rank: int, at most `rank`. The smallest rank that is drawn.
+        probabilities: Optional sequence of numbers, at least 0: how often each
+            of the ranks from `min_rank` to `rank` is drawn, in any unit. It is
+            the paper's `p_B`. A rank of 0 is never drawn. The default is the
+            same for all.
         frozen: bool. Whether a step trains only the `b`-th column and row,
             which is the paper's "frozen" mode.
         alpha: Optional float. `scaling` is `alpha / rank`, so a training step
@@ -80,6 +86,7 @@ class DyLoRA(lora.LoRA):
         rank: int = 8,
         *,
         min_rank: int = 1,
+        probabilities: Sequence[float] | None = None,
         frozen: bool = False,
         **kwargs: Any,
     ):
@@ -96,6 +103,9 @@ class DyLoRA(lora.LoRA):
                 f"Received: min_rank={min_rank}"
             )
         self.frozen = bool(frozen)
+        self.probabilities = _check_probabilities(
+            probabilities, self.rank - self.min_rank + 1
+        )
 
     def build(self, site: Site) -> None:
         super().build(site)
@@ -104,6 +114,14 @@ class DyLoRA(lora.LoRA):
     def drawn_rank(self) -> Tensor:
         """The rank of the training step that is running: an int32 tensor."""
         words = counter.random_words(self.seed, 0, self.training_step(), 1)
+        if self.probabilities is not None:
+            shares = np.cumsum(self.probabilities) / np.sum(self.probabilities)
+            # Integers are compared, so every backend draws the same ranks.
+            last = np.floor(shares[:-1] * 2**31).astype("int64") - 1
+            last = ops.convert_to_tensor(last.astype("int32"))
+            word = ops.bitwise_and(words[0], 2**31 - 1)
+            passed = ops.greater(word, last)
+            return self.min_rank + ops.sum(ops.cast(passed, "int32"))
         choices = self.rank - self.min_rank + 1
         return self.min_rank + counter.random_below(words, choices)[0]
 
@@ -137,8 +155,27 @@ class DyLoRA(lora.LoRA):
         return a, b * (kept * scale)[:, None]
 
     def get_config(self) -> Config:
-        return {
+        config = {
             **super().get_config(),
             "min_rank": self.min_rank,
             "frozen": self.frozen,
         }
+        if self.probabilities is not None:
+            config["probabilities"] = self.probabilities
+        return config
+
+
+def _check_probabilities(probabilities, count):
+    if probabilities is None:
+        return None
+    values = [
+        arguments.check_non_negative(one, "probabilities")
+        for one in probabilities
+    ]
+    if len(values) != count or not any(values):
+        raise ValueError(
+            f"`probabilities` must hold {count} numbers, one for each rank "
+            "from `min_rank` to `rank`, which are not all 0. "
+            f"Received: probabilities={probabilities!r}"
+        )
+    return values

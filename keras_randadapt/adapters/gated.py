@@ -8,9 +8,7 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt._types import Config
 from keras_randadapt._types import Initializer
-from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import lora
-from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.site import Site
 
 
@@ -41,9 +39,10 @@ class GatedLoRA(lora.LoRA):
             "gate", (self.rank,), self.gate_initializer
         )
 
-    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+    def _sum_per_example(self, product, dtype, weights):
         gated = weights["lora_b"] * ops.expand_dims(weights["gate"], -1)
-        return super().delta_per_example(x, {**weights, "lora_b": gated})
+        weights = {**weights, "lora_b": gated}
+        return super()._sum_per_example(product, dtype, weights)
 
     def compacted(self) -> tuple[np.ndarray, np.ndarray, float]:
         a = ops.convert_to_numpy(self.lora_a)

@@ -20,6 +20,7 @@ from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.sites import lanes
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import taken
 from keras_randadapt.sites.site import Site
 
 _FROM_KERNEL = ("pissa", "olora", "olora_v1")
@@ -276,12 +277,36 @@ class LoRA(site_arguments.SiteArguments):
         )
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        a = ops.cast(weights["lora_a"], x.dtype)
-        b = ops.cast(weights["lora_b"] * self.scaling, x.dtype)
-        y = ops.matmul(ops.matmul(x, a), b)
+        def product(a, b):
+            return ops.matmul(ops.matmul(x, a), b)
+
+        return self._sum_per_example(product, x.dtype, weights)
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
+        def product(a, b):
+            y = ops.matmul(x, ops.swapaxes(b, -1, -2))
+            return ops.matmul(y, ops.swapaxes(a, -1, -2))
+
+        return self._sum_per_example(product, x.dtype, weights)
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        def product(a, b):
+            shared = len(a.shape) == 2
+            rows = ops.take(a, ids, axis=0) if shared else taken(a, ids)
+            return ops.matmul(rows, b)
+
+        return self._sum_per_example(product, dtype, weights)
+
+    def _sum_per_example(self, product, dtype, weights):
+        a, b = weights["lora_a"], weights["lora_b"] * self.scaling
+        y = product(ops.cast(a, dtype), ops.cast(b, dtype))
         if self.initialization in _FROM_KERNEL:
-            b = ops.cast(self.start_b * self.scaling, x.dtype)
-            y = y - ops.matmul(matmul(x, ops.cast(self.start_a, x.dtype)), b)
+            b = ops.cast(self.start_b * self.scaling, dtype)
+            y = y - product(ops.cast(self.start_a, dtype), b)
         return y
 
     def delta_transpose(

@@ -15,6 +15,7 @@ from keras_randadapt.adapters import site_arguments
 from keras_randadapt.bases import versions
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import rows_of_basis
 from keras_randadapt.sites.site import Site
 
 
@@ -143,8 +144,23 @@ class LoRAFA(site_arguments.SiteArguments):
         return matmul(self.basis_a.matvec(x), self._scaled_b(x.dtype))
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        b = ops.cast(weights["lora_b"] * self._scale, x.dtype)
+        b = self._b_of_examples(weights, x.dtype)
         return ops.matmul(self.basis_a.matvec(x), b)
+
+    def _b_of_examples(self, weights, dtype):
+        return ops.cast(weights["lora_b"] * self._scale, dtype)
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
+        b = self._b_of_examples(weights, x.dtype)
+        return self.basis_a.adjoint(ops.matmul(x, ops.swapaxes(b, -1, -2)))
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        a = rows_of_basis(self.basis_a, ids, dtype)
+        return ops.matmul(a, self._b_of_examples(weights, dtype))
 
     def delta_transpose(
         self, x: Tensor, training: bool | None = None

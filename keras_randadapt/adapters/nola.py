@@ -13,6 +13,8 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import taken
 from keras_randadapt.sites.site import Site
 
 
@@ -115,6 +117,24 @@ class NOLA(site_arguments.SiteArguments):
         a, b = (ops.cast(one, x.dtype) for one in self.factors())
         return matmul(thin_product(x, a, training), b)
 
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        a, b = self._factors(weights["nola_alpha"], weights["nola_beta"])
+        y = ops.matmul(x, ops.cast(a, x.dtype))
+        return ops.matmul(y, ops.cast(b, x.dtype))
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
+        a, b = self._factors(weights["nola_alpha"], weights["nola_beta"])
+        y = ops.matmul(x, ops.swapaxes(ops.cast(b, x.dtype), -1, -2))
+        return ops.matmul(y, ops.swapaxes(ops.cast(a, x.dtype), -1, -2))
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        a, b = self._factors(weights["nola_alpha"], weights["nola_beta"])
+        return ops.matmul(ops.cast(taken(a, ids), dtype), ops.cast(b, dtype))
+
     def delta_transpose(
         self, x: Tensor, training: bool | None = None
     ) -> Tensor:
@@ -132,14 +152,19 @@ class NOLA(site_arguments.SiteArguments):
         return ops.matmul(*self.factors())
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        alpha = ops.cast(self.nola_alpha, "float32")
+        return self._factors(alpha, ops.cast(self.nola_beta, "float32"))
+
+    def _factors(self, alpha, beta):
+        """`A` and `B` of these coefficients, or those of each example."""
+        examples = [-1] * (len(alpha.shape) - 1)
         scale = 1 / math.sqrt(self.num_bases)
-        alpha = ops.cast(self.nola_alpha, "float32") * scale
-        beta = ops.cast(self.nola_beta, "float32") * (scale * self.scaling)
         # U(-1, 1) divided by sqrt(input_dim) is LoRA's kaiming_uniform.
         a = self.first_a.matrix() / math.sqrt(self.input_dim)
-        a = a + ops.reshape(self.bases_a.combine(alpha), a.shape)
-        b = self.bases_b.combine(beta)
-        return a, ops.reshape(b, (self.rank, self.output_dim))
+        sums = self.bases_a.combine(alpha * scale)
+        a = a + ops.reshape(sums, (*examples, *a.shape))
+        b = self.bases_b.combine(beta * (scale * self.scaling))
+        return a, ops.reshape(b, (*examples, self.rank, self.output_dim))
 
     def basis_digest(self) -> str:
         return (

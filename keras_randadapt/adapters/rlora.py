@@ -16,6 +16,7 @@ from keras_randadapt.ops import fence
 from keras_randadapt.ops import with_gradient
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import of_examples
+from keras_randadapt.sites.per_example import rows_of_basis
 from keras_randadapt.sites.site import Site
 
 _ALPHA_INITIALIZER = {"name": "normal", "stddev": 0.1}
@@ -149,9 +150,30 @@ class RLoRA(base.Adapter):
         )
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        alpha = of_examples(weights["alpha"], x.dtype)
-        beta = of_examples(weights["beta"] * self.scaling, x.dtype)
-        return self.basis_b.matvec(self.basis_a.matvec(x) * alpha) * beta
+        z = self.basis_a.matvec(x)
+        return self._expand_per_example(z, weights)
+
+    def _expand_per_example(self, z, weights):
+        alpha, beta = self._of_examples(weights, z.dtype)
+        return self.basis_b.matvec(z * alpha) * beta
+
+    def _of_examples(self, weights, dtype):
+        return (
+            of_examples(weights["alpha"], dtype),
+            of_examples(weights["beta"] * self.scaling, dtype),
+        )
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
+        alpha, beta = self._of_examples(weights, x.dtype)
+        return self.basis_a.adjoint(self.basis_b.adjoint(x * beta) * alpha)
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        z = rows_of_basis(self.basis_a, ids, dtype)
+        return self._expand_per_example(z, weights)
 
     # The gradient of `beta` needs the expanded features, `output_dim` numbers
     # a token. They are computed again from `rank` numbers a token, which are
@@ -191,6 +213,12 @@ class RLoRA(base.Adapter):
         rows = rows * ops.expand_dims(self._float(self.alpha), -1)
         left = ops.transpose(self.basis_a.matrix())
         return left, rows * self._scaled_beta("float32")
+
+    def vector_form(self) -> tuple[Tensor, keras.Variable, Tensor]:
+        """`left`, `alpha` and `right` of `delta = left' diag(alpha) right`."""
+        right = ops.transpose(self.basis_b.matrix())
+        right = right * self._scaled_beta("float32")
+        return self.basis_a.matrix(), self.alpha, right
 
     def basis_digest(self) -> str:
         return self.basis_a.digest() + self.basis_b.digest()

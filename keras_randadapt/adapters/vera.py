@@ -1,6 +1,8 @@
 """VeRA: vector-based random matrix adaptation."""
 
 import math
+from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 from typing import Self
 
@@ -9,11 +11,15 @@ from keras import ops
 
 from keras_randadapt import arguments
 from keras_randadapt._types import Config
+from keras_randadapt._types import Layers
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import base
 from keras_randadapt.bases import versions
+from keras_randadapt.bases.slice import Slice
+from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import of_examples
+from keras_randadapt.sites.per_example import rows_of_basis
 from keras_randadapt.sites.site import Site
 
 
@@ -29,9 +35,9 @@ class VeRA(base.Adapter):
 
     All sites of one shape share one pair of matrices. It takes `rank *
     (input_dim + output_dim)` numbers of four bytes, of one byte with a sparse
-    basis, and no memory with `basis="hadamard"`. In the paper all sites share
-    slices of one pair; here the values at a site do not depend on which other
-    sites are adapted.
+    basis, and no memory with `basis="hadamard"`. The values at a site then do
+    not depend on which other sites are adapted. With `shared=True` all sites
+    share slices of one pair of the largest size, as in the paper.
 
     Train it at a learning rate of 4e-3 to 3e-2 (AdamW), ten times LoRA's, and
     train any head at 1e-4 to 1e-2: see
@@ -50,6 +56,11 @@ class VeRA(base.Adapter):
             input_dim in `A`, 2 / rank in `B`. `"sparse_v1"` and
             `"very_sparse_v1"` are the sparse bases of earlier versions, which
             may have empty rows and columns.
+        shared: bool, or `(input_dim, output_dim)`. Whether all sites share one
+            pair, or the size of that pair. With `True`, injection takes the
+            largest dimensions of the sites; files and configs hold them. The
+            entries' variance is then that of the largest site. A Hadamard
+            basis has no values that sites could share.
         d_initial: float. The first value of `d`.
         scaling: float. A constant factor.
         seed: int. See `Adapter`.
@@ -59,7 +70,8 @@ class VeRA(base.Adapter):
 
     Raises:
         TypeError: If `rank` is no integer.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range. At injection, if a site is
+            larger than `shared`.
 
     Example:
 
@@ -73,7 +85,8 @@ class VeRA(base.Adapter):
     ```
 
     References:
-        - Kopiczko, Blankevoort and Asano, "VeRA", ICLR 2024, equation 2.
+        - Kopiczko, Blankevoort and Asano, "VeRA", ICLR 2024, equation 2 and
+          section 3.2.
     """
 
     recommended_learning_rate = 1e-2
@@ -84,6 +97,7 @@ class VeRA(base.Adapter):
         rank: int = 256,
         *,
         basis: str = "uniform",
+        shared: bool | Sequence[int] = False,
         d_initial: float = 0.1,
         scaling: float = 1.0,
         **kwargs: Any,
@@ -93,8 +107,26 @@ class VeRA(base.Adapter):
         self.basis = versions.check_version(basis)
         self.d_initial = arguments.check_scaling(d_initial, "d_initial")
         self.scaling = arguments.check_scaling(scaling)
+        self.shared = _check_shared(shared, self.basis)
+
+    def resolved(self, layers: Layers, addresses: Collection[str]) -> Self:
+        if self.shared is not True:
+            return self
+        views = [tuple(supported.view_of(layers[a])) for a in addresses]
+        sizes = [max(dims) for dims in zip(*views)]
+        return type(self).from_config({**self.get_config(), "shared": sizes})
 
     def build(self, site: Site) -> None:
+        self._dims = (self.input_dim, self.output_dim)
+        if isinstance(self.shared, tuple):
+            if any(d > most for d, most in zip(self._dims, self.shared)):
+                raise ValueError(
+                    "`shared` must be at least the size of every site. The "
+                    f"site '{site.address}' has {self._dims}. Received: "
+                    f"shared={self.shared}. Give `True`, or the largest "
+                    "dimensions."
+                )
+            self._dims = self.shared
         self.vera_d = self.add_trainable(
             "vera_d",
             (self.rank,),
@@ -107,22 +139,39 @@ class VeRA(base.Adapter):
     def _add_basis(self, side, dim, expand):
         basis = versions.make_version(
             self.basis,
-            dim,
+            self._dims[1 if expand else 0],
             self.rank,
             self.seed,
             f"VeRA/{side}",
             expand=expand,
-            smaller_dim=min(self.input_dim, self.output_dim),
+            smaller_dim=min(self._dims),
         )
-        return self.add_frozen(f"basis_{side.lower()}", basis)
+        basis = self.add_frozen(f"basis_{side.lower()}", basis)
+        shape = (dim, self.rank) if expand else (self.rank, dim)
+        return basis if shape == basis.shape else Slice(basis, *shape)
 
     def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         u = self.basis_a.matvec(x) * self._scaled_d(x.dtype)
         return self.basis_b.matvec(u) * self._scaled_b(x.dtype)
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        return self._expand_per_example(self.basis_a.matvec(x), weights)
+
+    def _expand_per_example(self, u, weights):
+        d, b = self._of_examples(weights, u.dtype)
+        return self.basis_b.matvec(u * d) * b
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
         d, b = self._of_examples(weights, x.dtype)
-        return self.basis_b.matvec(self.basis_a.matvec(x) * d) * b
+        return self.basis_a.adjoint(self.basis_b.adjoint(x * b) * d)
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        u = rows_of_basis(self.basis_a, ids, dtype)
+        return self._expand_per_example(u, weights)
 
     def _of_examples(self, weights, dtype):
         return (
@@ -150,6 +199,15 @@ class VeRA(base.Adapter):
         left = ops.transpose(self.basis_a.matrix())
         return left, rows * self._scaled_b("float32")
 
+    def vector_form(self) -> tuple[Tensor, keras.Variable, Tensor]:
+        """`left`, `alpha` and `right` of `delta = left' diag(alpha) right`.
+
+        `alpha` is `d`.
+        """
+        right = ops.transpose(self.basis_b.matrix())
+        right = right * self._scaled_b("float32")
+        return self.basis_a.matrix() * self._scale_d(), self.vera_d, right
+
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
     ) -> Tensor:
@@ -166,7 +224,7 @@ class VeRA(base.Adapter):
     # the vectors, because they are the smallest tensors.
 
     def _scale_d(self):
-        return self.basis_a.scale * math.sqrt(2 / self.input_dim)
+        return self.basis_a.scale * math.sqrt(2 / self._dims[0])
 
     def _scale_b(self):
         return self.basis_b.scale * math.sqrt(2 / self.rank) * self.scaling
@@ -184,10 +242,36 @@ class VeRA(base.Adapter):
         return cls(**versions.read_spelling(config))
 
     def get_config(self) -> Config:
-        return {
+        config = {
             "rank": self.rank,
             "basis": versions.spelling(self.basis),
             "d_initial": self.d_initial,
             "scaling": self.scaling,
             **super().get_config(),
         }
+        if self.shared:
+            sizes = self.shared
+            config["shared"] = sizes if sizes is True else list(sizes)
+        return config
+
+
+def _check_shared(shared, basis):
+    if isinstance(shared, (list, tuple)):
+        if len(shared) != 2:
+            raise ValueError(
+                "`shared` must be a bool or `(input_dim, output_dim)`. "
+                f"Received: shared={shared!r}"
+            )
+        shared = tuple(arguments.check_rank(one, "shared") for one in shared)
+    elif not isinstance(shared, bool):
+        raise TypeError(
+            "`shared` must be a bool or `(input_dim, output_dim)`. "
+            f"Received: shared={shared!r}"
+        )
+    if shared and basis == "hadamard":
+        raise ValueError(
+            "`shared` is for bases with values. A Hadamard basis has none and "
+            'takes no memory: leave `shared` out, or use `basis="uniform"`. '
+            f"Received: shared={shared!r}"
+        )
+    return shared

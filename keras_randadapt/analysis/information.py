@@ -8,6 +8,7 @@ import numpy as np
 from keras_randadapt._types import Axis
 from keras_randadapt.analysis import plotting
 from keras_randadapt.analysis.table import SiteTable
+from keras_randadapt.analysis.table import Table
 
 
 class LayerInformation(SiteTable):
@@ -49,6 +50,47 @@ class LayerInformation(SiteTable):
         axis.figure.colorbar(image, ax=axis, label="information")
         return axis
 
+    def flows(self) -> Table:
+        """How information moves between sites from one estimation to the next.
+
+        With the shares `p_s` of the information of one estimation that sites
+        `s = 0, ..., S - 1` hold, in the model's order, the columns are
+
+        - `estimation`, from 1 on, and `total`, the sum over sites;
+        - `depth`: `sum_s p_s s / (S - 1)`, from 0 at the model's input to 1 at
+          its output, and `spread`, the standard deviation around it;
+        - `sites`: `exp(-sum_s p_s log p_s)`, the number of sites that would
+          hold as much if all held the same;
+        - `moved`: `sum_s |p_s - q_s| / 2` for the shares `q_s` of the
+          estimation before: the part of the information that is elsewhere.
+
+        In the first row `moved` is NaN, and in rows without information all
+        but `total` are.
+
+        Returns:
+            A `Table` with a row for each estimation.
+        """
+        count = self.values.shape[1]
+        totals = self.values.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = self.values / totals[:, None]
+            # NaN stays NaN, and `0 log 0` is 0.
+            logs = np.where(shares == 0, 0.0, np.log(shares))
+        places = np.arange(count) / max(count - 1, 1)
+        depth = shares @ places
+        variance = np.sum(shares * (places - depth[:, None]) ** 2, axis=1)
+        moved = np.abs(np.diff(shares, axis=0)).sum(axis=1) / 2
+        return Table(
+            {
+                "estimation": np.arange(1, len(totals) + 1),
+                "total": totals,
+                "depth": depth,
+                "spread": np.sqrt(variance),
+                "sites": np.exp(-np.sum(shares * logs, axis=1)),
+                "moved": np.concatenate([[np.nan], moved]),
+            }
+        )
+
 
 def layer_information(
     callback: Any, *, normalize: bool = False
@@ -69,7 +111,7 @@ def layer_information(
     Returns:
         A `LayerInformation` table with the column `site` and one for each
         estimation, in order: `estimation_1` and so on. `plot` draws a heat
-        map.
+        map, and `flows` tells in numbers where information is and how it moves.
 
     Raises:
         TypeError: If `callback` lacks the two attributes.
@@ -87,6 +129,7 @@ def layer_information(
     )
     table = kra.analysis.layer_information(callback)
     table.plot()
+    print(table.flows())
     ```
 
     References:

@@ -2,31 +2,32 @@
 
 import contextlib
 import inspect
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_randadapt import _compat
 from keras_randadapt import arguments
 from keras_randadapt._types import Axis
 from keras_randadapt._types import Data
 from keras_randadapt.analysis import keyed_weights
 from keras_randadapt.analysis import plane as plane_lib
 from keras_randadapt.analysis import plotting
+from keras_randadapt.analysis import point_values
 from keras_randadapt.analysis.table import Table
-from keras_randadapt.model import load
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
+
+COORDINATES = ("distance", "triangle")
 
 
 class LossPlane:
     """The loss on a grid over a plane, and at the three points that span it.
 
-    Coordinates are Euclidean distances in weight space. The first point is
-    the origin, and the second lies on the x axis.
+    The first point is the origin, and the second lies on the x axis.
+    Coordinates are Euclidean distances in weight space, or those of a figure:
+    see `mode_connectivity`.
 
     Attributes:
         x: float64 array, `(columns,)`: x coordinates of the grid.
@@ -37,6 +38,7 @@ class LossPlane:
         points: float64 array, `(3, 2)`: the coordinates of the three points.
         point_losses: float64 array, `(3,)`: the losses at them.
         labels: The names of the points.
+        coordinates: `"distance"` or `"triangle"`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LossPlane:
         points: np.ndarray,
         point_losses: np.ndarray,
         labels: Sequence[str],
+        coordinates: str = "distance",
     ):
         self.x = x
         self.y = y
@@ -54,6 +57,7 @@ class LossPlane:
         self.points = points
         self.point_losses = point_losses
         self.labels = list(labels)
+        self.coordinates = coordinates
 
     @property
     def loss(self) -> np.ndarray:
@@ -96,7 +100,45 @@ class LossPlane:
                 label, point, xytext=(4, 4), textcoords="offset points"
             )
         axis.set_aspect("equal")
-        axis.set_xlabel("distance in weight space")
+        if self.coordinates == "distance":
+            axis.set_xlabel("distance in weight space")
+        return axis
+
+    def plot_surface(
+        self, axis: Axis | None = None, metric: str = "loss"
+    ) -> Axis:
+        """Draws the loss as a surface in 3-D, with the three points on it.
+
+        Args:
+            axis: Optional matplotlib axis with `projection="3d"`. A new one by
+                default.
+            metric: The name of the metric to draw. The points are drawn at
+                their losses, so with another metric they are left out.
+
+        Returns:
+            The axis.
+
+        Raises:
+            ImportError: If Matplotlib is not installed.
+            ValueError: If `axis` is a flat one.
+        """
+        values = self.metrics[metric]
+        axis = plotting.axis_or_new(axis, projection="3d")
+        if not hasattr(axis, "plot_surface"):
+            raise ValueError(
+                "`axis` must be an axis in 3-D: make it by "
+                '`figure.add_subplot(projection="3d")`. '
+                f"Received: axis={axis!r}"
+            )
+        x, y = np.meshgrid(self.x, self.y)
+        axis.plot_surface(x, y, values, cmap="viridis", alpha=0.8)
+        if metric == "loss":
+            for label, point, loss in zip(
+                self.labels, self.points, self.point_losses
+            ):
+                axis.scatter(*point, loss, color="black")
+                axis.text(*point, loss, label)
+        axis.set_zlabel(metric)
         return axis
 
     def __repr__(self):
@@ -121,15 +163,16 @@ def mode_connectivity(
     resolution: int | tuple[int, int] = 11,
     margin: float = 0.25,
     labels: Sequence[str] = ("1", "2", "3"),
+    coordinates: str = "distance",
     batch_size: int | None = None,
 ) -> LossPlane:
     """The compiled loss on the plane through three points in weight space.
 
     Two models are connected if a path of low loss leads from one to the other.
-    The plane is spanned by `u = w2 - w1` and the part of `w3 - w1` orthogonal
-    to it. The loss is that of `model.evaluate`. Afterwards the model has its
-    former weights, bit for bit, also after an error. Each grid point costs an
-    evaluation of all of `x`.
+    By default the plane is spanned by `u = w2 - w1` and the part of `w3 - w1`
+    orthogonal to it. The loss is that of `model.evaluate`. Afterwards the model
+    has its former weights, bit for bit, also after an error. Each grid point
+    costs an evaluation of all of `x`.
 
     Args:
         model: A compiled Keras model.
@@ -146,10 +189,15 @@ def mode_connectivity(
         margin: float. The distance from the points to the edge of the grid, as
             a fraction of the points' extent.
         labels: Three names for the points.
+        coordinates: `"distance"`, Euclidean distances in weight space, or
+            `"triangle"`, those of the RandLoRA paper's figure 4: the points
+            are at (0, 0), (1, 0) and (0.5, 1), and the weights at `(x, y)` are
+            `(1 - x - y / 2) w1 + (x - y / 2) w2 + y w3`. In the figure these
+            are LoRA, RandLoRA and full fine-tuning.
         batch_size: Optional int, for `model.evaluate`.
 
     Returns:
-        A `LossPlane`. `plot` draws contours.
+        A `LossPlane`. `plot` draws contours, and `plot_surface` draws in 3-D.
 
     Raises:
         TypeError: If `points` are of another or of different kinds, or `x` is
@@ -178,28 +226,29 @@ def mode_connectivity(
         - [RandLoRA](https://arxiv.org/abs/2502.00987), figure 4.
     """
     shape = _check_arguments(model, points, x, resolution, margin, labels)
+    arguments.check_choice(coordinates, COORDINATES, "coordinates")
     with contextlib.ExitStack() as stack:
         if all(isinstance(point, dict) for point in points):
             if state_lib.is_adapted(model):
                 state_lib.check_no_block(model)
             points = _check_kernel_points(model, points)
-            plane = plane_lib.Plane(points)
+            plane = plane_lib.Plane(points, coordinates)
             if state_lib.is_adapted(model):
                 stack.enter_context(switch.disabled(model))
             layers = state_lib.layers_of(model)
             variables = [
                 keyed_weights.variable(layers, key) for key in points[0]
             ]
-            stack.enter_context(_restored(model, variables))
+            stack.enter_context(point_values.restored(model, variables))
 
             def write(values):
                 for key, value in values.items():
                     keyed_weights.write(layers, key, value)
         else:
             points = _check_trainable_points(model, points)
-            plane = plane_lib.Plane(points)
+            plane = plane_lib.Plane(points, coordinates)
             variables = list(model.trainable_variables)
-            stack.enter_context(_restored(model, variables))
+            stack.enter_context(point_values.restored(model, variables))
 
             def write(values):
                 for variable, value in zip(variables, values.values()):
@@ -222,7 +271,7 @@ def mode_connectivity(
         for name in logs[0]
     }
     return LossPlane(
-        grid_x, grid_y, metrics, plane.points, point_losses, labels
+        grid_x, grid_y, metrics, plane.points, point_losses, labels, coordinates
     )
 
 
@@ -303,70 +352,13 @@ def _check_kernel_points(model, points):
 
 
 def _check_trainable_points(model, points):
-    variables = model.trainable_variables
-    if state_lib.is_adapted(model):
-        state_lib.check_no_block(model)
     values = []
     for i, point in enumerate(points):
-        if isinstance(point, (str, os.PathLike)):
-            point = _file_values(model, point)
-        if not isinstance(point, (list, tuple)):
-            raise TypeError(
-                "`points` must all be dicts of kernels (see `kernels`), or "
-                "all lists of values of `model.trainable_variables` or paths "
-                f"of adapter files. Received: points[{i}] of type "
-                f"{type(point).__name__}"
-            )
-        shapes = [tuple(np.shape(value)) for value in point]
-        expected = [tuple(variable.shape) for variable in variables]
-        if shapes != expected:
-            raise ValueError(
-                f"`points[{i}]` must hold a value for each of the model's "
-                f"{len(expected)} trainable variables, of their shapes "
-                f"{expected[:5]}. Received: {len(shapes)} values of shapes "
-                f"{shapes[:5]}"
-            )
-        values.append(
-            {
-                k: np.asarray(keyed_weights.as_numpy(v), "float64")
-                for k, v in enumerate(point)
-            }
+        found = point_values.read(
+            model,
+            point,
+            f"points[{i}]",
+            "`points` must all be dicts of kernels (see `kernels`), or all",
         )
+        values.append(dict(enumerate(found)))
     return values
-
-
-def _file_values(model, path):
-    """Values of the trainable variables after loading an adapter file."""
-    state = state_lib.state_of(model)
-    if len(state.active) != 1:
-        raise ValueError(
-            "Adapter files are points of a model with one active adapter. "
-            f"Active: {list(state.active)}. Call "
-            "`keras_randadapt.set_active(model, name)`."
-        )
-    with _restored(model, list(model.trainable_variables)):
-        load.load_adapter(model, path, name=state.active[0])
-        return [keyed_weights.as_numpy(v) for v in model.trainable_variables]
-
-
-# Reading, writing and restoring.
-
-
-@contextlib.contextmanager
-def _restored(model, variables):
-    """Restores the variables' values at the end of a block.
-
-    On JAX, `evaluate` removes the values of all variables while it runs and
-    does not put them back after an error, so all are restored there.
-    """
-    if keras.config.backend() == "jax":
-        variables = {id(v): v for v in [*variables, *model.variables]}.values()
-    values = [
-        (variable, keyed_weights.as_numpy(variable)) for variable in variables
-    ]
-    try:
-        yield
-    finally:
-        _compat.forget_jax_state(model)
-        for variable, value in values:
-            variable.assign(value)

@@ -2,11 +2,21 @@
 
 import numpy as np
 
+#: Where the RandLoRA paper's figure 4 puts the three points.
+TRIANGLE = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])
+
 
 class Plane:
-    """The plane through three points, each of which is a dict of arrays."""
+    """The plane through three points, each of which is a dict of arrays.
 
-    def __init__(self, points):
+    Args:
+        points: list of three dicts.
+        coordinates: `"distance"`: the first point is the origin, and `u` and
+            `v` are orthonormal. `"triangle"`: the points are at `TRIANGLE`,
+            and `u` and `v` are the derivatives of the weights by `x` and `y`.
+    """
+
+    def __init__(self, points, coordinates="distance"):
         first, second, third = points
         self.origin = first
         u = {key: second[key] - first[key] for key in first}
@@ -40,6 +50,11 @@ class Plane:
             )
         self.v = {key: part / length_v for key, part in v.items()}
         self.points = np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
+        if coordinates == "triangle":
+            # The third point is half way between the others along x.
+            self.u = u
+            self.v = {key: w[key] - 0.5 * u[key] for key in w}
+            self.points = TRIANGLE.copy()
 
     def at(self, a, b):
         return {

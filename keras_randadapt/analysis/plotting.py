@@ -3,8 +3,12 @@
 import os
 
 
-def axis_or_new(axis):
+def axis_or_new(axis, projection=None):
     """`axis`, or a new matplotlib axis if it is `None`.
+
+    Args:
+        axis: Optional axis.
+        projection: Optional string, the projection of a new axis.
 
     Raises:
         ImportError: If matplotlib is needed and not installed.
@@ -17,7 +21,7 @@ def axis_or_new(axis):
         raise ImportError(
             "Plots need matplotlib: `pip install matplotlib`."
         ) from error
-    return pyplot.subplots()[1]
+    return pyplot.figure().add_subplot(projection=projection)
 
 
 def label_sites(axis, sites, most=40):

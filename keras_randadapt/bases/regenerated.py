@@ -54,11 +54,14 @@ class RegeneratedUniform:
         """The sum of the vectors, each times its coefficient.
 
         Args:
-            coefficients: float32 tensor `(count,)`.
+            coefficients: float32 tensor `(count,)`, or `(n, count)` for
+                several sums, which have no gradient.
 
         Returns:
-            float32 tensor `(size,)`.
+            float32 tensor `(size,)`, or `(n, size)`.
         """
+        if len(coefficients.shape) == 2:
+            return self._combine(coefficients)
         return with_gradient(
             self._combine,
             lambda kept, upstream: (self._correlate(upstream),),
@@ -94,14 +97,16 @@ class RegeneratedUniform:
     def _combine(self, coefficients):
         n = self._at_a_time
         chunks = math.ceil(self.count / n)
-        padded = ops.pad(coefficients, (0, chunks * n - self.count))
-        padded = ops.reshape(padded, (chunks, n))
+        several = [ops.shape(coefficients)[0]] * (len(coefficients.shape) - 1)
+        more = [(0, 0)] * len(several)
+        padded = ops.pad(coefficients, [*more, (0, chunks * n - self.count)])
+        padded = ops.reshape(padded, (*several, chunks, n))
 
         def add(i, total):
-            row = ops.take(padded, i, axis=0)
+            row = ops.take(padded, i, axis=-2)
             return total + ops.matmul(row, self._rows(i * n, n))
 
-        zeros = ops.zeros((self.size,), "float32")
+        zeros = ops.zeros((*several, self.size), "float32")
         return ops.fori_loop(0, chunks, add, zeros)
 
     def _correlate(self, vector):

@@ -15,10 +15,10 @@ from keras_randadapt._types import Axis
 from keras_randadapt._types import Data
 from keras_randadapt._types import Logs
 from keras_randadapt.adapter_warning import AdapterWarning
-from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks import pac_bayes_setup as setup
-from keras_randadapt.callbacks.per_example_gradients import PerExampleGradients
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.per_example import PerExampleGradients
+from keras_randadapt.per_example import example_source
 from keras_randadapt.regularizers import pac_bayes
 
 _ATTRIBUTE = "pac_bayes"

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 
 from keras_randadapt import _compat
-from keras_randadapt.callbacks import example_source
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.per_example import example_source
 from keras_randadapt.regularizers import pac_bayes
 
 
@@ -66,18 +66,7 @@ def check_count(name, value, otherwise=""):
 
 def regularized_weights(model, state, head_strength):
     """The regularized weights of adapters and those of kept layers."""
-    sites = {}
-    seen = set()
-    for address in state.site_addresses:
-        found = [
-            variable
-            for adapter in state.layers[address].adapter.active()
-            for variable in adapter.trainable_variables
-            # Some methods share weights between sites, which count once.
-            if not (id(variable) in seen or seen.add(id(variable)))
-        ]
-        if found:
-            sites[address] = found
+    sites = state.trainable_by_site()
     if not sites:
         raise ValueError(
             f"Model '{model.name}' has no active adapter with trainable "

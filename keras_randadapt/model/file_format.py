@@ -35,6 +35,9 @@ METADATA_KEY = "keras_randadapt"
 #: The key of the metadata of a training file; see `training_file`.
 TRAINING_KEY = "keras_randadapt_training"
 
+#: The key of the metadata of a bank's file; see `serving.bank_file`.
+BANK_KEY = "keras_randadapt_bank"
+
 # A stand-in for digests of layers, which all have this length. The size of a
 # file depends only on the length.
 _SOME_DIGEST = "0" * 16

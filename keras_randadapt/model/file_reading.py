@@ -25,6 +25,11 @@ def read(filepath):
                     "`AdapterCheckpoint`, which its `resume` reads. The "
                     "adapter files are beside it."
                 )
+            if file_format.BANK_KEY in header:
+                raise ValueError(
+                    f"'{filepath}' is the file of a bank of many adapters, "
+                    "which `serving.AdapterBank.load` reads."
+                )
             if file_format.METADATA_KEY not in header:
                 raise ValueError(
                     f"'{filepath}' is a safetensors file, but not one that "
@@ -36,14 +41,7 @@ def read(filepath):
                     f"'{filepath}' is damaged: its metadata must be an "
                     f"object. Received: {reprlib.repr(metadata)}"
                 )
-            version = metadata.get("version")
-            if type(version) is not int or version not in _FORMS:
-                raise ValueError(
-                    f"'{filepath}' has format version "
-                    f"{reprlib.repr(version)}; this release of "
-                    f"keras_randadapt reads the versions {sorted(_FORMS)}. "
-                    "Upgrade keras_randadapt."
-                )
+            check_version(filepath, metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (
         safetensors.SafetensorError,
@@ -55,15 +53,42 @@ def read(filepath):
             f"'{filepath}' is no adapter file, or is damaged or cut short: "
             f"{error}"
         ) from error
-    _check_form(filepath, metadata, _FORMS[version])
-    if version > 1 and metadata["digest"] != file_format.digest(
-        tensors, metadata
+    check_described(filepath, tensors, metadata)
+    return tensors, metadata
+
+
+def check_version(filepath, metadata):
+    """Raises `ValueError` if this release does not read a file's version."""
+    version = metadata.get("version")
+    if type(version) is not int or version not in _FORMS:
+        raise ValueError(
+            f"'{filepath}' has format version {reprlib.repr(version)}; this "
+            f"release of keras_randadapt reads the versions {sorted(_FORMS)}. "
+            "Upgrade keras_randadapt."
+        )
+
+
+def check_described(filepath, tensors, metadata, with_digest=True):
+    """Raises `ValueError` unless metadata are whole and describe the tensors.
+
+    Args:
+        filepath: The file.
+        tensors: dict from key to array.
+        metadata: dict, of a version that this release reads.
+        with_digest: bool. Whether the digest is one of these tensors.
+    """
+    version = metadata["version"]
+    check_form(filepath, metadata, _FORMS[version])
+    if (
+        with_digest
+        and version > 1
+        and metadata["digest"] != file_format.digest(tensors, metadata)
     ):
         raise ValueError(
             f"'{filepath}' is damaged: its content does not have the digest "
             "that it was saved with."
         )
-    _check_form(filepath, metadata["model"], _FORM_OF_MODEL, "model.")
+    check_form(filepath, metadata["model"], _FORM_OF_MODEL, "model.")
     unknown = sorted(set(metadata.get("sources", {})) - set(site_keys(tensors)))
     if unknown:
         raise ValueError(
@@ -78,7 +103,6 @@ def read(filepath):
         raise ValueError(f"'{filepath}' is damaged: it misses sites.")
     if version > 1:
         _check_version_2(filepath, metadata, tensors)
-    return tensors, metadata
 
 
 def _check_version_2(filepath, metadata, tensors):
@@ -175,7 +199,16 @@ _FORM_OF_MODEL = {
 }
 
 
-def _check_form(filepath, content, form, prefix=""):
+def check_form(filepath, content, form, prefix=""):
+    """Raises `ValueError` unless an object has the entries of a form.
+
+    Args:
+        filepath: The file.
+        content: dict.
+        form: dict from key to whether it is required, the value in words, and
+            a function that tells whether a value is right.
+        prefix: The object's own name in messages, with a dot.
+    """
     missing = sorted(
         prefix + key
         for key, (required, _, _) in form.items()

@@ -106,7 +106,7 @@ def replace(target, data):
 
     Args:
         target: What `check_writable` gave.
-        data: bytes.
+        data: bytes, or an iterable of pieces of the file.
     """
     # The name does not depend on the target's, which may be as long as the
     # file system takes.
@@ -116,7 +116,8 @@ def replace(target, data):
     try:
         handle = os.open(temporary, flags, 0o666)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         if os.path.exists(target):

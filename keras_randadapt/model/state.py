@@ -122,6 +122,22 @@ class AdaptedState:
     def site_layers(self):
         return [self.layers[address] for address in self.site_addresses]
 
+    def trainable_by_site(self):
+        """dict from address to the active adapters' trainable weights.
+
+        Sites without such weights are left out. Some methods share weights
+        between sites; these belong to the first of them.
+        """
+        sites = {}
+        seen = set()
+        for address in self.site_addresses:
+            for adapter in self.layers[address].adapter.active():
+                for variable in adapter.trainable_variables:
+                    if id(variable) not in seen:
+                        seen.add(id(variable))
+                        sites.setdefault(address, []).append(variable)
+        return sites
+
     @property
     def penalized_weights(self):
         """The weights whose penalties count inside a block.

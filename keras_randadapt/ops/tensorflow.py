@@ -29,12 +29,14 @@ _CONSTANTS = "_keras_randadapt_constants"
 # it register itself.
 _OPERATION = "KerasRandadaptTransform"
 _REGISTER = "_KERAS_RANDADAPT_REGISTER"
-# Functions of Keras's `fit`, `evaluate` and `predict`.
-_FUNCTIONS_OF_TRAINER = frozenset(
+# Functions of Keras's `fit`, `evaluate` and `predict`, and of a bank's
+# `predict` (`serving/computation.py`).
+_FUNCTIONS_NOT_SAVED = frozenset(
     (
         "one_step_on_data",
         "one_step_on_data_distributed",
         "multi_step_on_data",
+        "one_batch_of_tenants",
     )
 )
 
@@ -149,7 +151,8 @@ def _stays_here():
     """Whether the traced function runs on this CPU and will not be saved.
 
     A SavedModel should run wherever TensorFlow does. Keras saves no functions
-    of its trainer, but it may save functions that these call.
+    of its trainer, but it may save functions that these call. A bank traces
+    its model anew for an export.
     """
     devices = tf.config.list_logical_devices()
     if not all(map(_is_own_processor, devices)):
@@ -159,7 +162,7 @@ def _stays_here():
     if tf.executing_eagerly():
         return True
     graph = tf.compat.v1.get_default_graph()
-    return getattr(graph, "name", None) in _FUNCTIONS_OF_TRAINER
+    return getattr(graph, "name", None) in _FUNCTIONS_NOT_SAVED
 
 
 def _is_own_processor(device):

@@ -27,6 +27,13 @@ class GaLore(wrapper.OptimizerWrapper):
     new `P`; the moments are kept. (The largest entry of each vector is made
     positive, because random changes of sign would void the moments.)
 
+    With `two_sided=True` both sides are projected: `R = P' G Q`, `(rank,
+    rank)`, and the kernel changes by `scale * P N Q'`. This is the paper's
+    definition 3.4, while its algorithm 2 projects one side. The state is
+    smaller. At the first step `R` is diagonal but for rounding, which Adam
+    would scale up to whole steps: give it an `epsilon` of 1e-4 or so times the
+    size of the gradients.
+
     Adam's state for a kernel of 768 by 768 at rank 128 takes 393,216 numbers
     (`P`, two moments and as much room for `N`) instead of 1,179,648; see
     `state_bytes`.
@@ -47,6 +54,7 @@ class GaLore(wrapper.OptimizerWrapper):
             projection loses nothing.
         update_interval: int. The number of updates from one `P` to the next.
         scale: float. The factor `alpha` of the paper.
+        two_sided: bool. Whether both sides are projected.
         paths: Optional string, a regular expression. Only variables whose
             paths match are projected.
         name: Optional string.
@@ -69,7 +77,8 @@ class GaLore(wrapper.OptimizerWrapper):
     ```
 
     References:
-        - Zhao et al., "GaLore", ICML 2024, algorithms 1 and 2. Here moments
+        - Zhao et al., "GaLore", ICML 2024, algorithms 1 and 2 and definition
+          3.4. Here moments
           have the size of `R`, and bias correction does not overwrite them.
     """
 
@@ -83,6 +92,7 @@ class GaLore(wrapper.OptimizerWrapper):
         scale: float = 0.25,
         paths: str | None = None,
         name: str | None = None,
+        two_sided: bool = False,
     ):
         super().__init__(optimizer, name=name)
         if self.inner_optimizer.built:
@@ -107,6 +117,7 @@ class GaLore(wrapper.OptimizerWrapper):
             update_interval, "update_interval"
         )
         self.scale = arguments.check_scaling(scale, "scale")
+        self.two_sided = bool(two_sided)
         self.paths = None if paths is None else wrapper.check_paths(paths)
         self._projections = None
 
@@ -127,8 +138,8 @@ class GaLore(wrapper.OptimizerWrapper):
             if len(variable.shape) < 2:
                 continue
             if re.search(self.paths or "", variable.path):
-                projection = _Projection(variable, self.rank)
-                for one in (projection.matrix, projection.update):
+                projection = _Projection(variable, self.rank, self.two_sided)
+                for one in projection.variables:
                     _compat.track_optimizer_variable(self, one)
                 self._projections[id(variable)] = projection
         if not self._projections:
@@ -216,6 +227,7 @@ class GaLore(wrapper.OptimizerWrapper):
             "rank": self.rank,
             "update_interval": self.update_interval,
             "scale": self.scale,
+            "two_sided": self.two_sided,
             "paths": self.paths,
         }
 
@@ -228,78 +240,109 @@ class _Projection:
     """The low-rank space of one kernel.
 
     Attributes:
-        matrix: Variable `(shorter side, rank)`, the projection, float32.
+        left: Variable `(rows, rank)`, float32, or `None`: `P`.
+        right: Variable `(columns, rank)`, float32, or `None`: `Q`.
         update: Variable of the size of a projected gradient, which the inner
             optimizer changes from zero to its update. It has the kernel's
             path, by which optimizers choose what to do with it.
     """
 
-    def __init__(self, variable, rank):
+    def __init__(self, variable, rank, two_sided):
         self._shape = tuple(int(n) for n in variable.shape)
         self._rows, self._columns = _matrix_shape(self._shape)
-        self._left = self._rows <= self._columns
-        shorter = min(self._rows, self._columns)
-        rank = min(rank, shorter)
-        small = (self._rows, rank)
-        if self._left:
-            small = (rank, self._columns)
+        is_wide = self._rows <= self._columns
+        rank = min(rank, self._rows, self._columns)
+        self.left = self.right = None
+        if two_sided or is_wide:
+            self.left = _frozen((self._rows, rank))
+        if two_sided or not is_wide:
+            self.right = _frozen((self._columns, rank))
+        small = (
+            self._rows if self.left is None else rank,
+            self._columns if self.right is None else rank,
+        )
         folder, _, name = variable.path.rpartition("/")
         parent, _, scope = folder.rpartition("/")
-        self.matrix = keras.Variable(
-            np.zeros((shorter, rank), "float32"),
-            trainable=False,
-            autocast=False,
-            name="projection",
-        )
         with keras.name_scope(scope or "model", override_parent=parent):
             self.update = keras.Variable(
                 np.zeros(small, "float32"), autocast=False, name=name
             )
 
+    @property
+    def matrices(self):
+        return [one for one in (self.left, self.right) if one is not None]
+
+    @property
+    def variables(self):
+        return [*self.matrices, self.update]
+
     def refresh(self, gradient, is_refreshed):
         """Updates the projection from the gradient, if `is_refreshed`."""
         gradient = self._as_matrix(gradient)
-        rank = int(self.matrix.shape[1])
+        rank = int(self.matrices[0].shape[1])
 
         def leading():
             u, _, v = ops.svd(gradient, full_matrices=False)
-            vectors = (u if self._left else ops.transpose(v))[:, :rank]
-            # The sign of a singular vector is arbitrary, but moments depend on
-            # it. The largest entry is made positive on every backend.
-            largest = ops.take_along_axis(
-                vectors,
-                ops.expand_dims(ops.argmax(ops.abs(vectors), axis=0), 0),
-                axis=0,
-            )
-            return vectors * ops.sign(largest)
+            found = []
+            if self.left is not None:
+                found.append(u[:, :rank])
+            if self.right is not None:
+                found.append(ops.transpose(v)[:, :rank])
+            return tuple(map(_with_signs, found))
 
-        matrix = ops.convert_to_tensor(self.matrix)
+        now = tuple(ops.convert_to_tensor(one) for one in self.matrices)
         # Gradients that are not finite have no singular vectors, and PyTorch
         # would raise an error.
         is_finite = ops.all(ops.isfinite(gradient))
         is_refreshed = ops.logical_and(is_refreshed, is_finite)
-        self.matrix.assign(ops.cond(is_refreshed, leading, lambda: matrix))
+        found = ops.cond(is_refreshed, leading, lambda: now)
+        for variable, value in zip(self.matrices, found):
+            variable.assign(value)
 
     def project(self, gradient):
         gradient = self._as_matrix(gradient)
-        matrix = ops.convert_to_tensor(self.matrix)
-        if self._left:
-            return ops.matmul(ops.transpose(matrix), gradient)
-        return ops.matmul(gradient, matrix)
+        if self.left is not None:
+            left = ops.convert_to_tensor(self.left)
+            gradient = ops.matmul(ops.transpose(left), gradient)
+        if self.right is not None:
+            gradient = ops.matmul(gradient, ops.convert_to_tensor(self.right))
+        return gradient
 
     def expand(self):
         """The update of the kernel, in its own shape, float32."""
-        matrix = ops.convert_to_tensor(self.matrix)
-        update = ops.convert_to_tensor(self.update)
-        if self._left:
-            full = ops.matmul(matrix, update)
-        else:
-            full = ops.matmul(update, ops.transpose(matrix))
+        full = ops.convert_to_tensor(self.update)
+        if self.left is not None:
+            full = ops.matmul(ops.convert_to_tensor(self.left), full)
+        if self.right is not None:
+            right = ops.convert_to_tensor(self.right)
+            full = ops.matmul(full, ops.transpose(right))
         return ops.reshape(full, self._shape)
 
     def _as_matrix(self, gradient):
         gradient = ops.cast(gradient, "float32")
         return ops.reshape(gradient, (self._rows, self._columns))
+
+
+def _frozen(shape):
+    return keras.Variable(
+        np.zeros(shape, "float32"),
+        trainable=False,
+        autocast=False,
+        name="projection",
+    )
+
+
+def _with_signs(vectors):
+    """Singular vectors of which the largest entry is positive.
+
+    Their signs are arbitrary, but moments depend on them.
+    """
+    largest = ops.take_along_axis(
+        vectors,
+        ops.expand_dims(ops.argmax(ops.abs(vectors), axis=0), 0),
+        axis=0,
+    )
+    return vectors * ops.sign(largest)
 
 
 def _matrix_shape(shape):

@@ -15,6 +15,7 @@ from keras_randadapt.optimizers import wrapper
 
 _NEVER = 2**31 - 1
 _PARTS = ("lora_a", "gate", "lora_b")
+SCORES = ("sensitivity", "magnitude")
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
@@ -29,7 +30,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
     only the `b` ranks with the largest scores in the whole model keep their
     gates; the gates of all others become zero. Between equal scores the
     earlier rank is kept, so exactly `b` are. `A` and `B` are not changed and
-    are still trained, so a rank may come back.
+    are still trained, so a rank may come back. With `score="magnitude"` a
+    rank's score is `|l_i|`, its gate before the update.
 
     `AdaLoRA` puts this wrapper around the optimizer of a compiled model, and
     `keras_randadapt.callbacks.RankBudget` sets the schedule. Without a
@@ -42,6 +44,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
             name.
         beta1: float in `[0, 1)`. See above.
         beta2: float in `[0, 1)`. See above.
+        score: `"sensitivity"` or `"magnitude"`. See above.
         paths: Optional string, a regular expression. Only adapters whose
             paths match are pruned.
         name: Optional string.
@@ -67,21 +70,29 @@ class RankAllocation(wrapper.OptimizerWrapper):
         beta2: float = 0.85,
         paths: str | None = None,
         name: str | None = None,
+        score: str = "sensitivity",
     ):
         super().__init__(optimizer, name=name)
         self.beta1 = _check_beta(beta1, "beta1")
         self.beta2 = _check_beta(beta2, "beta2")
         self.paths = None if paths is None else wrapper.check_paths(paths)
+        self.score = arguments.check_choice(score, SCORES, "score")
 
     def build_state(self, variables: list[keras.Variable]) -> None:
         self._owners = self._find_ranks(variables)
-        # The sensitivity and the uncertainty of each variable, by its place.
-        self._averages = {}
+        # The sensitivity and the uncertainty of each variable, by its place, or
+        # the magnitude of each gate.
+        self._averages: dict[int, tuple[keras.Variable, ...]] = {}
         self.initial_budget = 0
         for places in self._owners:
             self.initial_budget += int(variables[places["gate"]].shape[0])
-            for place in places.values():
+            for part, place in places.items():
                 shape = variables[place].shape
+                if self.score == "magnitude":
+                    if part == "gate":
+                        magnitude = self.add_variable(shape, name="magnitude")
+                        self._averages[place] = (magnitude,)
+                    continue
                 self._averages[place] = (
                     self.add_variable(shape, name="sensitivity"),
                     self.add_variable(shape, name="uncertainty"),
@@ -162,6 +173,11 @@ class RankAllocation(wrapper.OptimizerWrapper):
             )
             if averages is None or gradient is None:
                 continue
+            if self.score == "magnitude":
+                size = ops.abs(ops.cast(variable, "float32"))
+                last = ops.convert_to_tensor(averages[0])
+                averages[0].assign(ops.where(is_scored, size, last))
+                continue
             sensitivity, uncertainty = map(ops.convert_to_tensor, averages)
             # On TensorFlow, the gradient of looked-up rows may be sparse.
             gradient = ops.cast(ops.convert_to_tensor(gradient), "float32")
@@ -220,6 +236,9 @@ class RankAllocation(wrapper.OptimizerWrapper):
 
     def scores(self) -> Tensor:
         """The scores of all ranks, in the order of the model's adapters."""
+        if self.score == "magnitude":
+            gates = [self._averages[p["gate"]][0] for p in self._owners]
+            return ops.concatenate([ops.convert_to_tensor(g) for g in gates])
         scores = []
         for places in self._owners:
             a, gate, b = (self._score(places[part]) for part in _PARTS)
@@ -244,6 +263,7 @@ class RankAllocation(wrapper.OptimizerWrapper):
             "beta1": self.beta1,
             "beta2": self.beta2,
             "paths": self.paths,
+            "score": self.score,
         }
 
 

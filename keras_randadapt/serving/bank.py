@@ -16,8 +16,10 @@ from keras_randadapt.model import parts
 from keras_randadapt.model import paths
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import switch
+from keras_randadapt.serving import bank_file
 from keras_randadapt.serving import computation
 from keras_randadapt.serving import generation
+from keras_randadapt.serving import low_rank
 from keras_randadapt.serving import requests
 from keras_randadapt.serving import saved_model
 from keras_randadapt.serving import shared as shared_lib
@@ -35,11 +37,11 @@ class AdapterBank:
     lie in the memory of the host; those of a batch travel with its inputs.
 
     All tenants of a bank share the method, the sites and, where the method has
-    random bases, seed and configuration. LoRA's ranks and scalings may differ:
-    smaller ones than the first tenant's are filled up. Each tenant has its own
-    kept layers, which must be Dense layers. A head of fewer classes than the
-    model's is filled up if it is the last layer: logits of absent classes are
-    the lowest number of the dtype.
+    random bases, seed and configuration. LoRA's ranks and scalings may differ
+    from tenant to tenant and from site to site: smaller ranks than the bank's
+    are filled up. Each tenant has its own kept layers, which must be Dense
+    layers. A head of fewer classes than the model's is filled up if it is the
+    last layer: logits of absent classes are the lowest number of the dtype.
 
     The model belongs to the bank until `close`. It is thread-safe: each request
     sees one consistent state, and nothing is switched between requests.
@@ -51,6 +53,8 @@ class AdapterBank:
             `*.safetensors` files are the tenants, named by their stems.
         capacity: int, the number of tenants that the bank has room for. Memory
             is used as they are added.
+        rank: Optional int, for LoRA: the largest rank of a tenant. By default
+            it is that of the first one.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -64,7 +68,7 @@ class AdapterBank:
     kra.eject(model)
 
     with kra.serving.AdapterBank(model, {"alice": "alice.safetensors"}) as bank:
-        answers = bank.predict(x, adapters=["alice"] * len(x))
+        answers = bank.predict(x, adapters=["alice", None, None, "alice"])
     ```
     """
 
@@ -74,6 +78,7 @@ class AdapterBank:
         adapters: Mapping[str, Path] | Path | None = None,
         *,
         capacity: int = 10_000,
+        rank: int | None = None,
     ):
         checks.check_model(model)
         if state_lib.is_adapted(model) or parts.owner_of(model) is not None:
@@ -83,12 +88,14 @@ class AdapterBank:
             )
         self.model = model
         self.capacity = arguments.check_rank(capacity, "capacity")
+        self._rank = None if rank is None else arguments.check_rank(rank)
         # Requests take no lock but the table's, so they do not wait for files.
         self._lock = threading.RLock()
         self._shared: Any = None
         self._table = Table(self.capacity, np.zeros(0))
         self._compiled: Any = None
         self._generator: Any = None
+        self._file: Any = None
         self._closed = False
         for name, file in requests.listed(adapters).items():
             try:
@@ -112,15 +119,16 @@ class AdapterBank:
             FileNotFoundError: If there is no such file.
         """
         requests.check_name(name)
-        read = tenants.File(paths.check_path(file))
+        read = tenants.read(paths.check_path(file))
         with self._lock:
             self._check_open()
             self._table.check_new(name)
             if self._shared is None:
-                row = self._open(read).own_row(read)
+                read = low_rank.first(read, self._rank)
+                row, classes = self._open(read).own_row(read), read.classes
             else:
-                row = self._shared.row(read)
-            self._table.add(name, row, read.classes)
+                row, classes = self._shared.row(read)
+            self._table.add(name, row, classes)
 
     def remove(self, name: str) -> None:
         """Removes a tenant.
@@ -147,8 +155,9 @@ class AdapterBank:
         Args:
             x: Inputs: an array, or a list or dict of arrays, whose first axis
                 is that of examples. A dict may have the names in an entry
-                `"adapter"`. It may also be an iterable of batches of such
-                dicts, a `tf.data.Dataset` for example.
+                `"adapter"`. It may also be an iterable of such dicts, each a
+                batch: a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+                PyTorch `DataLoader`, for example.
             adapters: The tenants' names, one for each example. `None` or `""`
                 is the base model.
             batch_size: int, the number of examples that are computed at once.
@@ -164,11 +173,14 @@ class AdapterBank:
         _, table = self._opened()
         return requests.predict(table, self._answer, x, adapters, batch_size)
 
-    def __call__(self, x: Any, adapters: Sequence[str | None]) -> Any:
+    def __call__(
+        self, x: Any, adapters: Sequence[str | None] | None = None
+    ) -> Any:
         """Like `predict` for one batch, not compiled.
 
         Args:
             x: Inputs: tensors or arrays, whose first axis is that of examples.
+                A dict may have the names in an entry `"adapter"`.
             adapters: See `predict`.
 
         Returns:
@@ -178,6 +190,8 @@ class AdapterBank:
             ValueError: See `predict`.
         """
         shared, table = self._opened()
+        if adapters is None:
+            x, adapters = requests.split(x)
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
         names = requests.names_of(adapters, requests.examples(x))
         with table.kept() as kept:
@@ -270,6 +284,100 @@ class AdapterBank:
             rows = kept.rows(["", *names])
         saved_model.write(path, self.model, shared.layout, names, rows, specs)
 
+    def save(self, filepath: Path) -> None:
+        """Saves all tenants in one file.
+
+        It holds what their adapter files hold: nothing of the base model, and
+        nothing that a seed rebuilds. It is written beside its destination and
+        then moved there, so it is never incomplete. Requests go on meanwhile.
+
+        Args:
+            filepath: Path of the file, by convention `*.safetensors`.
+
+        Raises:
+            TypeError: If `filepath` is no path.
+            ValueError: If the bank had no tenant yet, or if a file that is read
+                lazily is damaged.
+            OSError: If the file can't be written.
+
+        Example:
+
+        ```python
+        with kra.serving.AdapterBank(model, "tenants") as bank:
+            bank.save("bank.safetensors")
+        ```
+        """
+        path = paths.check_path(filepath)
+        shared, table = self._opened()
+        with table.kept() as kept:
+            bank_file.write(path, shared, kept)
+
+    @classmethod
+    def load(
+        cls,
+        filepath: Path,
+        model: keras.Model,
+        *,
+        capacity: int | None = None,
+        lazy: bool = False,
+    ) -> Self:
+        """Makes a bank of a file that `save` wrote, on any backend.
+
+        It is as strict as `load_adapter` with `check_base="error"`.
+
+        Args:
+            filepath: Path of the file.
+            model: The base model, without adapters.
+            capacity: Optional int, the number of tenants that the bank has room
+                for: by default 10,000, or those of the file if they are more.
+            lazy: bool. Whether to read a tenant from the file when it is asked
+                for first. The file is then open until `close`. A damaged
+                tenant is an error for those who ask for it.
+
+        Returns:
+            An `AdapterBank`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, foreign or of a newer format, if
+                the model is adapted or another than the file's, if its base
+                weights are others, or if the capacity is too small. The model
+                is then unchanged.
+
+        Example:
+
+        ```python
+        with kra.serving.AdapterBank.load("bank.safetensors", model) as bank:
+            print(bank.names)
+        ```
+        """
+        file = bank_file.BankFile(paths.check_path(filepath))
+        try:
+            count = len(file.names)
+            if capacity is None:
+                capacity = max(10_000, count)
+            bank = cls(model, capacity=capacity)
+            if bank.capacity < count:
+                raise ValueError(
+                    f"'{file.path}' has {count} tenants. "
+                    f"Received: capacity={capacity}"
+                )
+            first = file.first(state_lib.layers_of(model))
+            try:
+                bank._open(first, file.check)
+                file.fill(bank._table, bank._shared, lazy)
+            except BaseException:
+                bank.close()
+                raise
+        except BaseException:
+            file.close()
+            raise
+        if lazy:
+            bank._file = file
+        else:
+            file.close()
+        return bank
+
     def status(self) -> str:
         """A few lines about the bank: method, tenants and bytes."""
         lines = [f"AdapterBank on '{self.model.name}'"]
@@ -284,6 +392,8 @@ class AdapterBank:
                 f"  sites    {sites:,}, heads {heads:,}",
                 f"  bytes    {row:,} a tenant, {row * len(self):,} in all",
             ]
+            if self._file is not None:
+                lines.append(f"  read     {self._table.read:,} tenants so far")
         return "\n".join(lines)
 
     def close(self) -> None:
@@ -293,6 +403,8 @@ class AdapterBank:
                 switch.eject(self.model)
             self._closed = True
             self._table = Table(self.capacity, np.zeros(0))
+            if self._file is not None:
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -311,9 +423,11 @@ class AdapterBank:
             raise ValueError("The bank has no tenant yet. Call `add`.")
         return self._shared, self._table
 
-    def _open(self, file):
+    def _open(self, file, check=None):
         """Attaches the adapter of the first file; the bank is empty then."""
-        shared, table = shared_lib.attached(self.model, file, self.capacity)
+        shared, table = shared_lib.attached(
+            self.model, file, self.capacity, check
+        )
         self._compiled = computation.compiled(self.model, shared.layout)
         self._generator = generation.Generator(self.model, shared.layout)
         self._shared, self._table = shared, table

@@ -3,10 +3,13 @@
 Threads may call it at once: it reads the model's variables and changes nothing.
 """
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.sites import per_example
 
 
@@ -28,6 +31,59 @@ def _weights(layout, rows):
         return ops.reshape(values, (-1, *shape))
 
     return per_example.weights_of_batch(layout.weights(rows, reshape))
+
+
+# A prime number of examples is a factor of no other dimension, most likely.
+_EXAMPLES = 7
+_LENGTH = 4
+
+
+def check_batches(model, layout, base):
+    """Raises `ValueError` if a site can't tell the examples of a batch apart.
+
+    Args:
+        model: The model that the bank has attached its adapters to.
+        layout: A `Layout`.
+        base: The row of the base model.
+    """
+    if not getattr(model, "inputs", None):
+        # Each batch is checked then.
+        return
+    with per_example.noted() as found:
+        try:
+            _trace(model, layout, np.stack([base] * _EXAMPLES))
+        except Exception as error:
+            if found:
+                raise ValueError(found[0]) from error
+            warnings.warn(
+                "It could not be checked that all sites tell the examples of "
+                f"a batch apart, since the model failed for zeros: {error}",
+                AdapterWarning,
+                stacklevel=6,
+            )
+
+
+def _trace(model, layout, rows):
+    def zeros(one):
+        dims = [_LENGTH if size is None else size for size in one.shape[1:]]
+        return np.zeros((_EXAMPLES, *dims), one.dtype)
+
+    inputs = keras.tree.map_structure(zeros, model.input)
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        jax.eval_shape(lambda *a: outputs(model, layout, *a), inputs, rows)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(lambda *a: outputs(model, layout, *a))
+        specs = keras.tree.map_structure(
+            lambda a: tf.TensorSpec(a.shape, a.dtype), (inputs, rows)
+        )
+        step.get_concrete_function(*specs)
+    else:
+        compiled(model, layout)(inputs, rows)
 
 
 def compiled(model, layout):
@@ -55,13 +111,15 @@ def _on_jax(model, layout):
 def _on_tensorflow(model, layout):
     import tensorflow as tf
 
+    # By this name the Hadamard transform knows a function that is never saved
+    # (`ops/tensorflow.py`), and runs compiled code in it.
     @tf.function
-    def step(inputs, rows):
+    def one_batch_of_tenants(inputs, rows):
         return outputs(model, layout, inputs, rows)
 
     def run(inputs, rows):
         inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
-        return step(inputs, tf.convert_to_tensor(rows))
+        return one_batch_of_tenants(inputs, tf.convert_to_tensor(rows))
 
     return run
 

@@ -3,12 +3,17 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import threading
 
 import numpy as np
 
 # Names are compared one by one for a suggestion, which takes long for many.
 _NAMES_TO_COMPARE = 20_000
+
+# Rows beyond the capacity, for tenants that come while others that went are
+# still read.
+_SPARE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Kept:
         tenants: dict from name to `Tenant`.
     """
 
-    def __init__(self, rows, tenants):
-        self._rows = rows
+    def __init__(self, table, tenants):
+        self._table = table
         self.tenants = tenants
 
     def check(self, names):
@@ -52,7 +57,7 @@ class Kept:
         """
         self.check(names)
         places = [self.tenants[name].place if name else 0 for name in names]
-        return self._rows[places]
+        return self._table.gathered(places)
 
 
 class Table:
@@ -66,15 +71,20 @@ class Table:
 
     def __init__(self, capacity, base):
         self.capacity = capacity
-        self._rows = np.zeros((capacity + 1, len(base)), "float32")
+        self._places = capacity + _SPARE
+        self._rows = np.zeros((self._places + 1, len(base)), "float32")
         self._rows[0] = base
         # The dict is replaced and never changed, so readers take no copy.
         self._tenants = {}
         self._free = []
         self._used = 0
         self._changed = threading.Condition(threading.RLock())
-        # Places that were freed while somebody keeps the rows.
-        self._keepers = 0
+        # Functions that read the rows of tenants which nobody asked for yet.
+        self._unread = {}
+        # Each removal has a number. A keeper is known by that of the removal
+        # before it, and holds the places of those after it.
+        self._removals = 0
+        self._keepers = []
         self._held = []
 
     def __len__(self):
@@ -104,8 +114,47 @@ class Table:
         with self._changed:
             self.check_new(name)
             place = self._new_place()
+            self._unread.pop(place, None)
             self._rows[place] = row
             self._tenants = {**self._tenants, name: Tenant(place, classes)}
+
+    def add_file(self, names, classes, parts=None, read=None):
+        """Adds the tenants of a file to an empty table.
+
+        Args:
+            names: list of names, no more than the capacity.
+            classes: list of their classes; see `Tenant`.
+            parts: Iterable of pairs of a start and an array of rows.
+            read: Instead of `parts`, a function that gives the row of a
+                tenant's number when somebody asks for it.
+        """
+        with self._changed:
+            for start, rows in parts or ():
+                self._rows[start + 1 : start + 1 + len(rows)] = rows
+            if read is not None:
+                self._unread = {
+                    i + 1: functools.partial(read, i) for i in range(len(names))
+                }
+            self._used = len(names)
+            self._tenants = {
+                name: Tenant(i + 1, count)
+                for i, (name, count) in enumerate(zip(names, classes))
+            }
+
+    def gathered(self, places):
+        """The rows at some places, which somebody keeps; see `kept`."""
+        if self._unread:
+            with self._changed:
+                for place in {*places} & self._unread.keys():
+                    self._rows[place] = self._unread[place]()
+                    del self._unread[place]
+        return self._rows[places]
+
+    @property
+    def read(self):
+        """The number of tenants whose rows are in memory."""
+        places = {tenant.place for tenant in self._tenants.values()}
+        return len(places - {*self._unread})
 
     def remove(self, name):
         with self._changed:
@@ -113,7 +162,9 @@ class Table:
             self._tenants = {
                 n: t for n, t in self._tenants.items() if n != name
             }
-            (self._held if self._keepers else self._free).append(place)
+            self._removals += 1
+            self._held.append((self._removals, place))
+            self._free_places()
 
     def tenant(self, name):
         """The `Tenant` of a name; raises `ValueError` if there is none."""
@@ -130,20 +181,25 @@ class Table:
             A `Kept`.
         """
         with self._changed:
-            self._keepers += 1
+            since = self._removals
+            self._keepers.append(since)
             tenants = self._tenants
         try:
-            yield Kept(self._rows, tenants)
+            yield Kept(self, tenants)
         finally:
             with self._changed:
-                self._keepers -= 1
-                if not self._keepers:
-                    self._free += self._held
-                    self._held = []
-                    self._changed.notify_all()
+                self._keepers.remove(since)
+                self._free_places()
+
+    def _free_places(self):
+        """Frees the places of tenants that nobody keeps any more."""
+        oldest = min(self._keepers, default=self._removals)
+        self._free += [place for n, place in self._held if n <= oldest]
+        self._held = [(n, place) for n, place in self._held if n > oldest]
+        self._changed.notify_all()
 
     def _new_place(self):
-        while not self._free and self._used >= self.capacity:
+        while not self._free and self._used >= self._places:
             # All free places are those of tenants that somebody still reads.
             self._changed.wait()
         if self._free:

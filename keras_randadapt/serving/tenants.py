@@ -6,7 +6,6 @@ import keras
 import numpy as np
 
 from keras_randadapt.adapters import configs
-from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import fingerprint
@@ -41,12 +40,14 @@ class File:
         tensors: Its tensors, those of a smaller head filled up.
         metadata: Its metadata.
         classes: int, the classes of its own head, or `None` without one.
+
+    Raises:
+        ValueError: If a bank can't have it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, tensors, metadata):
         self.path = path
-        self.tensors, self.metadata = file_reading.read(path)
-        file_reading.check_finite(path, self.tensors)
+        self.tensors, self.metadata = tensors, metadata
         if self.metadata.get("moved"):
             raise ValueError(
                 f"'{path}' holds state of the base model that training moved "
@@ -75,24 +76,48 @@ class File:
         missing = layer.units - self.classes
         if missing <= 0:
             return
-        activation = keras.activations.serialize(layer.activation)
-        if bias is None or activation != "linear":
-            raise ValueError(
-                f"'{self.path}' has a head of {self.classes} classes at "
-                f"'{address}', and the model's has {layer.units}. Classes can "
-                "be left out only of a Dense layer with a bias and without an "
-                "activation."
-            )
-        lowest = _LOWEST[keras.backend.standardize_dtype(layer.compute_dtype)]
+        check_can_be_smaller(self.path, address, layer, self.classes)
         self.tensors[f"{address}#0"] = np.pad(kernel, ((0, 0), (0, missing)))
+        # A file without a bias would have been refused.
         self.tensors[f"{address}#1"] = np.pad(
-            bias, (0, missing), constant_values=lowest
+            bias, (0, missing), constant_values=lowest(layer)
         )
+
+
+def check_can_be_smaller(path, address, layer, classes):
+    """Raises `ValueError` if the head of a file can't have fewer classes.
+
+    Args:
+        path: The file.
+        address: The address of the head.
+        layer: The model's.
+        classes: int, the classes of the file's.
+    """
+    activation = keras.activations.serialize(layer.activation)
+    if classes < layer.units and (layer.bias is None or activation != "linear"):
+        raise ValueError(
+            f"'{path}' has a head of {classes} classes at '{address}', and "
+            f"the model's has {layer.units}. Classes can be left out only of "
+            "a Dense layer with a bias and without an activation."
+        )
+
+
+def lowest(layer):
+    """The logit of absent classes."""
+    return _LOWEST[keras.backend.standardize_dtype(layer.compute_dtype)]
+
+
+def read(path):
+    """The `File` of an adapter file."""
+    tensors, metadata = file_reading.read(path)
+    file_reading.check_finite(path, tensors)
+    return File(path, tensors, metadata)
 
 
 def last_dense(model, addresses, layers):
     """The address of the Dense layer that gives the model's outputs."""
-    dense = [a for a in addresses if type(layers[a]) is keras.layers.Dense]
+    # The addresses are those of a file, which may be of another model.
+    dense = [a for a in addresses if type(layers.get(a)) is keras.layers.Dense]
     outputs = getattr(model, "outputs", None) or []
     for address in dense:
         node = getattr(outputs[0], "_keras_history", None) if outputs else None
@@ -101,27 +126,58 @@ def last_dense(model, addresses, layers):
     return dense[-1] if dense and not outputs else None
 
 
+# The methods that a site of a kind needs one of.
+_NEEDED = {
+    "product": ("delta_per_example", "adapt_per_example"),
+    "lookup": ("lookup_per_example",),
+    "norm": ("bias_per_example",),
+}
+
+
 def check_method(path, template, layers, addresses, kept):
     """Raises `ValueError` if a file's adapter can't be one of a batch."""
     if not any(
-        getattr(template, name, None) is not None
-        for name in ("delta_per_example", "adapt_per_example")
+        getattr(template, name, None) is not None for name in _NEEDED["product"]
     ):
         raise ValueError(
             f"'{path}' has a `{type(template).__name__}`, which can't have "
             "weights of each example's own. `to_lora` makes it one that can, "
             "if it is additive."
         )
-    for address in [*addresses, *kept]:
-        if supported.supported_class(
-            layers[address], ("product",)
-        ) is None or not supported.is_matrix_product(layers[address]):
+    for address in addresses:
+        if not _can_be_site(layers[address], template):
             raise ValueError(
-                f"'{path}' {'keeps' if address in kept else 'adapts'} "
-                f"'{address}', a {type(layers[address]).__name__}. In a bank "
-                "that must be a Dense layer, or an EinsumDense layer that is a "
-                "matrix product."
+                f"'{path}' adapts '{address}', a "
+                f"{type(layers[address]).__name__}, with a "
+                f"`{type(template).__name__}`. In a bank that must be a Dense "
+                "layer, an EinsumDense layer that is a matrix product, an "
+                "embedding, or, for `BitFit`, a normalization."
             )
+    for address in kept:
+        if not _is_product(layers[address]):
+            raise ValueError(
+                f"'{path}' keeps '{address}', a "
+                f"{type(layers[address]).__name__}. In a bank that must be a "
+                "Dense layer, or an EinsumDense layer that is a matrix product."
+            )
+
+
+def _is_product(layer):
+    known = supported.supported_class(layer, ("product",))
+    return known is not None and supported.is_matrix_product(layer)
+
+
+def _can_be_site(layer, template):
+    known = supported.supported_class(layer, tuple(_NEEDED))
+    if known is None:
+        return False
+    kind = supported.kind_of(layer)
+    if kind == "product" and not supported.is_matrix_product(layer):
+        return False
+    needed = _NEEDED[kind]
+    if getattr(layer, "tie_weights", False):
+        needed = ("delta_transpose_per_example",)
+    return any(getattr(template, name, None) is not None for name in needed)
 
 
 def check_alike(first, other):
@@ -175,22 +231,18 @@ def check_base(file, first):
         )
 
 
-def values(file, template, built, layers, kept):
+def values(file, built, layers, kept):
     """The weights of a tenant by key and name; see `Layout.row`.
 
     Args:
         file: A `File`.
-        template: The bank's template.
         built: dict from address to the bank's built adapter.
         layers: dict from address to layer.
         kept: Addresses of the heads.
     """
-    own = configs.deserialize(file.metadata["adapter"])
     found = {}
     for address, adapter in built.items():
-        arrays = _arrays(file, own, address, adapter)
-        if configs.serialize(own) != configs.serialize(template):
-            arrays = _fitted(file, own, template, arrays, adapter)
+        arrays = _arrays(file, address, adapter)
         for weight in adapter.stored_weights():
             key = (address, layout_lib.ADAPTER), weight.name
             if arrays[weight.name].shape != tuple(weight.shape):
@@ -215,16 +267,11 @@ def values(file, template, built, layers, kept):
     return found
 
 
-def _arrays(file, own, address, adapter):
+def _arrays(file, address, adapter):
     """The weights at a site by name, in the shapes that the file has."""
     flat = file.tensors[address]
     weights = adapter.stored_weights()
     shapes = [tuple(weight.shape) for weight in weights]
-    if sum(map(math.prod, shapes)) != flat.size and type(own) is LoRA:
-        shapes = [
-            (adapter.input_dim, own.rank),
-            (own.rank, adapter.output_dim),
-        ]
     if sum(map(math.prod, shapes)) != flat.size:
         raise ValueError(
             f"'{file.path}' holds {flat.size} values for '{address}', where "
@@ -237,8 +284,19 @@ def _arrays(file, own, address, adapter):
     return arrays
 
 
+def _only_trains(key):
+    """Whether an argument of adapters matters in training alone."""
+    return key.endswith("_initializer") or key in (
+        "dropout",
+        "dtype",
+        "regularizer",
+        "precondition",
+        "d_initial",
+    )
+
+
 def _check_configs(path, own, template):
-    """Raises `ValueError` unless adapters are alike, or LoRAs that can be.
+    """Raises `ValueError` unless adapters are alike.
 
     Args:
         path: The file's path.
@@ -247,10 +305,11 @@ def _check_configs(path, own, template):
     """
     ours, theirs = template.get_config(), own.get_config()
     keys = sorted(ours.keys() | theirs.keys())
-    differing = [k for k in keys if ours.get(k) != theirs.get(k)]
-    if type(own) is LoRA and type(template) is LoRA:
-        free = ("rank", "alpha", "scaling", "seed", "dropout", "rslora")
-        differing = [key for key in differing if key not in free]
+    differing = [
+        key
+        for key in keys
+        if ours.get(key) != theirs.get(key) and not _only_trains(key)
+    ]
     if type(own) is type(template) and not differing:
         return
     raise ValueError(
@@ -262,18 +321,3 @@ def _check_configs(path, own, template):
         )
         + "."
     )
-
-
-def _fitted(file, own, template, arrays, adapter):
-    """A LoRA of a smaller rank and another scaling, as one of the bank's."""
-    missing = adapter.rank - own.rank
-    if missing < 0:
-        raise ValueError(
-            f"'{file.path}' has the rank {own.rank}, and the bank's is "
-            f"{adapter.rank}. Make the bank with the largest one first."
-        )
-    factor = own.scaling / template.scaling
-    return {
-        "lora_a": np.pad(arrays["lora_a"], ((0, 0), (0, missing))),
-        "lora_b": np.pad(arrays["lora_b"] * factor, ((0, missing), (0, 0))),
-    }

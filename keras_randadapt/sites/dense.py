@@ -39,6 +39,7 @@ class _AdaptedProduct(AdaptedLayer):
         if self.adapter.relays_out:
             self.adapter.relay(self.flatten_input(inputs))
         training = self._is_training(training)
+        self.adapter.check_examples(self, inputs)
         y = self._adapted_product(inputs, training)
         bias = self.merged_bias()
         if bias is not None:

@@ -34,6 +34,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
     def _adapted_lookup(self, inputs):
         training = self._is_training(None)
+        self.adapter.check_examples(self, inputs)
         ids = inputs
         if keras.backend.standardize_dtype(ids.dtype) not in (
             "int32",
@@ -76,6 +77,7 @@ class AdaptedReversibleEmbedding(AdaptedEmbedding):
         training = self._is_training(None)
         logits = self._base_reverse(inputs)
         if self.tie_weights:
+            self.adapter.check_examples(self, inputs)
             x = ops.cast(inputs, logits.dtype)
             for adapter in self.adapter.active():
                 logits = logits + adapter.delta_transpose(

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_randadapt import _compat
 from keras_randadapt.sites import folding
+from keras_randadapt.sites import per_example
 from keras_randadapt.sites import straight_through
 from keras_randadapt.sites.folding import own_bias
 
@@ -155,6 +156,10 @@ def shown_bias(name):
     """
 
     def read(self):
+        # Keras's own call of a normalization reads it too.
+        if self.adapter.per_example and self.kind != "norm":
+            for adapter in self.adapter.active():
+                per_example.check_bias(adapter)
         bias = self.merged_bias()
         if bias is None or bias is own_bias(self):
             return bias

@@ -107,6 +107,11 @@ class AdapterStack(keras.layers.Layer):
     def get(self, name):
         return getattr(self, attribute(name), None)
 
+    def check_examples(self, layer, inputs):
+        """Raises `ValueError` if a batch's examples can't be told apart."""
+        if self.per_example:
+            per_example.check_examples(layer, inputs)
+
     def active(self):
         """The active adapters of this site, in order of activation.
 

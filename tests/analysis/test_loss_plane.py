@@ -101,6 +101,17 @@ class TestPlane:
         )  # fmt: skip
         assert (len(x), len(y)) == (5, 4)
 
+    def test_coordinates_of_figure_4(self):
+        points = [{"a": zoo.normal(3, 4, seed=s)} for s in range(3)]
+        plane = plane_lib.Plane(points, "triangle")
+        np.testing.assert_array_equal(plane.points, [[0, 0], [1, 0], [0.5, 1]])
+        for x, y in [*plane.points, (0.3, -0.2), (2.0, 0.7)]:
+            # The coefficients solve the paper's equations.
+            corners = np.array([[0, 1, 0.5], [0, 0, 1], [1, 1, 1]])
+            weights = np.linalg.solve(corners, [x, y, 1])
+            right = sum(w * p["a"] for w, p in zip(weights, points))
+            np.testing.assert_allclose(plane.at(x, y)["a"], right, atol=1e-5)
+
     def test_degenerate(self):
         a, b = {"a": zoo.normal(4, seed=0)}, {"a": zoo.normal(4, seed=1)}
         middle = {"a": (a["a"] + b["a"]) / 2}
@@ -455,3 +466,8 @@ def test_results():
     assert plane.plot(axis, metric="mae") is axis
     assert [text.get_text() for text in axis.texts] == ["p", "q", "r"]
     np.testing.assert_array_equal(axis.lines[0].get_xdata(), plane.points[:, 0])
+    with pytest.raises(ValueError, match="must be an axis in 3-D"):
+        plane.plot_surface(axis)
+    axis = Figure().add_subplot(projection="3d")
+    assert plane.plot_surface(axis) is axis
+    assert len(axis.collections) == 4 and len(axis.texts) == 3

@@ -104,6 +104,26 @@ class TestLayerInformation:
         np.testing.assert_array_equal(table.values, self.VALUES)
         assert len(table) == 3
 
+    def test_flows(self):
+        """By hand: all at the first site, then even, then at the last."""
+        values = [[4.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 5.0], [0, 0, 0]]
+        callback = types.SimpleNamespace(
+            sites=["a", "b", "c"], information=values
+        )
+        flows = analysis.layer_information(callback).flows()
+        nan = float("nan")
+        expected = {
+            "estimation": [1, 2, 3, 4],
+            "total": [4, 3, 5, 0],
+            "depth": [0, 0.5, 1, nan],
+            "spread": [0, np.sqrt(1 / 6), 0, nan],
+            "sites": [1, 3, 1, nan],
+            "moved": [nan, 2 / 3, 2 / 3, nan],
+        }
+        assert flows.columns == list(expected)
+        for name, column in expected.items():
+            np.testing.assert_allclose(flows[name], column, atol=1e-12)
+
     def test_shares(self):
         values = np.concatenate([self.VALUES, np.zeros((1, 3))])
         table = analysis.layer_information(_callback(values), normalize=True)

@@ -92,3 +92,46 @@ def test_gpu():
     for dtype in ("float32", "bfloat16", "float16"):
         assert float(table[dtype][0]) <= float(table[dtype][2])
     assert output.splitlines()[-1].startswith('{"device": "')
+
+
+@pytest.mark.slow
+def test_masked_gradients():
+    output = _run(
+        "masked_gradients.py",
+        *"--tokens 16 --dim 32 --ranks 4 8 --repeats 1".split(),
+    )
+    for rank in ("4", "8"):
+        *times, saved, floor, most = _table(output)[rank]
+        assert all(float(time) >= 0 for time in times)
+        # Half of two of the eight thin products is left out.
+        thin = 32 * int(rank)
+        share = thin / (2 * 32 * 32 + 6 * thin)
+        assert float(floor.rstrip("%")) == pytest.approx(100 * share, abs=0.1)
+
+
+@pytest.mark.slow
+def test_ways_of_masked_gradients_agree():
+    """What the benchmark times computes the same gradients."""
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import masked_gradients
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    tensors = masked_gradients.weights(6, 4)
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, 5, 6), dtype="float32")
+    found = {
+        way: [
+            keras.ops.convert_to_numpy(one)
+            for one in masked_gradients.gradients(way, x, g, *tensors, 2)
+        ]
+        for way in ("all", "zeroed", "skipped", "none")
+    }
+    for one, two in zip(found["zeroed"], found["skipped"], strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    whole = found["all"]
+    np.testing.assert_allclose(found["zeroed"][2][:, :2], whole[2][:, :2], 1e-5)
+    assert not found["zeroed"][2][:, 2:].any()
+    assert not found["zeroed"][3][2:].any()

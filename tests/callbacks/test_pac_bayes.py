@@ -23,7 +23,7 @@ from tests.callbacks.linear_network import data_of
 from tests.callbacks.linear_network import fit
 from tests.callbacks.linear_network import flat
 from tests.callbacks.linear_network import network
-from tests.callbacks.test_example_source import Batches
+from tests.per_example.test_example_source import Batches
 
 pytestmark = pytest.mark.one_backend("torch")
 

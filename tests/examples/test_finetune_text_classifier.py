@@ -5,6 +5,7 @@ import sys
 
 import finetune_text_classifier as example
 import pytest
+import running
 
 
 def test_quick_decides_what_is_not_given():
@@ -122,7 +123,7 @@ def _save_gpt2(path):
 def test_whole_run_on_any_preset_and_csv(
     save_preset, backend, second, csv_file, tmp_path
 ):
-    root = example.HERE.parent
+    root = running.HERE.parent
     preset = tmp_path / "preset"
     save_preset(preset)
     output = tmp_path / "output"

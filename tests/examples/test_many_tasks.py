@@ -11,7 +11,7 @@ pytestmark = pytest.mark.one_backend
 
 def test_quick_decides_what_is_not_given():
     arguments = example.parse_arguments(["--quick"])
-    assert (arguments.seeds, arguments.epochs) == (2, 8)
+    assert (arguments.seeds, arguments.epochs) == (2, 6)
     arguments = example.parse_arguments(["--quick", "--epochs", "3"])
     assert (arguments.seeds, arguments.epochs) == (2, 3)
     arguments = example.parse_arguments([])

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_randadapt as kra
 from keras_randadapt import random
 from keras_randadapt.hadamard import hadamard
 from keras_randadapt.ops import RandomizedTransform
@@ -473,6 +474,21 @@ class TestTensorFlow:
 
         tf.function(one_step_on_data)(x)
         assert traced(inner, x) == 0
+
+    def test_a_bank_predicts_with_it(self, monkeypatch, tmp_path):
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, keras.layers.Dense(8)(inputs))
+        kra.inject(model, kra.RLoRA(8), "all-linear")
+        kra.save_adapter(model, tmp_path / "a.safetensors")
+        kra.eject(model)
+        found = self.inputs(monkeypatch)
+        with kra.serving.AdapterBank(model, tmp_path) as bank:
+            del found[:]
+            bank.predict(normal(2, 8), adapters=["a", None])
+            assert len(found) == 2
+            del found[:]
+            bank.export(tmp_path / "saved")
+            assert not found
 
     @pytest.mark.parametrize("steps", [1, 2])
     def test_keras_trains_evaluates_and_predicts_with_it(

@@ -87,6 +87,43 @@ class TestGaLore:
         methods.close(before - after, 0.05 * expected, 1e-4)
         assert np.linalg.matrix_rank(before - after, tol=1e-5) <= 2
 
+    @pytest.mark.every_backend
+    @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+    def test_two_sided(self, shape):
+        """Definition 3.4 with Adam in float64: five updates, three spaces."""
+        (variable,), _ = _variables(shape)
+        weight = methods.numpy(variable).astype("float64")
+        gradients = [zoo.normal(*shape, seed=20 + t) for t in range(5)]
+        optimizer = GaLore(
+            keras.optimizers.Adam(0.1, epsilon=0.1),
+            2,
+            update_interval=2,
+            scale=0.5,
+            two_sided=True,
+        )
+        for gradient in gradients:
+            (after,) = _apply(optimizer, [gradient], [variable])
+        m = v = 0.0
+        for t, gradient in enumerate(gradients):
+            if t % 2 == 0:
+                u, _, vt = np.linalg.svd(gradient.astype("float64"))
+                p, q = u[:, :2], vt[:2].T
+                p = p * np.sign(p[np.argmax(np.abs(p), axis=0), range(2)])
+                q = q * np.sign(q[np.argmax(np.abs(q), axis=0), range(2)])
+            r = p.T @ gradient @ q
+            m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
+            m_hat = m / (1 - 0.9 ** (t + 1))
+            v_hat = v / (1 - 0.999 ** (t + 1))
+            # Keras adds epsilon before it corrects the bias of `v`.
+            epsilon = 0.1 / np.sqrt(1 - 0.999 ** (t + 1))
+            n = m_hat / (np.sqrt(v_hat) + epsilon)
+            weight = weight - 0.1 * 0.5 * p @ n @ q.T
+        methods.close(after, weight, 2e-4)
+        (projection,) = optimizer._projections.values()
+        assert tuple(projection.update.shape) == (2, 2)
+        clone = GaLore.from_config(optimizer.get_config())
+        assert clone.two_sided
+
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_full_rank_sgd_is_sgd(self, shape):
         (variable,), (gradient,) = _variables(shape)
@@ -102,7 +139,7 @@ class TestGaLore:
         for step in range(7):
             _apply(optimizer, [zoo.normal(6, 9, seed=step)], variables)
             (projection,) = optimizer._projections.values()
-            p = methods.numpy(projection.matrix)
+            p = methods.numpy(projection.left)
             methods.close(p.T @ p, np.eye(3))
             seen.append(p)
         changed = [np.any(a != b) for a, b in zip(seen, seen[1:])]
@@ -217,10 +254,10 @@ class TestGaLore:
         variables, gradients = _variables((6, 9))
         _apply(optimizer, gradients, variables)
         (projection,) = optimizer._projections.values()
-        before = methods.numpy(projection.matrix)
+        before = methods.numpy(projection.left)
         (value,) = _apply(optimizer, [gradients[0] * np.nan], variables)
         assert np.isnan(value).all()
-        np.testing.assert_array_equal(methods.numpy(projection.matrix), before)
+        np.testing.assert_array_equal(methods.numpy(projection.left), before)
 
     @needs_multi
     def test_optimizers_are_chosen_by_path(self):

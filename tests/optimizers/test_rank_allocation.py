@@ -85,6 +85,31 @@ class TestScores:
             _apply(optimizer, given, variables)
         methods.close(optimizer.scores(), reference_scores(history))
 
+    @pytest.mark.every_backend
+    def test_singular_value_magnitude(self):
+        """`|lambda|` from before the update, and the largest stay open."""
+        variables, gradients = _adapters()
+        optimizer = RankAllocation(keras.optimizers.SGD(0.1), score="magnitude")
+        optimizer.build(variables)
+        optimizer.set_schedule(lambda t: {1: 6, 2: 4}.get(t, 3), 2, 3, 1)
+        scores = None
+        for update in range(1, 6):
+            before = np.concatenate(
+                [methods.numpy(variables[i]) for i in (2, 5)]
+            )
+            if update < 3:
+                scores = np.abs(before)
+            after = _apply(optimizer, gradients, variables)
+            methods.close(optimizer.scores(), scores)
+            gates = np.concatenate([after[2], after[5]])
+            count = {1: 6, 2: 4}.get(update, 3)
+            kept = sorted(np.argsort(-scores, kind="stable")[:count].tolist())
+            assert np.flatnonzero(gates).tolist() == kept
+        # It needs a number for each gate, and sensitivities two for each
+        # weight.
+        own = [v for v in optimizer.variables if "magnitude" in v.path]
+        assert [tuple(v.shape) for v in own] == [(3,), (3,)]
+
     def test_without_a_schedule_nothing_is_pruned(self):
         variables, gradients = _adapters()
         optimizer = RankAllocation(keras.optimizers.SGD(0.1))

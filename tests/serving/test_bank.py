@@ -16,7 +16,9 @@ from tests import zoo
 METHODS = {
     "rlora": lambda: kra.RLoRA(5),
     "rlora_stacked": lambda: kra.RLoRA(23, scaling=2.0),
+    "rlora_started": lambda: kra.RLoRA(5, beta_initializer="ones"),
     "vera": lambda: kra.VeRA(6, scaling=5.0),
+    "vera_shared": lambda: kra.VeRA(6, shared=True, scaling=5.0),
     "vera_sparse": lambda: kra.VeRA(6, basis="sparse"),
     "lora": lambda: kra.LoRA(2, alpha=3),
     "pissa": lambda: kra.LoRA(2, initialization="pissa"),
@@ -170,6 +172,94 @@ def test_names_that_ride_in_the_inputs(tmp_path):
         _close(bank.predict(batches), expected)
         with pytest.raises(ValueError, match="an entry 'adapter'"):
             bank.predict({"x": X})
+        with pytest.raises(ValueError, match="an entry 'adapter'"):
+            bank({"x": X})
+        found = bank({"x": X, "adapter": names})
+        _close(keras.ops.convert_to_numpy(found), expected)
+
+
+class _Batches(keras.utils.PyDataset):
+    """Three examples a batch, with what training has beside them."""
+
+    def __init__(self, names, count):
+        super().__init__()
+        self.names, self.count = names, count
+
+    @property
+    def num_batches(self):
+        return self.count
+
+    def __getitem__(self, i):
+        part = slice(3 * i, 3 * i + 3)
+        inputs = {"x": X[part], "adapter": self.names[part]}
+        return inputs, np.zeros(len(X[part]))
+
+
+def _pipelines(names):
+    """Pipelines of Keras, of TensorFlow and of PyTorch."""
+    yield _Batches(names, 3)
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        content = {"x": X, "adapter": names}
+        yield tf.data.Dataset.from_tensor_slices(content).batch(3)
+    if backend == "torch":
+        from torch.utils import data
+
+        content = [{"x": x, "adapter": name} for x, name in zip(X, names)]
+        yield data.DataLoader(content, batch_size=3)
+
+
+def test_data_pipelines(tmp_path):
+    def model():
+        inputs = {"x": keras.Input((4, 6), name="x")}
+        return keras.Model(inputs, _model()(inputs["x"]))
+
+    outputs = {"": keras.ops.convert_to_numpy(model()({"x": X}))}
+    for seed, name in enumerate(("alice", "bob")):
+        one = model()
+        kra.inject(one, kra.RLoRA(5), "query")
+        zoo.randomize(one, seed=seed)
+        kra.save_adapter(one, tmp_path / f"{name}.safetensors")
+        outputs[name] = keras.ops.convert_to_numpy(one({"x": X}))
+    names = ["bob", "alice", "", "bob", "bob", "", "alice", "alice"]
+    with kra.serving.AdapterBank(model(), tmp_path) as bank:
+        sizes, compiled = [], bank._compiled
+
+        def counted(inputs, rows):
+            sizes.append(len(rows))
+            return compiled(inputs, rows)
+
+        bank._compiled = counted
+        for pipeline in _pipelines(names):
+            _close(bank.predict(pipeline), _expected(outputs, names))
+            # The last batch is filled up.
+            assert set(sizes) == {3}
+            with pytest.raises(ValueError, match="goes with arrays"):
+                bank.predict(pipeline, names)
+        with pytest.raises(ValueError, match="must have an end"):
+            bank.predict(_Batches(names, None))
+
+
+@pytest.mark.one_backend
+def test_one_request_sees_one_state(tmp_path):
+    """A tenant that is replaced meanwhile is the old one until the end."""
+    outputs = _tenants(tmp_path, METHODS["rlora"])
+    with kra.serving.AdapterBank(_model(), tmp_path, capacity=4) as bank:
+        compiled = bank._compiled
+
+        def replacing(inputs, rows):
+            if "alice" in bank:
+                bank.remove("alice")
+                bank.add("alice", tmp_path / "bob.safetensors")
+            return compiled(inputs, rows)
+
+        bank._compiled = replacing
+        found = bank.predict(X, ["alice"] * 8, batch_size=2)
+        _close(found, outputs["alice"])
+        bank._compiled = compiled
+        _close(bank.predict(X, ["alice"] * 8), outputs["bob"])
 
 
 @pytest.mark.one_backend
@@ -258,6 +348,7 @@ class TestTenants:
             ("alice", ValueError, "a tenant called 'alice' already"),
             ("", ValueError, "must not be empty"),
             (3, TypeError, "must be a string"),
+            ("\ud800", ValueError, "text that UTF-8 can write"),
         ],
     )
     def test_bad_names(self, bank, tmp_path, name, error, match):
@@ -354,8 +445,95 @@ def test_ranks_of_lora(tmp_path):
     names = ["small", "large", "other", "small"] * 2
     _close(bank.predict(X, names), _expected(outputs, names))
     _tenant(tmp_path / "huge.safetensors", lambda: kra.LoRA(6), 1)
-    with pytest.raises(ValueError, match="rank 6, and the bank's is 4"):
+    with pytest.raises(ValueError, match="rank 6, and the bank's is 4.*rank=6"):
         bank.add("huge", tmp_path / "huge.safetensors")
+    bank.close()
+    with kra.serving.AdapterBank(_model(), tmp_path, rank=8) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+        bank.save(tmp_path / "bank.file")
+    with kra.serving.AdapterBank.load(tmp_path / "bank.file", _model()) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+        bank.remove("small")
+        bank.add("small", tmp_path / "small.safetensors")
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+
+@pytest.mark.one_backend
+def test_adapters_that_became_loras(tmp_path):
+    """`to_lora` and `compact` give each site a rank of its own."""
+    outputs = {}
+    model = _model()
+    kra.inject(model, kra.RLoRA(5), ["query", "value"])
+    zoo.randomize(model, seed=1)
+    kra.to_lora(model, energy=0.9)
+    kra.save_adapter(model, tmp_path / "became.safetensors")
+    outputs["became"] = keras.ops.convert_to_numpy(model(X))
+    model = _model()
+    kra.inject(model, kra.SoRA(4), ["query", "value"])
+    zoo.randomize(model, seed=2)
+    for i, adapter in enumerate(model._randadapt.adapters("default").values()):
+        adapter.gate.assign([0.5, 0.0, 2.0, float(i)])
+    kra.compact(model)
+    kra.save_adapter(model, tmp_path / "compact.safetensors")
+    outputs["compact"] = keras.ops.convert_to_numpy(model(X))
+    outputs[None] = keras.ops.convert_to_numpy(_model()(X))
+    names = ["became", "compact", None, "compact"] * 2
+    with kra.serving.AdapterBank(_model(), tmp_path, rank=6) as bank:
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+
+@pytest.mark.one_backend
+class TestConfigs:
+    """What tenants may differ in, and what they must not."""
+
+    def _bank(self, folder, first, second, **arguments):
+        outputs = {}
+        for seed, (name, make) in enumerate({"a": first, "b": second}.items()):
+            path = folder / f"{name}.safetensors"
+            outputs[name] = _tenant(path, make, seed)
+        bank = kra.serving.AdapterBank(_model(), folder, **arguments)
+        names = ["a", "b"] * 4
+        _close(bank.predict(X, names), _expected(outputs, names))
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (lambda: kra.RLoRA(5), lambda: kra.RLoRA(5, dropout=0.5)),
+            (lambda: kra.VeRA(5), lambda: kra.VeRA(5, d_initial=0.5)),
+            (
+                lambda: kra.LoRA(2),
+                lambda: kra.LoRA(
+                    1, initialization="gaussian", dtype="bfloat16"
+                ),
+            ),
+        ],
+    )
+    def test_arguments_of_training(self, tmp_path, first, second):
+        self._bank(tmp_path, first, second)
+
+    @pytest.mark.parametrize(
+        ("first", "second", "match"),
+        [
+            # The first values of a decomposition depend on its rank.
+            (
+                lambda: kra.LoRA(4, initialization="pissa"),
+                lambda: kra.LoRA(2, initialization="pissa"),
+                "rank=2 and 4",
+            ),
+            (
+                lambda: kra.LoRA(2),
+                lambda: kra.LoRA(2, initialization="pissa"),
+                "can't share this bank",
+            ),
+        ],
+    )
+    def test_other_updates(self, tmp_path, first, second, match):
+        with pytest.raises(ValueError, match=match):
+            self._bank(tmp_path, first, second)
+
+    def test_ranks_of_other_methods(self, tmp_path):
+        with pytest.raises(ValueError, match="`rank` is for banks of LoRAs"):
+            self._bank(tmp_path, METHODS["rlora"], METHODS["rlora"], rank=8)
 
 
 @pytest.mark.one_backend
@@ -384,7 +562,7 @@ class TestRefusals:
         kra.inject(model, kra.LoRA(2), targets)
         kra.save_adapter(model, tmp_path / "a.safetensors")
         kra.eject(model)
-        with pytest.raises(ValueError, match="a Conv2D. In a bank"):
+        with pytest.raises(ValueError, match="a Conv2D, with a `LoRA`. In"):
             kra.serving.AdapterBank(model, tmp_path)
 
     def test_weights(self, tmp_path):
@@ -404,6 +582,24 @@ class TestRefusals:
         )
         with pytest.raises(ValueError, match="state of the base model"):
             kra.serving.AdapterBank(_model(), tmp_path)
+
+    def test_other_models(self, tmp_path):
+        _tenant(tmp_path / "a.safetensors", METHODS["rlora"], 0)
+        model, _, _ = zoo.dense()
+        with pytest.raises(ValueError, match="lacks 2 of its 3 addresses"):
+            kra.serving.AdapterBank(model, tmp_path)
+        assert kra.sites(model) == {}
+
+    def test_files_of_a_part(self, tmp_path):
+        inner = _model()
+        kra.inject(inner, kra.LoRA(2), "query")
+        kra.save_adapter(inner, tmp_path / "a.safetensors")
+        kra.eject(inner)
+        inputs = keras.Input((4, 6))
+        outputs = keras.layers.Activation("tanh")(inner(inputs))
+        model = keras.Model(inputs, outputs)
+        with pytest.raises(ValueError, match="of a part of this model"):
+            kra.serving.AdapterBank(model, tmp_path)
 
     def test_adapted_model(self):
         model = _model()
@@ -468,6 +664,11 @@ def test_ten_thousand_requests(tmp_path):
 
 _ONLY_TENSORFLOW = """
 import sys
+
+# An import of one of these raises an error; TensorFlow can do without Keras.
+for name in ("keras", "keras_hub", "keras_randadapt"):
+    sys.modules[name] = None
+
 import numpy as np
 import tensorflow as tf
 
@@ -483,7 +684,6 @@ except tf.errors.InvalidArgumentError as error:
     assert "no tenants called" in str(error) and "nobody" in str(error), error
 else:
     raise AssertionError("an unknown name was answered")
-assert "keras_randadapt" not in sys.modules
 """
 
 

@@ -100,6 +100,7 @@ def test_each_row_is_what_its_adapter_gives(tmp_path):
 EVERY_TOKEN = {"stop_token_ids": None}
 
 
+@pytest.mark.cpu_seconds(12, reason="two loops are compiled")
 @pytest.mark.one_backend
 class TestGenerate:
     @pytest.fixture
@@ -210,6 +211,7 @@ def _preprocessor():
     return hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=8)
 
 
+@pytest.mark.cpu_seconds(12, reason="two loops are compiled")
 @pytest.mark.one_backend
 def test_strings(tmp_path):
     def model():
@@ -229,6 +231,7 @@ def test_strings(tmp_path):
         assert bank.generate("abc", ["bob"], **arguments) == expected[2]
 
 
+@pytest.mark.cpu_seconds(12, reason="two loops are compiled")
 @pytest.mark.one_backend
 def test_encoders_and_decoders(tmp_path):
     """A sequence-to-sequence model: both halves have the prompt's adapter."""

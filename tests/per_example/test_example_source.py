@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
-from keras_randadapt.callbacks import example_source
 from keras_randadapt.callbacks.pac_bayes import PACBayes
+from keras_randadapt.per_example import example_source
 from tests import zoo
 from tests.callbacks.linear_network import WholeDelta
 from tests.callbacks.linear_network import attachments

@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 
 import keras_randadapt as kra
-from keras_randadapt.callbacks import example_source
-from keras_randadapt.callbacks import per_example_gradients
+from keras_randadapt import per_example
 from keras_randadapt.callbacks.pac_bayes import PACBayes
+from keras_randadapt.per_example import example_source
 from tests import zoo
 from tests.callbacks.linear_network import BACKEND
 from tests.callbacks.linear_network import Simulation
@@ -53,7 +53,7 @@ class TestGradients:
 
     def test_strategies_are_equal_and_right(self, case):
         model, batch, variables = case
-        gradients = per_example_gradients.PerExampleGradients(model, variables)
+        gradients = per_example.PerExampleGradients(model, variables)
         gradients.prepare(batch)
         arrays = gradients._structure.flatten(batch)
         simulation = Simulation(model, *batch[:2])
@@ -62,7 +62,7 @@ class TestGradients:
         )
         names = []
         for name, function in gradients._strategies:
-            with per_example_gradients.without_regularizers(model):
+            with per_example.without_regularizers(model):
                 found = function(arrays, np.float32(2.0))
             rows = np.concatenate([g.reshape(12, -1) for g in found], axis=1)
             np.testing.assert_allclose(
@@ -74,7 +74,7 @@ class TestGradients:
     @pytest.mark.parametrize("chunk_size", [1, 5, 12, 100, None])
     def test_chunks(self, case, chunk_size):
         model, batch, variables = case
-        gradients = per_example_gradients.PerExampleGradients(
+        gradients = per_example.PerExampleGradients(
             model, variables, chunk_size
         )
         rows = list(gradients(batch))
@@ -91,7 +91,7 @@ class TestGradients:
     def test_memory_bounds_the_chunk(self, monkeypatch):
         """Gradients and intermediates: a wider input leaves less room."""
         sizes = []
-        monkeypatch.setattr(per_example_gradients, "MEMORY", 1 << 20)
+        monkeypatch.setattr(per_example, "MEMORY", 1 << 20)
         for length in (16, 64):
             model = keras.Sequential(
                 [
@@ -103,7 +103,7 @@ class TestGradients:
             )
             kra.inject(model, kra.LoRA(1), "first")
             model.compile("sgd", "mse")
-            gradients = per_example_gradients.PerExampleGradients(
+            gradients = per_example.PerExampleGradients(
                 model, model.trainable_variables
             )
             batch = (zoo.normal(1, length, 32), zoo.normal(1, 8), None)
@@ -135,7 +135,7 @@ class TestGradients:
             for v in model.trainable_variables:
                 v.assign(zoo.normal(*v.shape))
             model.compile("sgd", "mse", run_eagerly=True)
-            gradients = per_example_gradients.PerExampleGradients(
+            gradients = per_example.PerExampleGradients(
                 model, model.trainable_variables, chunk_size=5
             )
             if branching:
@@ -174,7 +174,7 @@ class TestGradients:
         model.compile("sgd", "mse", metrics=["mae"])
         x, y = data_of()
         model.fit(x, y, verbose=0)
-        gradients = per_example_gradients.PerExampleGradients(
+        gradients = per_example.PerExampleGradients(
             model, model.trainable_variables
         )
         variables = [*model.variables, *model.metrics_variables]
@@ -239,7 +239,7 @@ class TestGradients:
 
     def test_half_precision_scale_gives_way_to_overflow(self, case):
         model, (x, y, _), variables = case
-        gradients = per_example_gradients.PerExampleGradients(model, variables)
+        gradients = per_example.PerExampleGradients(model, variables)
         gradients.prepare((x, y, None))
         seen = []
 
@@ -251,7 +251,7 @@ class TestGradients:
             ]
 
         gradients._strategies = [("all at once", function)]
-        gradients.scales = per_example_gradients._HALF_SCALES
+        gradients.scales = per_example._HALF_SCALES
         (rows,) = gradients((x, y, None))
         assert seen == [2.0**15, 2.0**11, 2.0**7, 2.0**3]
         np.testing.assert_array_equal(rows, 1.0)

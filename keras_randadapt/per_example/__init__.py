@@ -22,8 +22,7 @@ if keras.config.backend() == "numpy":
     _backend = None
 else:
     _backend = importlib.import_module(
-        "keras_randadapt.callbacks.per_example_gradients."
-        + keras.config.backend()
+        "keras_randadapt.per_example." + keras.config.backend()
     )
 
 #: The bytes that a chunk's gradients and intermediates may take.

@@ -90,6 +90,10 @@ class ArraySource:
         indices = generator.integers(0, self.length, samples)
         return [_map_leaves(lambda leaf: leaf[indices], self.data)]
 
+    def every(self):
+        """Batches with every example once."""
+        return [self.data]
+
     def peek(self):
         """A batch of one example, or `None` if reading it would consume it."""
         return _map_leaves(lambda leaf: leaf[:1], self.data)
@@ -133,6 +137,9 @@ class PipelineSource:
             )
         return _stack(slots)
 
+    def every(self):
+        return map(_unpack, self.batches)
+
     def peek(self):
         if isinstance(self.batches, _PyDatasetBatches):
             first = _unpack(self.batches.dataset[0])
@@ -162,6 +169,13 @@ class StreamSource:
             self.left.extend(_take(batch, i) for i in range(_size(batch)))
         drawn, self.left = self.left[:samples], self.left[samples:]
         return _stack(drawn)
+
+    def every(self):
+        raise ValueError(
+            "`x` is a generator, an iterator or an endless pipeline, of which "
+            "not every example can be read. Pass arrays or a data set that "
+            f"ends. Received: x={_short(self.batches)}"
+        )
 
     def peek(self):
         return None
