@@ -17,6 +17,7 @@ from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import thin_product
+from keras_randadapt.ops.fast_products import thin_products
 from keras_randadapt.sites import lanes
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.per_example import Weights
@@ -272,6 +273,14 @@ class LoRA(site_arguments.SiteArguments):
     def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return self._sum(
             lambda a, b: matmul(thin_product(x, a, training), b),
+            x.dtype,
+            training,
+        )
+
+    def delta_of_stack(self, x: Tensor, training: bool | None = None) -> Tensor:
+        # `A` and `B` have the axis of experts in front.
+        return self._sum(
+            lambda a, b: matmul(thin_products(x, a, training), b),
             x.dtype,
             training,
         )

@@ -6,6 +6,7 @@ import numpy as np
 from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import checks
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.sites import lanes
 from keras_randadapt.sites import product
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
@@ -18,7 +19,8 @@ class SiteDelta:
     """The delta of one site, reduced to its Gram matrix.
 
     Attributes:
-        address: The site's structural address.
+        address: The site's structural address. That of an expert has its
+            number below it.
         layer: Its layer.
         shape: `(input_dim, output_dim)`.
         gram: float64 matrix whose nonzero eigenvalues are the squares of the
@@ -74,13 +76,29 @@ def site_deltas(model, name=None):
             adapters = [layer.adapter.get(name)]
             adapters = [one for one in adapters if one is not None]
         if adapters:
-            gram, noise = _gram(layer, adapters)
-            if not np.all(np.isfinite(gram)):
-                raise ValueError(
-                    f"The delta of '{address}' holds NaN or infinity: "
-                    "training diverged. Lower the learning rate."
-                )
-            yield SiteDelta(address, layer, gram, noise)
+            for place, base, parts in _parts(address, layer, adapters):
+                gram, noise = _gram(base, parts)
+                if not np.all(np.isfinite(gram)):
+                    raise ValueError(
+                        f"The delta of '{place}' holds NaN or infinity: "
+                        "training diverged. Lower the learning rate."
+                    )
+                yield SiteDelta(place, layer, gram, noise)
+
+
+def _parts(address, layer, adapters):
+    """The kernels of a site: one, or one an expert.
+
+    Yields:
+        The address, with the expert's number below it; a function that gives
+        the base kernel view; and the adapters.
+    """
+    if getattr(layer, "stack", None) is None:
+        yield address, lambda: base_kernel_view(layer), adapters
+        return
+    experts = zip(*[lanes.each(adapter) for adapter in adapters])
+    for e, own in enumerate(experts):
+        yield f"{address}/{e}", lambda e=e: base_kernel_view(layer)[e], own
 
 
 def check_measurable(model, name):
@@ -114,14 +132,14 @@ def base_kernel_view(layer):
     return keras.ops.cast(supported.as_view(layer, kernel), "float32")
 
 
-def _gram(layer, adapters):
+def _gram(base_view, adapters):
     factors = [_factors(adapter) for adapter in adapters]
     if None not in factors:
         return _gram_of_product(factors), 0.0
     if all(_is_additive(adapter) for adapter in adapters):
         delta = sum(_numpy(adapter.delta_kernel()) for adapter in adapters)
         return _gram_of_matrix(delta), 0.0
-    base = base_kernel_view(layer)
+    base = base_view()
     merged = _numpy(product.fold(adapters, base))
     # The noise is a few roundings of each element of the merged kernel. The
     # norm of this error bounds its effect on every singular value.

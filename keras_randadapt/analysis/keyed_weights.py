@@ -136,6 +136,8 @@ def read(layers, key):
         view = supported.as_view(layer, supported.kernel_variable(layer))
         return as_numpy(view).astype("float32")
     view = deltas.base_kernel_view(layer)
+    if getattr(layer, "stack", None) is not None:
+        return as_numpy(layer._merged_kernel_view(view))
     return as_numpy(product.fold(layer.adapter.active(), view))
 
 

@@ -35,7 +35,8 @@ class LowRank:
 
     Attributes:
         left: float64 array `(rows, rank)`. The rank may be 0.
-        right: float64 array `(rank, columns)`.
+        right: float64 array `(rank, columns)`. Both may have an axis of
+            experts in front.
         lost: The share of the other matrix's energy, the squared Frobenius
             norm, that the product lacks.
     """
@@ -46,7 +47,7 @@ class LowRank:
 
     @property
     def rank(self):
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
 
 def shape_of(parts):

@@ -20,6 +20,7 @@ from keras_randadapt.model import moving_state
 from keras_randadapt.model import progress
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import updates
+from keras_randadapt.sites import lanes
 
 METHODS = ("linear", "concat", "svd", "ties", "dare")
 
@@ -133,12 +134,12 @@ def combine(
 
     found, ranks = {}, {}
     for address in progress.shown(sites, verbose):
-        terms = {
-            one: updates.parts_of(adapter, address, one)
-            for one in weights
-            if (adapter := state.layers[address].adapter.get(one)) is not None
-        }
-        found[address] = _combined(plan, address, terms, weights)
+        found[address] = low_rank.of_experts(
+            [
+                _combined(plan, place, terms, weights)
+                for place, terms in _terms(state, address, weights)
+            ]
+        )
         ranks[address] = plan.rank or max(1, found[address].rank)
     template, built = low_rank.build(
         state.layers,
@@ -162,6 +163,37 @@ def combine(
         change.set(state.records[name], "moving", moving)
     lost = {address: one.lost for address, one in found.items()}
     return low_rank_report.LowRankReport(model, name, lost)
+
+
+def _terms(state, address, names):
+    """The updates of a site by adapter, of each expert where there are some.
+
+    Returns:
+        list of pairs of a place and a dict from the adapter's name to its
+        update; see `updates.parts_of`. The place is the address, and that of
+        an expert its number below it.
+    """
+    site = state.layers[address]
+    adapters = {name: site.adapter.get(name) for name in names}
+    experts = {
+        name: lanes.each(adapter)
+        for name, adapter in adapters.items()
+        if adapter is not None
+    }
+    (number,) = {len(one) for one in experts.values()}
+    places = [address]
+    if getattr(site, "stack", None) is not None:
+        places = [f"{address}/{e}" for e in range(number)]
+    return [
+        (
+            place,
+            {
+                name: updates.parts_of(one[e], place, name)
+                for name, one in experts.items()
+            },
+        )
+        for e, place in enumerate(places)
+    ]
 
 
 def _combined(plan, address, terms, weights):

@@ -5,6 +5,7 @@ import keras
 from keras_randadapt import arguments
 from keras_randadapt.model import low_rank
 from keras_randadapt.model import report as report_lib
+from keras_randadapt.sites import lanes
 
 
 def compact(model: keras.Model, name: str | None = None) -> report_lib.Report:
@@ -73,18 +74,18 @@ def _replace(model, name, factors_of):
     state, name = low_rank.replaceable(model, name)
     record = state.records[name]
     found = {
-        address: factors_of(adapter)
+        address: _of_experts([factors_of(one) for one in lanes.each(adapter)])
         for address, adapter in state.adapters(name).items()
     }
     factors = {
-        address: (a, b) for address, (a, b, _) in found.items() if len(b)
+        address: (a, b) for address, (a, b, _) in found.items() if b.shape[-2]
     }
     if not factors:
         raise ValueError(
             f"No rank of the adapter '{name}' is switched on at any site: "
             "there would be nothing left. Eject it instead."
         )
-    ranks = {address: len(b) for address, (_, b) in factors.items()}
+    ranks = {address: b.shape[-2] for address, (_, b) in factors.items()}
     scalings = {address: found[address][2] for address in factors}
     # A site whose scaling is another one has an `alpha` of its own.
     scaling = next(iter(scalings.values()))
@@ -105,3 +106,11 @@ def _replace(model, name, factors_of):
     )
     low_rank.replace(model, name, template, built)
     return report_lib.Report(model, name)
+
+
+def _of_experts(found):
+    """The factors of a site; an expert with fewer ranks gets zeros."""
+    if len(found) == 1:
+        return found[0]
+    a, b, scalings = zip(*found)
+    return low_rank.padded(a, 1), low_rank.padded(b, 0), scalings[0]

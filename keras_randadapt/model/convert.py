@@ -10,6 +10,7 @@ from keras_randadapt.model import low_rank
 from keras_randadapt.model import low_rank_report
 from keras_randadapt.model import progress
 from keras_randadapt.model import updates
+from keras_randadapt.sites import lanes
 
 
 def to_lora(
@@ -112,18 +113,25 @@ def factors_of(adapters, name, rank, energy, verbose):
     """
     found = {}
     for address in progress.shown(adapters, verbose):
-        parts = updates.parts_of(adapters[address], address, name)
-        if rank is not None:
-            found[address] = matrices.closest(parts, rank)
-        elif energy is None and len(parts) == 2:
-            found[address] = matrices.without_zeros(parts)
-        else:
-            found[address] = matrices.shortest(parts, energy or 1.0)
+        found[address] = low_rank.of_experts(
+            [
+                _factored(updates.parts_of(one, address, name), rank, energy)
+                for one in lanes.each(adapters[address])
+            ]
+        )
     return (
         {address: (one.left, one.right) for address, one in found.items()},
         {address: rank or max(1, one.rank) for address, one in found.items()},
         {address: one.lost for address, one in found.items()},
     )
+
+
+def _factored(parts, rank, energy):
+    if rank is not None:
+        return matrices.closest(parts, rank)
+    if energy is None and len(parts) == 2:
+        return matrices.without_zeros(parts)
+    return matrices.shortest(parts, energy or 1.0)
 
 
 def check_size(rank, energy):

@@ -220,6 +220,11 @@ def _sites(source, tensors, metadata):
     cls = _OnlySiteOfFile if len(keys) == 1 else _SiteOfFile
     sites = {}
     for address, view in zip(keys, views, strict=True):
+        if view.count("x") == 2:
+            raise ValueError(
+                f"'{source}' adapts the experts of '{address}', which are "
+                f"not converted without the model. {_IN_THE_MODEL}"
+            )
         match = _VIEW.fullmatch(view)
         if match is None:
             raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import LoRA
+from keras_randadapt.matrices import low_rank as matrices
 from keras_randadapt.model import attach
 from keras_randadapt.model import build as build_lib
 from keras_randadapt.model import checks
@@ -24,7 +25,8 @@ def build(layers, name, factors, ranks, **options):
         layers: dict from structural address to layer.
         name: The adapter's name.
         factors: dict from the sites' addresses to `(a, b)`, NumPy arrays
-            `(input_dim, k)` and `(k, output_dim)`.
+            `(input_dim, k)` and `(k, output_dim)`, with an axis of experts in
+            front where kernels are stacked.
         ranks: dict from address to the rank of the site, at least 1 and at
             least `k`. Ranks that have no factors start as in an untrained
             LoRA: they add nothing, and they can be trained.
@@ -79,15 +81,16 @@ def template_of(ranks, options):
 def give(built, factors):
     """Assigns factors to built adapters."""
     for address, (a, b) in factors.items():
-        adapter, rank = built[address], len(b)
+        adapter, rank = built[address], b.shape[-2]
         whole_a = _float32(keras.ops.convert_to_numpy(adapter.lora_a)).copy()
         whole_b = np.zeros(adapter.lora_b.shape, "float32")
-        whole_a[:, :rank] = _float32(a)
-        whole_b[:rank] = _float32(b)
+        whole_a[..., :rank] = _float32(a)
+        whole_b[..., :rank, :] = _float32(b)
         # The product must not overflow either, and no entry of it exceeds this.
         with np.errstate(over="ignore", invalid="ignore"):
-            bound = np.abs(whole_a).max(axis=0) @ np.abs(whole_b).max(axis=1)
-        if not np.isfinite(bound):
+            largest = np.abs(whole_a).max(axis=-2), np.abs(whole_b).max(axis=-1)
+            bound = (largest[0] * largest[1]).sum(axis=-1)
+        if not np.all(np.isfinite(bound)):
             raise ValueError(
                 f"The update of '{address}' would hold NaN or infinity. "
                 "Either training diverged (lower the learning rate), or a "
@@ -95,6 +98,40 @@ def give(built, factors):
             )
         adapter.lora_a.assign(whole_a)
         adapter.lora_b.assign(whole_b)
+
+
+def of_experts(found):
+    """The updates of the experts of a site as one, or that of another site.
+
+    Args:
+        found: list of `LowRank`, one an expert, or one in all.
+
+    Returns:
+        A `LowRank`. That of experts has arrays with an axis of experts in
+        front, and ranks of zeros where an expert has fewer than another.
+    """
+    if len(found) == 1:
+        return found[0]
+    rank = max(one.rank for one in found)
+    left = [_widened(one.left, 1, rank) for one in found]
+    right = [_widened(one.right, 0, rank) for one in found]
+    # An expert whose update is lost as a whole has an unknown energy.
+    kept = [np.sum((one.left @ one.right) ** 2) for one in found]
+    whole = [k / max(1 - one.lost, 1e-12) for k, one in zip(kept, found)]
+    lost = 1 - sum(kept) / sum(whole) if sum(whole) else 0.0
+    return matrices.LowRank(np.stack(left), np.stack(right), lost)
+
+
+def padded(arrays, axis):
+    """Arrays with as many zeros at the end of an axis as the longest needs."""
+    size = max(array.shape[axis] for array in arrays)
+    return np.stack([_widened(array, axis, size) for array in arrays])
+
+
+def _widened(array, axis, size):
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)
 
 
 def _float32(values):

@@ -69,7 +69,7 @@ if _BACKEND == "torch":
         # If a matrix lies in memory by columns, so does its gradient.
         if matrix.device.type != "cpu" or torch.compiler.is_compiling():
             return matrix
-        return matrix.t().contiguous().t()
+        return matrix.mT.contiguous().mT
 
 else:
     matmul = keras.ops.matmul
@@ -90,7 +90,7 @@ if _BACKEND == "jax":
         # separates them. The gradient of a barrier is a barrier too.
         if jax.default_backend() != "cpu":
             return matrix
-        return jax.lax.optimization_barrier(matrix.T).T
+        return jax.lax.optimization_barrier(matrix.mT).mT
 
 
 def thin_product(x, matrix, training=None):
@@ -101,7 +101,28 @@ def thin_product(x, matrix, training=None):
         matrix: Tensor `(dim, rank)` of the same dtype.
         training: Whether a gradient may be asked for.
     """
-    rows, columns = matrix.shape
+    *_, rows, columns = matrix.shape
     if training and rows > columns and _BACKEND in ("jax", "torch"):
         matrix = _columns_first(matrix)
     return matmul(x, matrix)
+
+
+def thin_products(x, matrices, training=None):
+    """The products with several thin matrices, such as one an expert.
+
+    Args:
+        x: Tensor `(tokens, dim)`, or `(n, tokens, dim)` with an input for each
+            matrix.
+        matrices: Tensor `(n, dim, rank)` of the same dtype.
+        training: Whether a gradient may be asked for.
+
+    Returns:
+        Tensor `(n, tokens, rank)`.
+    """
+    if len(x.shape) == 3:
+        return thin_product(x, matrices, training)
+    n, dim, rank = matrices.shape
+    # Side by side they are one matrix, which is not thin.
+    whole = keras.ops.transpose(matrices, (1, 0, 2))
+    y = thin_product(x, reshape(whole, (dim, n * rank)), training)
+    return keras.ops.transpose(reshape(y, (-1, n, rank)), (1, 0, 2))

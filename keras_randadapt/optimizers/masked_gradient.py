@@ -102,7 +102,8 @@ class MaskedGradient(wrapper.OptimizerWrapper):
         # The pairs of each rank, since one draw serves all pairs of a rank.
         self._pairs: dict[int, list[int]] = {}
         for i, (a, b) in enumerate(pairs):
-            rank = int(variables[b].shape[0])
+            # Experts have an axis in front, and share the mask of their site.
+            rank = int(variables[b].shape[-2])
             if self.update_rank > rank:
                 raise ValueError(
                     f"`update_rank` must be at most {rank}, the rank of "

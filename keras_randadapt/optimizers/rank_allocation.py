@@ -1,5 +1,6 @@
 """Rank allocation: scores ranks by gradients and prunes them to a budget."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -85,7 +86,8 @@ class RankAllocation(wrapper.OptimizerWrapper):
         self._averages: dict[int, tuple[keras.Variable, ...]] = {}
         self.initial_budget = 0
         for places in self._owners:
-            self.initial_budget += int(variables[places["gate"]].shape[0])
+            # Experts have an axis in front, and each has ranks of its own.
+            self.initial_budget += math.prod(variables[places["gate"]].shape)
             for part, place in places.items():
                 shape = variables[place].shape
                 if self.score == "magnitude":
@@ -211,19 +213,20 @@ class RankAllocation(wrapper.OptimizerWrapper):
         by_place = {_compat.variable_index(self, v): v for v in variables}
         first = 0
         for places in self._owners:
-            last = first + self._averages[places["gate"]][0].shape[0]
+            shape = self._averages[places["gate"]][0].shape
+            last = first + math.prod(shape)
             gate = by_place.get(places["gate"])
             if gate is not None:
                 value = ops.convert_to_tensor(gate)
-                gate.assign(
-                    ops.where(kept[first:last], value, ops.zeros_like(value))
-                )
+                mask = ops.reshape(kept[first:last], shape)
+                gate.assign(ops.where(mask, value, ops.zeros_like(value)))
             first = last
 
     @property
     def sites(self) -> int:
-        """The number of adapters that share the budget."""
-        return len(self._owners)
+        """The number of adapters that share the budget, one an expert."""
+        gates = [self._averages[one["gate"]][0] for one in self._owners]
+        return sum(math.prod(gate.shape[:-1]) for gate in gates)
 
     def budget_now(self) -> int:
         """The budget of the last update, an int."""
@@ -238,11 +241,12 @@ class RankAllocation(wrapper.OptimizerWrapper):
         """The scores of all ranks, in the order of the model's adapters."""
         if self.score == "magnitude":
             gates = [self._averages[p["gate"]][0] for p in self._owners]
-            return ops.concatenate([ops.convert_to_tensor(g) for g in gates])
+            return ops.concatenate([ops.reshape(g, (-1,)) for g in gates])
         scores = []
         for places in self._owners:
             a, gate, b = (self._score(places[part]) for part in _PARTS)
-            scores.append(gate + ops.mean(a, axis=0) + ops.mean(b, axis=1))
+            score = gate + ops.mean(a, axis=-2) + ops.mean(b, axis=-1)
+            scores.append(ops.reshape(score, (-1,)))
         return ops.concatenate(scores)
 
     def _score(self, place):

@@ -125,6 +125,7 @@ def _files_of(model, name, base_model, base, rank, energy):
         views = low_rank.views_of(state.layers, record.addresses)
         low_rank.check_rank(rank, views)
     _check_moved(state, name)
+    _check_no_experts(state, name)
     names = names_lib.name_map(model)
     check_expressible(names, record.addresses, name)
     adapters = state.adapters(name)
@@ -181,6 +182,22 @@ def _task_type(model):
     backbone = getattr(model, "backbone", None)
     names = {cls.__name__ for cls in type(model).__mro__}
     return "CAUSAL_LM" if backbone is not None and "CausalLM" in names else None
+
+
+def _check_no_experts(state, name):
+    experts = [
+        address
+        for address, adapter in state.adapters(name).items()
+        if adapter.site.stack is not None
+    ]
+    if experts:
+        raise ValueError(
+            f"The adapter '{name}' adapts the experts of a mixture, such as "
+            f"'{experts[0]}', and PEFT has no common form for adapters of "
+            "stacked experts. Save it with `keras_randadapt.save_adapter`, or "
+            "merge it and export the model with "
+            "`keras_randadapt.peft.save_merged`."
+        )
 
 
 def _check_moved(state, name):

@@ -76,6 +76,13 @@ def _sites(file, own):
         for _ in range(count)
     ]
     addresses = file_format.site_keys(file.tensors)
+    for address, shape in zip(addresses, shapes):
+        if len(shape) == 3:
+            raise ValueError(
+                f"'{file.path}' adapts '{address}', the kernels of "
+                f"{shape[0]} experts. In a bank a site must have one kernel. "
+                "Merge that adapter into a model of its own."
+            )
     return {
         address: own.for_site(
             Site(

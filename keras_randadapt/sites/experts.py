@@ -136,6 +136,7 @@ def sites_of(layer):
 
 
 def _delta(adapter, x, training):
+    """The product of all experts with their updates."""
     of_stack = getattr(adapter, "delta_of_stack", None)
     if of_stack is not None:
         return of_stack(x, training)

@@ -8,6 +8,7 @@ one kernel alone. Lanes are made for a computation, and nothing keeps them.
 
 import dataclasses
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -25,7 +26,13 @@ class _Taken:
         return self.values.pop(0)
 
 
-def of_experts(function, adapters, *mapped, vectorized=True):
+#: Whether all experts are computed at once. TensorFlow's `vectorized_map` loses
+#: the gradients of functions that have one of their own, so there experts are
+#: computed one by one.
+_AT_ONCE = keras.config.backend() in ("jax", "torch")
+
+
+def of_experts(function, adapters, *mapped):
     """Applies a function to the lanes of every expert and stacks the results.
 
     Args:
@@ -34,8 +41,6 @@ def of_experts(function, adapters, *mapped, vectorized=True):
         adapters: list of built adapters of one stacked kernel, as
             `AdapterStack.active` gives them.
         *mapped: Tensors whose first axis is that of the experts.
-        vectorized: Whether all experts are computed at once. Without it they
-            are computed one by one, which needs less memory.
 
     Returns:
         Tensor whose first axis is that of the experts.
@@ -52,7 +57,7 @@ def of_experts(function, adapters, *mapped, vectorized=True):
         return function([lane(a, taken) for a in adapters], *slices)
 
     elements = (tuple(stacked), tuple(mapped))
-    if vectorized and (stacked or mapped):
+    if _AT_ONCE and (stacked or mapped):
         return ops.vectorized_map(one, elements)
     number = adapters[0].site.stack
     return ops.stack([one(_slices(elements, e)) for e in range(number)])

@@ -75,10 +75,8 @@ class Site:
 
         The first number of three is `stack`.
         """
-        sizes = (self.input_dim, self.output_dim)
-        if self.stack is not None:
-            sizes = (self.stack, *sizes)
-        return "x".join(map(str, sizes))
+        sizes = f"{self.input_dim}x{self.output_dim}"
+        return sizes if self.stack is None else f"{self.stack}x{sizes}"
 
     @property
     def role(self) -> str:

@@ -4,6 +4,7 @@ A weight is data: it is the value of a variable, which compiled functions read,
 so that changing it compiles nothing. One adapter of a model has one weight.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -80,6 +81,13 @@ class Weighted:
 
     def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
         return self._times(self.adapter.delta(x, training))
+
+    @property
+    def delta_of_stack(self) -> Callable[..., Tensor] | None:
+        of_stack = getattr(self.adapter, "delta_of_stack", None)
+        if of_stack is None:
+            return None
+        return lambda x, training=None: self._times(of_stack(x, training))
 
     def delta_kernel(self) -> Tensor:
         return self._times(self.adapter.delta_kernel())
