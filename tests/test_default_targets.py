@@ -161,8 +161,7 @@ def test_the_transformer_of_a_diffusion_model():
     assert all("/mm_di_t/" in address for address in kra.sites(model))
 
 
-@pytest.mark.every_backend
-def test_adapted_mit_and_flux_compute():
+def test_adapted_mit_computes():
     """What is new to the default learns and merges as elsewhere."""
     model = zoo.set_weights(mit())
     x = zoo.normal(2, 16, 16, 3)
