@@ -537,6 +537,39 @@ def test_kernel_of():
     embedding.build(())
     assert _compat.kernel_of(embedding) is embedding.trainable_weights[0]
     assert _compat.kernel_of(layers.LayerNormalization()) is None
+    assert _compat.kernel_of(layers.DepthwiseConv2D(3)) is None
+    for cls in (
+        layers.DepthwiseConv1D,
+        layers.DepthwiseConv2D,
+        layers.Conv1DTranspose,
+        layers.Conv2DTranspose,
+        layers.Conv3DTranspose,
+    ):
+        arguments = (2, 3) if "Transpose" in cls.__name__ else (3,)
+        layer = cls(*arguments)
+        layer.build((None, *[5] * layer.rank, 4))
+        assert _compat.kernel_of(layer) is layer.trainable_weights[0]
+
+
+def test_table_name():
+    import keras_hub
+    from keras_hub.src.models.deberta_v3 import relative_embedding
+
+    position = keras_hub.layers.PositionEmbedding(9)
+    position.build((None, 5, 6))
+    relative = relative_embedding.RelativeEmbedding(6, 4)
+    for layer in (position, relative):
+        name = _compat.table_name(type(layer))
+        assert name == _compat.TABLES[type(layer).__name__]
+        assert _compat.kernel_of(layer) is getattr(layer, name)
+        assert isinstance(_compat.kernel_of(layer), keras.Variable)
+        assert _compat.holds_table(layer)
+    assert _compat.table_name(layers.Embedding) is None
+
+
+def test_holds_table():
+    assert _compat.holds_table(layers.Embedding(3, 2))
+    assert not _compat.holds_table(layers.Dense(3))
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])

@@ -178,6 +178,68 @@ def conv3d():
     return *_around(layer, normal(4, 4, 4, 3, 4)), ["site"]
 
 
+def conv_depthwise_1d():
+    layer = layers.DepthwiseConv1D(
+        5, depth_multiplier=2, strides=2, activation="tanh", name="site"
+    )
+    return *_around(layer, normal(8, 9, 4)), ["site"]
+
+
+def conv_depthwise_2d():
+    layer = layers.DepthwiseConv2D(3, padding="same", name="site")
+    return *_around(layer, normal(8, 5, 6, 8)), ["site"]
+
+
+def conv_transpose_1d():
+    layer = layers.Conv1DTranspose(
+        6, 3, strides=2, activation="relu", name="site"
+    )
+    return *_around(layer, normal(8, 5, 7)), ["site"]
+
+
+def conv_transpose_2d():
+    layer = layers.Conv2DTranspose(
+        3,
+        (3, 2),
+        strides=2,
+        padding="same",
+        output_padding=1,
+        use_bias=False,
+        name="site",
+    )
+    return *_around(layer, normal(8, 4, 3, 7)), ["site"]
+
+
+def conv_transpose_3d():
+    layer = layers.Conv3DTranspose(3, 2, activation="tanh", name="site")
+    return *_around(layer, normal(4, 3, 3, 2, 7)), ["site"]
+
+
+def conv_separable():
+    layer = layers.SeparableConv2D(
+        8, 3, depth_multiplier=2, padding="same", activation="relu", name="site"
+    )
+    return *_around(layer, normal(8, 5, 6, 4)), ["site"]
+
+
+def lstm():
+    return *_around(layers.LSTM(8, name="site"), normal(8, 4, 8)), ["site"]
+
+
+def gru():
+    layer = layers.GRU(8, use_bias=False, return_sequences=True, name="site")
+    return *_around(layer, normal(8, 4, 8)), ["site"]
+
+
+def position_embedding():
+    import keras_hub
+
+    inputs = keras.Input((5, 6))
+    site = keras_hub.layers.PositionEmbedding(9, name="site")
+    y = layers.Dense(4, activation="tanh")(inputs + site(inputs))
+    return set_weights(keras.Model(inputs, y)), normal(8, 5, 6), ["site"]
+
+
 def sequential():
     model = keras.Sequential(
         [
@@ -395,6 +457,15 @@ SITE_CLASSES = {
         conv2d_grouped,
         conv2d_dilated,
         conv3d,
+        conv_depthwise_1d,
+        conv_depthwise_2d,
+        conv_transpose_1d,
+        conv_transpose_2d,
+        conv_transpose_3d,
+        conv_separable,
+        lstm,
+        gru,
+        position_embedding,
     )
 }
 QUANTIZED = {

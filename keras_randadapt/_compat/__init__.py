@@ -54,6 +54,9 @@ from keras_randadapt._compat.optimizers import trained_variables
 from keras_randadapt._compat.optimizers import variable_index
 from keras_randadapt._compat.optimizers import weight_decay
 from keras_randadapt._compat.optimizers import weight_decay_exclusions
+from keras_randadapt._compat.plain_kernels import TABLES
+from keras_randadapt._compat.plain_kernels import holds_table
+from keras_randadapt._compat.plain_kernels import table_name
 from keras_randadapt._compat.steps import compiled_functions
 from keras_randadapt._compat.steps import forget_jax_state
 from keras_randadapt._compat.steps import fresh_step
@@ -81,6 +84,7 @@ __all__ = [
     "exported_config",
     "fresh_step",
     "has_values",
+    "holds_table",
     "instance_attributes",
     "is_in_call",
     "is_nnx_enabled",
@@ -111,6 +115,8 @@ __all__ = [
     "sublayers",
     "substituted_values",
     "sync_jax_state",
+    "table_name",
+    "TABLES",
     "track_optimizer_variable",
     "trainable_by_nature",
     "trained_variables",

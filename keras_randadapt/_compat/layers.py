@@ -14,6 +14,8 @@ from keras.src.saving.saving_lib import get_attr_skipset
 from keras.src.utils import naming
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
+from keras_randadapt._compat import plain_kernels
+
 __all__ = [
     "alias_registered_class",
     "attach_sublayer",
@@ -292,14 +294,17 @@ def refresh_torch_parameters(model):
 
 
 def kernel_of(layer):
-    """The variable behind a layer's public `kernel` or `embeddings`.
+    """The variable behind a layer's public kernel, such as `kernel`.
 
     Returns:
         A variable, or `None` for a layer that has neither.
     """
     if isinstance(layer, keras.layers.Embedding):
         return layer._embeddings
-    return getattr(layer, "_kernel", None)
+    kernel = getattr(layer, "_kernel", None)
+    if kernel is None:
+        kernel = vars(layer).get(plain_kernels.plain_kernel_name(layer))
+    return kernel
 
 
 def unrounded(value):

@@ -120,9 +120,11 @@ class IA3(base.Adapter):
         self._scales_input = site.address in (self.feedforward or ())
         # The second form does not change the bias.
         self.adapts_bias = not self._scales_input
-        if self.adapts_bias:
+        if self.adapts_bias and site.output_channels == site.output_dim:
             self.check_bias_of_outputs(site)
-        dim = site.input_channels if self._scales_input else site.output_dim
+        dim = (
+            site.input_channels if self._scales_input else site.output_channels
+        )
         self.ia3_l = self.add_trainable("ia3_l", (dim,), "ones")
 
     def adapt(
@@ -155,10 +157,12 @@ class IA3(base.Adapter):
         self, kernel: Tensor, base: Tensor, training: bool = False
     ) -> Tensor:
         change = self._change()
-        if not self._scales_input:
-            return kernel + base * change
         # A convolution's kernel view has a row for each position of the
-        # window and channel, and channels vary fastest.
+        # window and channel, and that of a transposed one such columns.
+        # Channels vary fastest.
+        if not self._scales_input:
+            positions = self.output_dim // change.shape[0]
+            return kernel + base * ops.tile(change, [positions])
         positions = self.input_dim // change.shape[0]
         rows = ops.tile(change, [positions])
         return kernel + base * ops.expand_dims(rows, -1)

@@ -11,6 +11,7 @@ from keras_randadapt.adapters.base import Adapter
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import linear
 from keras_randadapt.sites import supported
+from keras_randadapt.sites.kernel_site import layer_of
 
 #: The share of a model's parameters above which `"all-linear"` tells what it
 #: leaves out.
@@ -125,9 +126,17 @@ def warn_of_missed_biases(layers, chosen, kept, kinds):
         for address in kept
         for layer in _compat.flatten_layers(layers[address])
     }
+    # The bias of a layer with several kernels belongs to one of them, and a
+    # cell's belongs to the layer around it.
+    inside |= {id(layer_of(layers[address])) for address in chosen}
+    inside |= {
+        id(layers[address])
+        for address, kernels in layers.kernels.items()
+        if not set(kernels).isdisjoint(chosen)
+    }
     without, other = [], []
     for address, layer in layers.items():
-        if address in chosen or id(layer) in inside or not layer.built:
+        if id(layer_of(layer)) in inside or not layer.built:
             continue
         if supported.supported_class(layer, kinds) is not None:
             without.append(address)

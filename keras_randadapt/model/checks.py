@@ -28,6 +28,10 @@ _READS_KERNELS = {
     "Gemma4ClippableEinsumDense",
 }
 
+#: Sublayers of KerasHub whose variable the layer around them reads, so that
+#: no adapter is seen before a merge: the class around and the attribute.
+_READ_RAW = {("SAM3GeometryEncoder", "cls_embed")}
+
 
 def check_model(model):
     """Raises an error if adapters can't be attached to a model."""
@@ -267,6 +271,14 @@ def _check_overlap(model, layers, addresses, kept):
 def _check_parent(address, layers):
     layer = layers[address]
     parent = layers.get(address.rpartition("/")[0])
+    attribute = address.rpartition("/")[2]
+    if (type(parent).__name__, attribute) in _READ_RAW:
+        raise ValueError(
+            f"KerasHub's {type(parent).__name__} reads the variable of "
+            f"'{layers.named([address])[0]}' and never calls the layer, so an "
+            "adapter there would do nothing until it is merged. Leave it out "
+            f"with `exclude={attribute!r}`."
+        )
     reads = type(parent).__name__ in _READS_KERNELS
     if layer.quantization_mode is not None and reads:
         raise ValueError(
@@ -285,6 +297,13 @@ def check_called(template, address, layers):
     not call them. Other parents are found when they read it, see
     `sites.layer`.
     """
+    if template.dropout and not getattr(layers[address], "takes_dropout", True):
+        raise ValueError(
+            "The kernels of a recurrent layer are adapted before the loop "
+            "over time, so the adapter's `dropout` would be missed. Inject it "
+            "with `dropout=0`, or leave the layer out with `exclude`. "
+            f"Received: dropout={template.dropout}"
+        )
     parent = layers.get(address.rpartition("/")[0])
     if type(parent).__name__ not in _READS_KERNELS:
         return

@@ -175,6 +175,7 @@ class _SiteOfFile(Site):
         "input_channels",
         "kernel_name",
         "number",
+        "output_channels",
         "source_dim",
         "stack",
     )

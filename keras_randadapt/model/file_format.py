@@ -27,7 +27,6 @@ from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import weighting
 from keras_randadapt.sites import supported
-from keras_randadapt.sites.kernel_site import KernelSite
 from keras_randadapt.sites.kernel_site import layer_of
 
 VERSION = 2
@@ -47,6 +46,20 @@ _SOME_DIGEST = "0" * 16
 BASE_KEY = "#base"
 
 _ALL_KINDS = (*supported.KERNEL_KINDS, "norm")
+
+#: The layers that a digest covers even if they are no sites. Files of earlier
+#: versions have digests of these alone, so no class may be added.
+_IN_EVERY_DIGEST = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Embedding,
+    keras.layers.LayerNormalization,
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+)
 
 
 def size(model, name):
@@ -275,10 +288,11 @@ def _backbone(model):
 def layers_digest(model, sites, kept, prefix=""):
     """A short hash of the base model's layers: addresses and kernel views.
 
-    The hash covers every layer that some method can adapt, with or without
-    adapters. If a task has all sites in its backbone, only the backbone is
-    hashed, so that files of the task and of the backbone fit both. The hash is
-    the same for float, int8 and int4 kernels.
+    The hash covers the sites and every layer of a class that some method could
+    adapt in the first version of the format, with or without adapters. If a
+    task has all sites in its backbone, only the backbone is hashed, so that
+    files of the task and of the backbone fit both. The hash is the same for
+    float, int8 and int4 kernels.
 
     Args:
         model: A built model, with or without adapters.
@@ -291,10 +305,8 @@ def layers_digest(model, sites, kept, prefix=""):
         A string of 16 characters.
     """
     layers = state_lib.layers_of(model)
-    adapted = {
-        layers[a].key for a in sites if isinstance(layers[a], KernelSite)
-    }
     # Layers are compared by `id`, since their addresses in a backbone differ.
+    adapted = {getattr(layers[a], "key", id(layers[a])) for a in sites}
     left_out = {
         id(layer)
         for address in kept
@@ -310,11 +322,11 @@ def layers_digest(model, sites, kept, prefix=""):
         if not address.startswith(prefix):
             continue
         address = address.removeprefix(prefix)
-        # Earlier versions did not know layers with several kernels, so these
-        # count only where they are sites.
-        if isinstance(layer, KernelSite) and layer.key not in adapted:
+        if id(layer_of(layer)) in left_out or not _has_view(layer):
             continue
-        if id(layer_of(layer)) not in left_out and _has_view(layer):
+        if isinstance(layer, _IN_EVERY_DIGEST) or (
+            getattr(layer, "key", id(layer)) in adapted
+        ):
             lines.append(f"{address} {supported.shape_of(layer)}")
     text = "\n".join(lines)
     return hashlib.sha256(text.encode()).hexdigest()[: len(_SOME_DIGEST)]

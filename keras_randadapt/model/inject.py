@@ -176,11 +176,14 @@ def _with_bias(layers, chosen, adapter):
             f"None of the {len(chosen)} layers that `targets` matched has a "
             "bias to train."
         )
-    if without:
+    # A layer's bias belongs to one of its kernels.
+    biased = {id(layer_of(layers[a])) for a in chosen if a not in without}
+    told = [a for a in without if id(layer_of(layers[a])) not in biased]
+    if told:
         warnings.warn(
-            f"{len(without)} of the {len(chosen)} layers that `targets` "
+            f"{len(told)} of the {len(chosen)} layers that `targets` "
             "matched have no bias and are left out: "
-            f"{layers.named(without[:5])}",
+            f"{layers.named(told[:5])}",
             AdapterWarning,
             stacklevel=3,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_randadapt import _compat
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import family
 from keras_randadapt.peft import hub_config
@@ -17,7 +18,7 @@ from keras_randadapt.peft import shapes as shapes_lib
 from keras_randadapt.peft.parts import ModulePart
 from keras_randadapt.sites import supported
 
-_KERNELS = ("kernel", "embeddings")
+_KERNELS = ("kernel", "embeddings", *_compat.TABLES.values())
 
 
 class NameMap:

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 
+from keras_randadapt import _compat
 from keras_randadapt.sites import dense
 from keras_randadapt.sites import supported
 
@@ -143,7 +144,7 @@ def _split(layer, views, shape):
     if len(shape) != axes_of(layer) or not views[0].size:
         return None
     first, *others = views
-    if isinstance(layer, keras.layers.Embedding):
+    if _compat.holds_table(layer):
         return _oriented("embedding", first, others, shape, by_rows=True)
     kind = "linear" if len(shape) == 2 else "conv"
     found = _oriented(kind, first, others, shape, by_rows=False)

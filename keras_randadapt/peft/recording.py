@@ -260,7 +260,10 @@ class _StandIn:
             site = supported.looks_supported(real, any_kind=True)
             if site and public in ("kernel", "embeddings"):
                 return _Variable(real, public, _compat.kernel_of(real), noted)
-        value = getattr(real, name)
+        # The attribute of a site may show the adapted value of a variable.
+        value = vars(real).get(name)
+        if not isinstance(value, keras.Variable):
+            value = getattr(real, name)
         if isinstance(value, keras.Variable):
             return _Variable(real, public, value, noted)
         return _stand_in(value, noted)

@@ -87,9 +87,9 @@ def _visit(value, path, place, found, visited, containers, names):
             return
         found[path] = value
         found.places[path] = place
-        # These classes have no layers below, and reading all their attributes
-        # would unpack quantized kernels.
-        if not supported.looks_supported(value):
+        # Most of these classes have no layers below, and reading all their
+        # attributes would unpack quantized kernels.
+        if supported.may_have_sublayers(value):
             _walk_layer(value, path, place, found, visited)
             _add_kernels(value, path, place, found)
     elif isinstance(value, (list, tuple, dict)):
@@ -110,6 +110,12 @@ def _add_kernels(layer, path, place, found):
         found[address] = site
         found.places[address] = f"{place}/{site.kernel_name}"
         found.kernels.setdefault(path, []).append(address)
+    # A cell's name means its kernels too, although the layer around the cell
+    # is what has adapters.
+    owners = [site.owner for site in sites if site.owner is not layer]
+    for address, below in list(found.items()):
+        if any(below is owner for owner in owners):
+            found.kernels[address] = found.kernels[path]
 
 
 def _visit_container(container, path, place, found, visited, containers, names):

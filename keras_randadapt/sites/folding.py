@@ -1,5 +1,7 @@
 """`Folds`: how a site folds its adapters into its kernel view and its bias."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_randadapt import _compat
@@ -15,6 +17,11 @@ class Folds:
 
     #: The attribute that holds the site's bias.
     bias_name = "bias"
+
+    #: The number of channels of one position of the input and of the output,
+    #: where a row or a column of the kernel view is for one position of a
+    #: window; see `Site`.
+    channels_of_view: Any = (None, None)
 
     def _merged_kernel_view(self, kernel, training=False):
         """The kernel view with every active adapter folded in, float32."""

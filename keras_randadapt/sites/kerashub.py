@@ -3,9 +3,11 @@
 import keras
 
 from keras_randadapt._types import Layers
+from keras_randadapt.sites.linear import is_below
 
-#: The names of query and value projections. Each of the last four is one
-#: kernel for query, key and value together.
+#: The names of query and value projections. Each of the last five is one
+#: kernel for query, key and value together. The receptance is the query of
+#: RWKV's time mixing.
 QUERY_VALUE_NAMES = (
     "query",
     "value",
@@ -19,8 +21,10 @@ QUERY_VALUE_NAMES = (
     "value_projector",
     "q_dense_layer",
     "v_dense_layer",
+    "receptance",
     "query_key_value",
     "attention_qkv",
+    "attention_qkv2",
     "qkv",
     "in_proj_qkv",
 )
@@ -41,9 +45,24 @@ KEY_VALUE_NAMES = (
     "v_dense_layer",
     "query_key_value",
     "attention_qkv",
+    "attention_qkv2",
     "qkv",
     "in_proj_qkv",
 )
+
+#: Names that count only where all three are attributes of one layer.
+_SHORT_NAMES = ("q", "k", "v")
+
+#: The attributes of layers of these classes whose kernel is for query, key,
+#: value and the feed-forward network together.
+_FUSED_WITH_FEED_FORWARD = {"SingleStreamBlock": "linear1"}
+
+#: Classes that have the names of attention and are feed-forward networks.
+_NO_ATTENTION = ("RWKV7ChannelMix",)
+
+#: The transformers of diffusion models. The encoders of text beside one serve
+#: it as they are, so they are not what a default adapts.
+_DENOISERS = ("MMDiT",)
 
 #: The names of the output projections of attention.
 _ATTENTION_OUTPUT_NAMES = (
@@ -55,6 +74,7 @@ _ATTENTION_OUTPUT_NAMES = (
     "o_dense_layer",
     "o_proj",
     "out_proj",
+    "output_layer",
     "proj",
 )
 
@@ -67,6 +87,7 @@ _FEED_FORWARD_NAMES = {
     "output_projector": "input_projector",
     "ffw_linear": "ffw_gating",
     "mlp_dense_2": "mlp_dense_1",
+    "dense_v": "dense_k",
 }
 
 #: The same for common names. They count only beside attention, since other
@@ -83,10 +104,11 @@ def attention_outputs(layers):
     Returns:
         list of addresses.
     """
+    attention = query_and_value_projections(layers)
     return [
         address
         for group in _groups(layers).values()
-        if any(is_query_or_value(a, layers) for a in group.values())
+        if not attention.isdisjoint(group.values())
         for name, address in group.items()
         if name in _ATTENTION_OUTPUT_NAMES
     ]
@@ -160,16 +182,52 @@ def keys_values_and_feed_forwards(layers: Layers) -> set[str]:
     Returns:
         set of addresses.
     """
-    found = {a for a in layers if _is_called(a, layers, KEY_VALUE_NAMES)}
-    return found | set(feed_forwards(layers))
+    found = _projections(layers, KEY_VALUE_NAMES, _SHORT_NAMES[1:])
+    return found | _denoising(feed_forwards(layers), layers)
 
 
-def is_query_or_value(address, layers):
-    """Whether a layer has a name of KerasHub's query or value projections."""
-    return _is_called(address, layers, QUERY_VALUE_NAMES)
+def query_and_value_projections(layers: Layers) -> set[str]:
+    """Addresses of the query and value projections of KerasHub's families.
+
+    Args:
+        layers: dict from address to layer, see `addresses.layers_by_address`.
+
+    Returns:
+        set of addresses.
+    """
+    return _projections(layers, QUERY_VALUE_NAMES, _SHORT_NAMES[::2])
 
 
-def _is_called(address, layers, choices):
-    # Some families leave projections unnamed, but their attributes have names.
-    names = {layers[address].name, layers.attribute(address)}
-    return not names.isdisjoint(choices)
+def _projections(layers, choices, short):
+    # The address of a layer of a model does not tell the model's attribute.
+    places = {layers.places[address]: layers[address] for address in layers}
+    found = set()
+    for address, layer in layers.items():
+        parent = layers.places[address].rpartition("/")[0]
+        owner = type(places.get(parent)).__name__
+        attribute = layers.attribute(address)
+        # Some families leave projections unnamed, but their attributes have
+        # names.
+        named = layer.name in choices or attribute in choices
+        together = attribute in short and all(
+            f"{parent}/{name}" in places for name in _SHORT_NAMES
+        )
+        fused = _FUSED_WITH_FEED_FORWARD.get(owner) == attribute
+        if (named or together or fused) and owner not in _NO_ATTENTION:
+            found.add(address)
+    return _denoising(found, layers)
+
+
+def _denoising(addresses, layers):
+    """The addresses that are below the transformer of a diffusion model.
+
+    They are all addresses if the model has no such transformer inside.
+    """
+    inside = [
+        address
+        for address, layer in layers.items()
+        if type(layer).__name__ in _DENOISERS
+    ]
+    if not inside:
+        return set(addresses)
+    return {a for a in addresses if is_below(a, inside)}

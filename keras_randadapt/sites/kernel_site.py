@@ -37,6 +37,9 @@ class KernelSite(folding.Folds):
     #: The number of kernels that are stacked in the variable, or `None`.
     stack: int | None = None
 
+    #: Whether the products with this kernel can be those of dropped inputs.
+    takes_dropout = True
+
     def __init__(self, layer, attribute, bias_attribute=None, owner=None):
         self.layer = layer
         self.attribute = attribute

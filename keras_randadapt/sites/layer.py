@@ -32,6 +32,18 @@ class AdaptedLayer(folding.Folds, _compat.KeepsTrainingFlag):
     #: The attribute that holds the layer's kernel; for the bias see `Folds`.
     kernel_name = "kernel"
 
+    #: The attributes that a site computes by itself instead of calling the
+    #: layer. A class that overrides one of them can't be a site.
+    computes: tuple[str, ...] = (
+        "call",
+        "quantized_call",
+        "kernel",
+        "bias",
+        "beta",
+        "embeddings",
+        "convolution_op",
+    )
+
     @property
     def _dtype_of_shown_bias(self):
         return self.compute_dtype
@@ -53,11 +65,15 @@ class AdaptedLayer(folding.Folds, _compat.KeepsTrainingFlag):
             return
         # Only the active adapters are trained here: the base layer stays
         # frozen, the statistics of a normalization included.
-        for variable in _compat.owned_variables(self):
+        for variable in self.base_variables():
             variable.trainable = False
         if self.kind == "norm":
             _compat.set_layer_trainable_flag(self, False)
         adapters.train_active()
+
+    def base_variables(self):
+        """The layer's variables without those of adapters."""
+        return _compat.owned_variables(self)
 
     def save_own_variables(self, store):
         # Keras stores the `kernel` property, which here is the merged kernel.
@@ -148,6 +164,21 @@ def shown_bias(name):
         if bias is None or bias is own_bias(self):
             return bias
         return ops.cast(bias, self._dtype_of_shown_bias)
+
+    def write(self, value):
+        vars(self)[name] = value
+
+    return property(read, write)
+
+
+def shown_kernel(name):
+    """A property for a plain attribute that holds a site's kernel.
+
+    It shows the adapted kernel, as `shown_bias` does for the bias.
+    """
+
+    def read(self):
+        return self._merged_or_base(vars(self)[name])
 
     def write(self, value):
         vars(self)[name] = value

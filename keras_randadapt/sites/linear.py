@@ -83,7 +83,7 @@ def kernel_parameters(layer, tables=True):
     """
     if not layer.built:
         return 0
-    if isinstance(layer, keras.layers.Embedding) and not tables:
+    if not tables and _compat.holds_table(layer):
         return 0
     kernel = _compat.kernel_of(layer)
     if kernel is not None:

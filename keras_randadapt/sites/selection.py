@@ -1,7 +1,6 @@
 """The layers that `targets`, `exclude` and `keep_trainable` mean."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import keras
 from keras_randadapt.sites import kerashub
 from keras_randadapt.sites import linear
 from keras_randadapt.sites import supported
+from keras_randadapt.sites import target_hints
 from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.linear import is_below
 
@@ -85,7 +85,7 @@ def select_sites(
             raise ValueError(
                 "`targets=None` finds no layer of the kind that this method "
                 "adapts by default. Name layers in `targets`. "
-                + _available(candidates)
+                + target_hints.available(candidates)
             )
     elif targets is None:
         chosen = _query_value(layers, candidates, kept)
@@ -154,7 +154,7 @@ def _meant_by_function(layers, function, adaptable):
         raise ValueError(
             "`targets` returned a false value for every one of the "
             f"{len(adaptable)} layers that can be adapted. "
-            + _available(adaptable)
+            + target_hints.available(adaptable)
         )
     left_out = [
         address
@@ -207,8 +207,8 @@ def _named(layers, targets, remain, adaptable, kinds):
         if is_name and others:
             classes = sorted({type(layers[a]).__name__ for a in others})
             raise ValueError(
-                f"The target {_shown(target)} also means layers of classes "
-                f"{classes}, which can't be adapted: "
+                f"The target {target_hints.shown(target)} also means layers of "
+                f"classes {classes}, which can't be adapted: "
                 f"{layers.named(others[:5])}. Leave them out with `exclude`, "
                 "or name the others by the ends of their paths."
             )
@@ -281,9 +281,9 @@ def match(layers, targets, argument):
         hits = _matched(layers, target)
         if not hits:
             raise ValueError(
-                f"`{argument}` matches no layer: {_shown(target)}. "
+                f"`{argument}` matches no layer: {target_hints.shown(target)}. "
                 + _hint(target, argument)
-                + _near_misses(target, layers)
+                + target_hints.near_misses(target, layers)
             )
         found |= hits
     if argument != "keep_trainable":
@@ -335,17 +335,18 @@ def _matches(target, place, layer):
 
 
 def _query_value(layers, candidates, kept):
+    wanted = kerashub.query_and_value_projections(layers)
     chosen = [
         address
         for address in candidates
-        if kerashub.is_query_or_value(address, layers)
-        and not is_below(address, kept)
+        if address in wanted and not is_below(address, kept)
     ]
     if not chosen:
         raise ValueError(
             "This model has no query or value projection by any name that "
-            "`targets=None` looks for. Name the layers to adapt in `targets`, "
-            'or give "all-linear". ' + _available(candidates)
+            "`targets=None` looks for. "
+            + target_hints.what_to_name(candidates)
+            + target_hints.available(candidates)
         )
     return chosen
 
@@ -379,7 +380,8 @@ def _all_linear(layers, candidates, kept, experts, takes):
     if not chosen:
         raise ValueError(
             '`targets="all-linear"` found no Dense or EinsumDense layer '
-            "besides those in `keep_trainable`. " + _available(candidates)
+            "besides those in `keep_trainable`. "
+            + target_hints.available(candidates)
         )
     return chosen
 
@@ -410,39 +412,8 @@ def _refuse_unsupported(layers, target, chosen, adaptable, kinds):
             if is_below(a, chosen) and supported.supported_class(layer, kinds)
         ]
         raise ValueError(
-            f"The target {_shown(target)} matches only layers of classes "
-            f"{classes}, which can't be adapted. "
+            f"The target {target_hints.shown(target)} matches only layers of "
+            f"classes {classes}, which can't be adapted. "
             + (f"Layers inside of them can: {inside[:5]}. " if inside else "")
             + f"Supported: {', '.join(supported.class_names(kinds))}."
         )
-
-
-def _shown(target):
-    if isinstance(target, re.Pattern):
-        return f"re.compile({target.pattern!r})"
-    return repr(target)
-
-
-def _near_misses(target, layers):
-    names = sorted({layer.name for layer in layers.values()})
-    paths = sorted({layer.path or layer.name for layer in layers.values()})
-    wanted = target.pattern if isinstance(target, re.Pattern) else target
-    close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
-    close += [
-        path
-        for path in difflib.get_close_matches(wanted, paths, n=3, cutoff=0.5)
-        if path not in close
-    ]
-    if close:
-        return f"Near misses: {close}."
-    return _available(
-        {a: x for a, x in layers.items() if supported.supported_class(x)}
-    )
-
-
-def _available(candidates):
-    names = sorted({layer.name for layer in candidates.values()})
-    if not names:
-        return "The model has no layer of a supported class."
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"Layers that can be adapted are called: {shown}."

@@ -30,8 +30,12 @@ class Site:
             variable, as the experts of a mixture are.
         input_channels: Optional int. The number of features of one position
             of the input. A convolution's kernel view has `input_channels` rows
-            for each position of the window. For all other layers it is
-            `input_dim`.
+            for each position of the window, and of a grouped one it is the
+            number in each group. For all other layers it is `input_dim`.
+        output_channels: Optional int. The number of features of one position
+            of the output. A transposed convolution's kernel view has
+            `output_channels` columns for each position of the window. For all
+            other layers it is `output_dim`.
     """
 
     input_dim: int
@@ -43,12 +47,15 @@ class Site:
     number: int = 0
     stack: int | None = None
     input_channels: int | None = None
+    output_channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.source_dim is None:
             object.__setattr__(self, "source_dim", self.input_dim)
         if self.input_channels is None:
             object.__setattr__(self, "input_channels", self.input_dim)
+        if self.output_channels is None:
+            object.__setattr__(self, "output_channels", self.output_dim)
 
     def __iter__(self) -> NoReturn:
         # In earlier versions `build` got the pair `(input_dim, output_dim)`.

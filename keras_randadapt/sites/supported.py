@@ -16,6 +16,9 @@ from keras_randadapt.sites import embedding
 from keras_randadapt.sites import experts
 from keras_randadapt.sites import layer as layer_lib
 from keras_randadapt.sites import normalization
+from keras_randadapt.sites import recurrent
+from keras_randadapt.sites import separable
+from keras_randadapt.sites import table
 from keras_randadapt.sites.kernel_site import KernelSite
 from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.site import Site
@@ -29,6 +32,11 @@ _SITE_CLASSES = {
     keras.layers.Conv1D: convolution.AdaptedConv,
     keras.layers.Conv2D: convolution.AdaptedConv,
     keras.layers.Conv3D: convolution.AdaptedConv,
+    keras.layers.DepthwiseConv1D: convolution.AdaptedDepthwiseConv,
+    keras.layers.DepthwiseConv2D: convolution.AdaptedDepthwiseConv,
+    keras.layers.Conv1DTranspose: convolution.AdaptedConvTranspose,
+    keras.layers.Conv2DTranspose: convolution.AdaptedConvTranspose,
+    keras.layers.Conv3DTranspose: convolution.AdaptedConvTranspose,
     keras.layers.Embedding: embedding.AdaptedEmbedding,
     keras.layers.ReversibleEmbedding: embedding.AdaptedReversibleEmbedding,
     keras.layers.LayerNormalization: normalization.AdaptedNorm,
@@ -38,22 +46,14 @@ _SITE_CLASSES = {
 
 #: Functions of a built layer to the `KernelSite`s of its kernels. The list is
 #: empty for layers that are not of the function's kind.
-_SEVERAL_KERNELS = (experts.sites_of,)
+_SEVERAL_KERNELS = (
+    experts.sites_of,
+    separable.sites_of,
+    recurrent.sites_of,
+)
 
 #: The kinds with a kernel, which most methods take; see `Adapter.site_kinds`.
 KERNEL_KINDS = ("product", "convolution", "lookup")
-
-
-#: The attributes that a site computes by itself instead of calling the layer.
-_COMPUTATION = (
-    "call",
-    "quantized_call",
-    "kernel",
-    "bias",
-    "beta",
-    "embeddings",
-    "convolution_op",
-)
 
 
 def supported_class(layer, kinds=KERNEL_KINDS):
@@ -68,12 +68,10 @@ def supported_class(layer, kinds=KERNEL_KINDS):
         own = layer_lib.own_class(layer.layer) or type(layer.layer)
         return own if layer.kind in kinds else None
     own = layer_lib.own_class(layer) or type(layer)
-    for cls in own.__mro__:
-        if cls in _SITE_CLASSES:
-            if overridden(own, cls) or _SITE_CLASSES[cls].kind not in kinds:
-                return None
-            return cls
-    return None
+    cls = _base_of(own)
+    if cls is None or overridden(own, cls) or _mixin(cls).kind not in kinds:
+        return None
+    return cls
 
 
 def kernel_sites(layer):
@@ -91,8 +89,9 @@ def kernel_sites(layer):
 
 
 def class_names(kinds):
-    """The names of the Keras classes of these kinds."""
-    return [cls.__name__ for cls, s in _SITE_CLASSES.items() if s.kind in kinds]
+    """The names of the Keras classes of these kinds, and of KerasHub's."""
+    names = [c.__name__ for c, s in _SITE_CLASSES.items() if s.kind in kinds]
+    return names + [*_compat.TABLES] * (table.AdaptedTable.kind in kinds)
 
 
 def kind_of(layer):
@@ -111,12 +110,12 @@ def is_matrix_product(layer):
 
 
 def overridden(own, cls=None):
-    """The names in `_COMPUTATION` that `own` overrides in a supported class."""
+    """The names that `own` overrides of what a site computes by itself."""
     if cls is None:
-        cls = next(c for c in own.__mro__ if c in _SITE_CLASSES)
+        cls = _base_of(own)
     return [
         name
-        for name in _COMPUTATION
+        for name in _mixin(cls).computes
         if getattr(own, name, None) is not getattr(cls, name, None)
     ]
 
@@ -128,9 +127,16 @@ def looks_supported(layer, any_kind=False):
         layer: A layer.
         any_kind: Whether classes without a kernel count too.
     """
-    return isinstance(layer, tuple(_SITE_CLASSES)) and (
+    return _base_of(type(layer)) is not None and (
         any_kind or kind_of(layer) in KERNEL_KINDS
     )
+
+
+def may_have_sublayers(layer):
+    """Whether there may be layers below a layer, apart from its adapters."""
+    if not looks_supported(layer):
+        return True
+    return issubclass(_mixin(type(layer)), table.AdaptedTable)
 
 
 def kernel_variable(layer):
@@ -164,7 +170,10 @@ def site_of(address, layer, source=None, number=0):
     """
     view = view_of(layer)
     bias = bias_variable(layer)
-    kernel = kernel_variable(layer)
+    mixin = _mixin(type(layer))
+    channels = mixin.channels_of_view
+    if isinstance(channels, property):
+        channels = channels.fget(layer)
     return Site(
         input_dim=view.input_dim,
         output_dim=view.output_dim,
@@ -172,15 +181,14 @@ def site_of(address, layer, source=None, number=0):
         kernel_name=(
             layer.kernel_name
             if isinstance(layer, KernelSite)
-            else _mixin(type(layer)).kernel_name
+            else mixin.kernel_name
         ),
         stack=getattr(layer, "stack", None),
         bias_shape=None if bias is None else tuple(bias.shape),
         source_dim=view_of(layer if source is None else source).input_dim,
         number=number,
-        input_channels=(
-            int(kernel.shape[-2]) if kind_of(layer) == "convolution" else None
-        ),
+        input_channels=channels[0],
+        output_channels=channels[1],
     )
 
 
@@ -269,10 +277,21 @@ def site_class(base, mixin=None):
     return _site_class(base, mixin or _mixin(base))
 
 
+def _base_of(cls):
+    """The class among the bases of `cls` that has a mixin, or `None`."""
+    for one in cls.__mro__:
+        if one in _SITE_CLASSES or _compat.table_name(one) is not None:
+            return one
+    return None
+
+
 def _mixin(cls):
     if issubclass(cls, KernelSite):
         return cls
-    return next(_SITE_CLASSES[c] for c in cls.__mro__ if c in _SITE_CLASSES)
+    base = _base_of(cls)
+    if base in _SITE_CLASSES:
+        return _SITE_CLASSES[base]
+    return table.adapted_table(_compat.table_name(base))
 
 
 @functools.lru_cache(maxsize=None)

@@ -1,5 +1,6 @@
 """Adapter files: what they hold, and every way in which one can be wrong."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -468,6 +469,24 @@ class TestBaseModel:
         kra.inject(model, kra.LoRA(2), "site")
         kra.save_adapter(model, tmp_path / "x")
         kra.load_adapter(build(), tmp_path / "x", check_base="ignore")
+
+    def test_digests_of_layers_stay_those_of_the_first_version(self):
+        """A class that becomes a site later changes no digest of old files."""
+        inputs = keras.Input((6, 4))
+        x = layers.Conv1D(4, 3, name="conv")(inputs)
+        x = layers.DepthwiseConv1D(2, name="depthwise")(x)
+        model = keras.Model(inputs, layers.Dense(2, name="dense")(x))
+        lines = ["layers/conv1d 12x4", "layers/dense 4x2"]
+        found = file_format.layers_digest(model, ["layers/dense"], [])
+        text = "\n".join(lines)
+        assert found == hashlib.sha256(text.encode()).hexdigest()[:16]
+        # A digest does cover the sites.
+        lines.append("layers/depthwise_conv1d 2x4")
+        text = "\n".join(sorted(lines))
+        found = file_format.layers_digest(
+            model, ["layers/dense", "layers/depthwise_conv1d"], []
+        )
+        assert found == hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def test_only_files_look_at_all_layers(self, monkeypatch, tmp_path):
         """`inject` and its report know the size without the digest."""
