@@ -152,6 +152,8 @@ def adapters(shape):
         "LoRA(8)": kra.LoRA(8),
         "LoRA(64)": kra.LoRA(64),
         f"LoRA({rank}), as many as RandLoRA": kra.LoRA(rank),
+        "MiSS(16)": kra.MiSS(16),
+        "SHiRA(8)": kra.SHiRA(8),
         "RLoRA(64)": kra.RLoRA(64),
         "RLoRA(512)": kra.RLoRA(512),
         "VeRA(256)": kra.VeRA(256),

@@ -29,9 +29,11 @@ from keras_randadapt.adapters import DyLoRA
 from keras_randadapt.adapters import Hydra
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.adapters import LoRAFA
+from keras_randadapt.adapters import MiSS
 from keras_randadapt.adapters import RandLoRA
 from keras_randadapt.adapters import RLoRA
 from keras_randadapt.adapters import RMLoRA
+from keras_randadapt.adapters import SHiRA
 from keras_randadapt.adapters import SoRA
 from keras_randadapt.adapters import VeRA
 from keras_randadapt.model import whole_model as _whole_model
@@ -79,6 +81,7 @@ __all__ = [
     "LoRAFA",
     "merge",
     "merged",
+    "MiSS",
     "NOLA",
     "ops",
     "optimizers",
@@ -92,6 +95,7 @@ __all__ = [
     "save_adapter",
     "serving",
     "set_active",
+    "SHiRA",
     "sites",
     "SoRA",
     "status",

@@ -10,11 +10,13 @@ from keras_randadapt.adapters.hydra import Hydra
 from keras_randadapt.adapters.ia3 import IA3
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
+from keras_randadapt.adapters.miss import MiSS
 from keras_randadapt.adapters.nola import NOLA
 from keras_randadapt.adapters.randlora import RandLoRA
 from keras_randadapt.adapters.rlora import RLoRA
 from keras_randadapt.adapters.rmlora import RMLoRA
 from keras_randadapt.adapters.said import SAID
+from keras_randadapt.adapters.shira import SHiRA
 from keras_randadapt.adapters.sora import SoRA
 from keras_randadapt.adapters.vera import VeRA
 
@@ -29,11 +31,13 @@ __all__ = [
     "IA3",
     "LoRA",
     "LoRAFA",
+    "MiSS",
     "NOLA",
     "RandLoRA",
     "RLoRA",
     "RMLoRA",
     "SAID",
+    "SHiRA",
     "SoRA",
     "VeRA",
 ]

@@ -245,8 +245,10 @@ class AdapterVariables(keras.layers.Layer):
                 shared[key] = variable
         return SharedVariable(variable)
 
-    def add_derived(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
-        """A float32 variable for values that `start_from` derives.
+    def add_derived(
+        self, name: str, shape: tuple[int, ...], dtype: str = "float32"
+    ) -> keras.Variable:
+        """A variable for values that `start_from` derives.
 
         Keras's files hold it; adapter files do not.
         """
@@ -254,7 +256,7 @@ class AdapterVariables(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=shape,
-            dtype="float32",
+            dtype=dtype,
             initializer="zeros",
             trainable=False,
             autocast=False,
@@ -360,6 +362,14 @@ class AdapterVariables(keras.layers.Layer):
 
     def basis_digest(self) -> str:
         """A short hash of the frozen bases, or `""` where there are none."""
+        return ""
+
+    def derived_digest(self) -> str:
+        """A short hash of choices that `start_from` made, or `""`.
+
+        An adapter file is refused where it differs. It is for choices that no
+        rounding of the base kernel may change.
+        """
         return ""
 
     def save_own_variables(self, store: Store) -> None:

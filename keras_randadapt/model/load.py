@@ -156,6 +156,9 @@ class Loading:
             self.rename,
             wanted,
         )
+        file_checks.check_chosen(
+            self.path, self.metadata, self.rename, self.attachment.built
+        )
 
     def assign(self, change):
         """Gives the attached adapter the file's values.
