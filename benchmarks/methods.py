@@ -124,6 +124,7 @@ ROWS = {
         lambda seed: kra.DoRA(kra.VeRA(256, seed=seed)), inner="VeRA(256)"
     ),
     "SHiRA(8)": Row(lambda seed: kra.SHiRA(8, seed=seed)),
+    "HiRA(8)": Row(lambda seed: kra.HiRA(8, seed=seed)),
     "RandLoRA(32)": Row(lambda seed: kra.RandLoRA(32, seed=seed)),
     "NOLA(8)": Row(lambda seed: kra.NOLA(8, num_bases=128, seed=seed)),
     "SAID(1000)": Row(lambda seed: kra.SAID(1000, seed=seed)),

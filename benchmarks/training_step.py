@@ -154,6 +154,7 @@ def adapters(shape):
         f"LoRA({rank}), as many as RandLoRA": kra.LoRA(rank),
         "MiSS(16)": kra.MiSS(16),
         "SHiRA(8)": kra.SHiRA(8),
+        "HiRA(8)": kra.HiRA(8),
         "RLoRA(64)": kra.RLoRA(64),
         "RLoRA(512)": kra.RLoRA(512),
         "VeRA(256)": kra.VeRA(256),

@@ -10,7 +10,7 @@ This table sums it up:
 |---|---|
 | a method that works without thought | `LoRA(8)` |
 | many tasks on one model, a few kilobytes each | `RLoRA`, `VeRA`, `NOLA` |
-| more than a low rank can say | `RandLoRA`, `SHiRA`, GaLore |
+| more than a low rank can say | `RandLoRA`, `SHiRA`, `HiRA`, GaLore |
 | full use of the rank you pay for | `RMLoRA`, `DoRA(LoRA(8))` |
 | not to choose a rank | `DyLoRA`, `AdaLoRA`, `SoRA` |
 | less memory in training | `MiSS`, `LoRAFA`, `BitFit` |
@@ -67,6 +67,7 @@ TEMPLATES = {
     "RLoRA(384)": kra.RLoRA(384),
     "VeRA(256)": kra.VeRA(256),
     "SHiRA(8)": kra.SHiRA(8),
+    "HiRA(8)": kra.HiRA(8),
     "RandLoRA(32)": kra.RandLoRA(32),
     "NOLA(8)": kra.NOLA(8, num_bases=128),
     "SAID(1000)": kra.SAID(1000),

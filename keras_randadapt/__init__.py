@@ -26,6 +26,7 @@ from keras_randadapt.adapters import BitFit
 from keras_randadapt.adapters import Bottleneck
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import DyLoRA
+from keras_randadapt.adapters import HiRA
 from keras_randadapt.adapters import Hydra
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.adapters import LoRAFA
@@ -73,6 +74,7 @@ __all__ = [
     "DyLoRA",
     "eject",
     "hadamard",
+    "HiRA",
     "IA3",
     "Hydra",
     "inject",

@@ -50,6 +50,7 @@ METHODS = {
     ),
     "ia3": lambda seed=0: kra.IA3(),
     "ia3_feedforward": lambda seed=0: kra.IA3(feedforward=["site"]),
+    "hira": lambda seed=0: kra.HiRA(2, scaling=1.5, seed=seed),
     "hydra": lambda seed=0: kra.Hydra(
         2, sequential_rank=3, scaling=1.5, seed=seed
     ),
@@ -128,6 +129,7 @@ _ONLY = {
     "bitfit": _CORE | {"gpt2", "sequential"},
     "bottleneck": _CORE | {"einsum_output", "gpt2", "sequential"},
     "bottleneck_parallel": {"dense", "einsum_query", "gpt2", "dense_int8"},
+    "hira": _CORE | {"einsum_output"},
     "hydra": _CORE | {"einsum_output"},
     "ia3": _CORE | {"einsum_output", "gpt2", "sequential"},
     "ia3_feedforward": {

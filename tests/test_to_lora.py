@@ -498,12 +498,13 @@ class TestRefusals:
         "make",
         [
             lambda: kra.DoRA(kra.LoRA(2)),
+            lambda: kra.HiRA(2),
             lambda: kra.Hydra(2),
             lambda: kra.IA3(),
             lambda: kra.BitFit(),
             lambda: kra.Bottleneck(2),
         ],
-        ids=["DoRA", "Hydra", "IA3", "BitFit", "Bottleneck"],
+        ids=["DoRA", "HiRA", "Hydra", "IA3", "BitFit", "Bottleneck"],
     )
     def test_methods_that_are_more_than_a_delta(self, make):
         model, x = _model(make())

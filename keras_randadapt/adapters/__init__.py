@@ -6,6 +6,7 @@ from keras_randadapt.adapters.bitfit import BitFit
 from keras_randadapt.adapters.bottleneck import Bottleneck
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
+from keras_randadapt.adapters.hira import HiRA
 from keras_randadapt.adapters.hydra import Hydra
 from keras_randadapt.adapters.ia3 import IA3
 from keras_randadapt.adapters.lora import LoRA
@@ -27,6 +28,7 @@ __all__ = [
     "Bottleneck",
     "DoRA",
     "DyLoRA",
+    "HiRA",
     "Hydra",
     "IA3",
     "LoRA",

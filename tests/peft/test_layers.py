@@ -54,3 +54,14 @@ def test_shira():
     peers.check(
         template, config, (12, 20), {"shira_values": ("shira_weight", move)}
     )
+
+
+def test_hira():
+    import peft
+
+    config = peft.HiraConfig(r=3, target_modules=["site"])
+    weights = {
+        "hira_a": ("hira_A", np.transpose),
+        "hira_b": ("hira_B", np.transpose),
+    }
+    peers.check(kra.HiRA(3), config, (12, 20), weights)

@@ -25,6 +25,7 @@ CLAIMS = [
     (lambda: kra.MiSS(2), "rank"),
     (lambda: kra.MiSS(2, output_rank=2), "output_rank"),
     (lambda: kra.SHiRA(1), "rank"),
+    (lambda: kra.HiRA(2), "rank"),
     (lambda: kra.AdaLoRA(2), "rank"),
     (lambda: kra.DyLoRA(2), "rank"),
     (lambda: kra.SoRA(2), "rank"),

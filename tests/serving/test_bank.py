@@ -26,6 +26,7 @@ METHODS = {
     "miss": lambda: kra.MiSS(3),
     "shira": lambda: kra.SHiRA(1),
     "shira_magnitude": lambda: kra.SHiRA(1, mask="magnitude"),
+    "hira": lambda: kra.HiRA(2),
     "sora": lambda: kra.SoRA(2),
     "adalora": lambda: kra.AdaLoRA(2),
     "dylora": lambda: kra.DyLoRA(2),
