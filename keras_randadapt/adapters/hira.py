@@ -109,7 +109,8 @@ class HiRA(base.Adapter):
             kernel = linear.kernel()
         if kernel is not None:
             return self._product(x, kernel, 1.0)
-        # The variables of a kernel are no constants to a compiler.
+        # Keras's quantized product has a gradient of its own, which nothing
+        # needs here.
         kernel = ops.stop_gradient(linear.base_kernel())
         return linear(x) + self._product(self.drop(x, training), kernel, 0.0)
 
