@@ -97,6 +97,7 @@ ROWS = {
     "LoRA(8)": Row(lambda seed: kra.LoRA(8, seed=seed)),
     "RMLoRA(8)": Row(lambda seed: kra.RMLoRA(8, seed=seed)),
     "LoRAFA(8)": Row(lambda seed: kra.LoRAFA(8, seed=seed)),
+    "MiSS(16)": Row(lambda seed: kra.MiSS(16, seed=seed)),
     "DyLoRA(8)": Row(lambda seed: kra.DyLoRA(8, seed=seed)),
     "AdaLoRA(12)": Row(
         lambda seed: kra.AdaLoRA(12, seed=seed), callbacks=_rank_budget
@@ -122,6 +123,8 @@ ROWS = {
     "DoRA(VeRA(256))": Row(
         lambda seed: kra.DoRA(kra.VeRA(256, seed=seed)), inner="VeRA(256)"
     ),
+    "SHiRA(8)": Row(lambda seed: kra.SHiRA(8, seed=seed)),
+    "HiRA(8)": Row(lambda seed: kra.HiRA(8, seed=seed)),
     "RandLoRA(32)": Row(lambda seed: kra.RandLoRA(32, seed=seed)),
     "NOLA(8)": Row(lambda seed: kra.NOLA(8, num_bases=128, seed=seed)),
     "SAID(1000)": Row(lambda seed: kra.SAID(1000, seed=seed)),

@@ -10,10 +10,10 @@ This table sums it up:
 |---|---|
 | a method that works without thought | `LoRA(8)` |
 | many tasks on one model, a few kilobytes each | `RLoRA`, `VeRA`, `NOLA` |
-| more than a low rank can say | `RandLoRA`, GaLore |
+| more than a low rank can say | `RandLoRA`, `SHiRA`, `HiRA`, GaLore |
 | full use of the rank you pay for | `RMLoRA`, `DoRA(LoRA(8))` |
 | not to choose a rank | `DyLoRA`, `AdaLoRA`, `SoRA` |
-| less memory in training | `LoRAFA`, `BitFit` |
+| less memory in training | `MiSS`, `LoRAFA`, `BitFit` |
 | the fewest trained numbers that a model can do with | `SAID` |
 | room for more than a linear change | `Bottleneck` |
 
@@ -58,6 +58,7 @@ TEMPLATES = {
     "LoRA(8)": kra.LoRA(8),
     "RMLoRA(8)": kra.RMLoRA(8),
     "LoRAFA(8)": kra.LoRAFA(8),
+    "MiSS(16)": kra.MiSS(16),
     "DyLoRA(8)": kra.DyLoRA(8),
     "AdaLoRA(12)": kra.AdaLoRA(12),
     "SoRA(8)": kra.SoRA(8),
@@ -65,6 +66,8 @@ TEMPLATES = {
     "Hydra(8)": kra.Hydra(8),
     "RLoRA(384)": kra.RLoRA(384),
     "VeRA(256)": kra.VeRA(256),
+    "SHiRA(8)": kra.SHiRA(8),
+    "HiRA(8)": kra.HiRA(8),
     "RandLoRA(32)": kra.RandLoRA(32),
     "NOLA(8)": kra.NOLA(8, num_bases=128),
     "SAID(1000)": kra.SAID(1000),

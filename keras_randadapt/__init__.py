@@ -26,12 +26,15 @@ from keras_randadapt.adapters import BitFit
 from keras_randadapt.adapters import Bottleneck
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import DyLoRA
+from keras_randadapt.adapters import HiRA
 from keras_randadapt.adapters import Hydra
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.adapters import LoRAFA
+from keras_randadapt.adapters import MiSS
 from keras_randadapt.adapters import RandLoRA
 from keras_randadapt.adapters import RLoRA
 from keras_randadapt.adapters import RMLoRA
+from keras_randadapt.adapters import SHiRA
 from keras_randadapt.adapters import SoRA
 from keras_randadapt.adapters import VeRA
 from keras_randadapt.model import whole_model as _whole_model
@@ -71,6 +74,7 @@ __all__ = [
     "DyLoRA",
     "eject",
     "hadamard",
+    "HiRA",
     "IA3",
     "Hydra",
     "inject",
@@ -79,6 +83,7 @@ __all__ = [
     "LoRAFA",
     "merge",
     "merged",
+    "MiSS",
     "NOLA",
     "ops",
     "optimizers",
@@ -92,6 +97,7 @@ __all__ = [
     "save_adapter",
     "serving",
     "set_active",
+    "SHiRA",
     "sites",
     "SoRA",
     "status",

@@ -51,6 +51,7 @@ METHODS = {
     ),
     "ia3": lambda seed=0: kra.IA3(),
     "ia3_feedforward": lambda seed=0: kra.IA3(feedforward=["site"]),
+    "hira": lambda seed=0: kra.HiRA(2, scaling=1.5, seed=seed),
     "hydra": lambda seed=0: kra.Hydra(
         2, sequential_rank=3, scaling=1.5, seed=seed
     ),
@@ -61,13 +62,22 @@ METHODS = {
     "dvora": lambda seed=0: kra.DoRA(kra.VeRA(7, scaling=5.0, seed=seed)),
     "dora_rlora": lambda seed=0: kra.DoRA(kra.RLoRA(5, scaling=2.0, seed=seed)),
     "dora_randlora": lambda seed=0: kra.DoRA(kra.RandLoRA(3, seed=seed)),
+    "dora_miss": lambda seed=0: kra.DoRA(kra.MiSS(3, seed=seed)),
     "dora_dylora": lambda seed=0: kra.DoRA(kra.DyLoRA(2, seed=seed)),
     "dylora": lambda seed=0: kra.DyLoRA(2, alpha=3, seed=seed),
     "lorafa": lambda seed=0: kra.LoRAFA(2, alpha=3, seed=seed),
     "lorafa_hadamard": lambda seed=0: kra.LoRAFA(
         2, basis="hadamard", seed=seed
     ),
+    "miss": lambda seed=0: kra.MiSS(3, scaling=2.0, seed=seed),
+    "miss_repeated": lambda seed=0: kra.MiSS(3, output_rank=4, seed=seed),
     "nola": lambda seed=0: kra.NOLA(2, num_bases=5, seed=seed),
+    "shira": lambda seed=0: kra.SHiRA(1, scaling=2.0, seed=seed),
+    "shira_magnitude": lambda seed=0: kra.SHiRA(1, mask="magnitude", seed=seed),
+    "shira_structured": lambda seed=0: kra.SHiRA(
+        2, mask="structured", seed=seed
+    ),
+    "dora_shira": lambda seed=0: kra.DoRA(kra.SHiRA(1, seed=seed)),
     "said": lambda seed=0: kra.SAID(7, seed=seed),
     "sora": lambda seed=0: kra.SoRA(2, alpha=3, seed=seed),
     "vera": lambda seed=0: kra.VeRA(7, scaling=5.0, seed=seed),
@@ -111,6 +121,7 @@ _ONLY = {
     "dvora": {"dense", "einsum_query", "dense_int8", "bert_classifier"},
     "dora_rlora": {"dense", "einsum_query", "conv2d_grouped"},
     "dora_randlora": {"dense", "dense_int8", "bert_classifier"},
+    "dora_miss": {"einsum_query"},
     "dora_dylora": {"dense", "conv2d_grouped"},
     "dylora": _CORE,
     "lorafa": _CORE,
@@ -119,6 +130,7 @@ _ONLY = {
     "bitfit": _CORE | {"gpt2", "sequential"},
     "bottleneck": _CORE | {"einsum_output", "gpt2", "sequential"},
     "bottleneck_parallel": {"dense", "einsum_query", "gpt2", "dense_int8"},
+    "hira": _CORE | {"einsum_output"},
     "hydra": _CORE | {"einsum_output"},
     "ia3": _CORE | {"einsum_output", "gpt2", "sequential"},
     "ia3_feedforward": {
@@ -127,7 +139,13 @@ _ONLY = {
         "conv2d_grouped",
         "einsum_query",
     },
+    "miss": _CORE,
+    "miss_repeated": {"dense"},
     "nola": _CORE,
+    "shira": _CORE,
+    "shira_magnitude": {"dense", "dense_int8", "conv2d_grouped"},
+    "shira_structured": {"dense"},
+    "dora_shira": {"einsum_query"},
     "said": _CORE,
     "sora": _CORE,
     "vera_sparse": {"dense", "embedding"},

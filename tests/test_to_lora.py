@@ -6,6 +6,7 @@ import pytest
 
 import keras_randadapt as kra
 from tests import methods
+from tests import test_miss
 from tests import test_randlora
 from tests import test_rlora
 from tests import test_said
@@ -40,6 +41,10 @@ def _lora(adapter):
 def _lorafa(adapter):
     a = adapter.basis_a.dense().T / np.sqrt(3 * adapter.input_dim)
     return adapter.scaling * a @ _values(adapter)["lora_b"]
+
+
+def _miss(adapter):
+    return test_miss.dense_delta(adapter, _values(adapter)["shard"])
 
 
 def _nola(adapter):
@@ -96,6 +101,7 @@ METHODS = {
     "sora": (lambda: kra.SoRA(3, alpha=5), _lora, 3),
     "dylora": (lambda: kra.DyLoRA(3, alpha=5), _lora, 3),
     "lorafa": (lambda: kra.LoRAFA(3, alpha=5), _lorafa, 3),
+    "miss": (lambda: kra.MiSS(5, scaling=2.0), _miss, 5),
     "nola": (lambda: kra.NOLA(3, num_bases=5, alpha=5), _nola, 3),
     "rlora": (lambda: kra.RLoRA(5, scaling=2.0), _rlora, 5),
     "rlora_of_high_rank": (lambda: kra.RLoRA(40), _rlora, 12),
@@ -492,12 +498,13 @@ class TestRefusals:
         "make",
         [
             lambda: kra.DoRA(kra.LoRA(2)),
+            lambda: kra.HiRA(2),
             lambda: kra.Hydra(2),
             lambda: kra.IA3(),
             lambda: kra.BitFit(),
             lambda: kra.Bottleneck(2),
         ],
-        ids=["DoRA", "Hydra", "IA3", "BitFit", "Bottleneck"],
+        ids=["DoRA", "HiRA", "Hydra", "IA3", "BitFit", "Bottleneck"],
     )
     def test_methods_that_are_more_than_a_delta(self, make):
         model, x = _model(make())

@@ -6,15 +6,18 @@ from keras_randadapt.adapters.bitfit import BitFit
 from keras_randadapt.adapters.bottleneck import Bottleneck
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
+from keras_randadapt.adapters.hira import HiRA
 from keras_randadapt.adapters.hydra import Hydra
 from keras_randadapt.adapters.ia3 import IA3
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
+from keras_randadapt.adapters.miss import MiSS
 from keras_randadapt.adapters.nola import NOLA
 from keras_randadapt.adapters.randlora import RandLoRA
 from keras_randadapt.adapters.rlora import RLoRA
 from keras_randadapt.adapters.rmlora import RMLoRA
 from keras_randadapt.adapters.said import SAID
+from keras_randadapt.adapters.shira import SHiRA
 from keras_randadapt.adapters.sora import SoRA
 from keras_randadapt.adapters.vera import VeRA
 
@@ -25,15 +28,18 @@ __all__ = [
     "Bottleneck",
     "DoRA",
     "DyLoRA",
+    "HiRA",
     "Hydra",
     "IA3",
     "LoRA",
     "LoRAFA",
+    "MiSS",
     "NOLA",
     "RandLoRA",
     "RLoRA",
     "RMLoRA",
     "SAID",
+    "SHiRA",
     "SoRA",
     "VeRA",
 ]

@@ -194,6 +194,9 @@ class DoRA(base.Adapter):
     def basis_digest(self) -> str:
         return self.inner.basis_digest()
 
+    def derived_digest(self) -> str:
+        return self.inner.derived_digest()
+
     def _excess(self, square):
         """`m / ||W + delta|| - 1`, `(output_dim,)`, float32."""
         norm = ops.sqrt(ops.maximum(square, _SMALLEST_SQUARE))

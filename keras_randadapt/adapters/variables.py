@@ -251,8 +251,10 @@ class AdapterVariables(keras.layers.Layer):
                 shared[key] = variable
         return SharedVariable(variable)
 
-    def add_derived(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
-        """A float32 variable for values that `start_from` derives.
+    def add_derived(
+        self, name: str, shape: tuple[int, ...], dtype: str = "float32"
+    ) -> keras.Variable:
+        """A variable for values that `start_from` derives.
 
         Keras's files hold it; adapter files do not.
         """
@@ -261,7 +263,7 @@ class AdapterVariables(keras.layers.Layer):
         weight = self.add_weight(
             name=name,
             shape=shape if stack is None else (stack, *shape),
-            dtype="float32",
+            dtype=dtype,
             initializer="zeros",
             trainable=False,
             autocast=False,
@@ -370,6 +372,14 @@ class AdapterVariables(keras.layers.Layer):
 
     def basis_digest(self) -> str:
         """A short hash of the frozen bases, or `""` where there are none."""
+        return ""
+
+    def derived_digest(self) -> str:
+        """A short hash of choices that `start_from` made, or `""`.
+
+        An adapter file is refused where it differs. It is for choices that no
+        rounding of the base kernel may change.
+        """
         return ""
 
     def save_own_variables(self, store: Store) -> None:

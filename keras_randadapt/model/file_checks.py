@@ -215,6 +215,28 @@ def check_bases(filepath, metadata, built):
         )
 
 
+def check_chosen(filepath, metadata, rename, built):
+    """Raises `ValueError` if attached adapters chose by another kernel.
+
+    Args:
+        filepath: The file's path.
+        metadata: Its metadata.
+        rename: See `relocation`.
+        built: dict from address to attached adapter.
+    """
+    theirs = {rename(a): one for a, one in metadata.get("chosen", {}).items()}
+    ours = file_format.derived_hashes(built)
+    wrong = sorted(
+        a for a in set(ours) | set(theirs) if ours.get(a) != theirs.get(a)
+    )
+    if wrong:
+        raise ValueError(
+            f"'{filepath}' trained entries that it chose by the base kernels, "
+            f"and these kernels give others, at {wrong[:5]}. Load the base "
+            "weights that it was trained on, in the same precision."
+        )
+
+
 def adapter_values(filepath, built, tensors):
     values = {}
     for address, adapter in built.items():

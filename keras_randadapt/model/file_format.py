@@ -229,6 +229,9 @@ def describe(model, name, preset, digest_of):
             for a in sorted(record.addresses)
         ),
     }
+    chosen = derived_hashes(adapters)
+    if chosen:
+        metadata["chosen"] = chosen
     if record.sources:
         metadata["sources"] = record.sources
     if moved:
@@ -355,6 +358,12 @@ def basis_hashes(adapters):
         if digest:
             hashes[_basis_key(adapter)] = _short_hash(digest)
     return hashes
+
+
+def derived_hashes(adapters):
+    """A hash of what each adapter chose by its kernel, by address."""
+    found = {a: one.derived_digest() for a, one in adapters.items()}
+    return {a: _short_hash(digest) for a, digest in found.items() if digest}
 
 
 def _basis_key(adapter):

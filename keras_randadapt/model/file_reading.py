@@ -186,6 +186,7 @@ _FORM_2 = {
     **_FORM,
     "digest": (True, "a string", _is_string),
     "precisions": (True, "a list of names with their counts", _are_runs),
+    "chosen": (False, "an object of strings", _are_strings),
     "moved": (False, "a list of distinct strings", _are_distinct_strings),
     "weight": (False, "a finite number", _is_finite),
     "frozen": (False, "true", lambda value: value is True),

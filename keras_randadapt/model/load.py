@@ -61,8 +61,9 @@ def load_adapter(
             the adapter was trained on, or if the file does not tell. It is
             `"error"`, `"warn"`, `"ignore"` or `None`, which is `"error"` for
             methods that compute their update from the base kernels (PiSSA,
-            OLoRA, DoRA, Hydra) and `"warn"` for the others. A file of an
-            earlier version, which does not tell, is then a warning for all.
+            OLoRA, DoRA, HiRA, Hydra, SHiRA by magnitude) and `"warn"` for the
+            others. A file of an earlier version, which does not tell, is then
+            a warning for all.
             Copies of the same weights in 16, 8 or 4 bits count as the same.
         allow_non_finite: Whether to load a file with NaN or infinity.
 
@@ -155,6 +156,9 @@ class Loading:
             self.attachment.layers,
             self.rename,
             wanted,
+        )
+        file_checks.check_chosen(
+            self.path, self.metadata, self.rename, self.attachment.built
         )
 
     def assign(self, change):

@@ -16,6 +16,7 @@ DEPENDENT = {
     "olora": lambda: kra.LoRA(2, initialization="olora"),
     "dora": lambda: kra.DoRA(kra.LoRA(2)),
     "dvora": lambda: kra.DoRA(kra.VeRA(4)),
+    "hira": lambda: kra.HiRA(2),
     "hydra": lambda: kra.Hydra(2),
 }
 INDEPENDENT = {

@@ -22,6 +22,7 @@ REFUSED = {
     "BitFit": "merge",
     "Bottleneck": "load_adapter",
     "DoRA": "merge",
+    "HiRA": "merge",
     "Hydra": "merge",
     "IA3": "merge",
     "SAID": "to_lora",
@@ -85,7 +86,7 @@ class TestSameOutputs:
         )
         method = type(template).__name__
         way = REFUSED.get(method)
-        if template.depends_on_base and method == "LoRA":
+        if template.depends_on_base and method in ("LoRA", "SHiRA"):
             way = "to_lora"
         if way is not None:
             assert _convert(path, target) == 2

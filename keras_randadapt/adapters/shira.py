@@ -1,0 +1,228 @@
+"""SHiRA: few entries of the kernel are trained, and all others stay."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import arguments
+from keras_randadapt import random
+from keras_randadapt._types import Config
+from keras_randadapt._types import Tensor
+from keras_randadapt.adapters import base
+from keras_randadapt.bases.places import Places
+from keras_randadapt.bases.places import RegularPlaces
+from keras_randadapt.ops.formed_products import formed_product
+from keras_randadapt.sites.per_example import Weights
+from keras_randadapt.sites.per_example import taken
+from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.site import Site
+
+MASKS = ("random", "magnitude", "structured")
+
+
+@keras.saving.register_keras_serializable(package="keras_randadapt")
+class SHiRA(base.Adapter):
+    """Sparse high-rank adaptation.
+
+    The delta is `scaling * S`, where `S` is a sparse matrix of the kernel
+    view's shape. Its values at `rank * (input_dim + output_dim)` places are
+    trained, as many as a LoRA of this rank has, and all others are zero. The
+    values start at zero, so the delta starts at zero. `rank` sizes the adapter
+    only: the delta's rank is nearly always full.
+
+    No file has the places, so that it holds the values alone. They are
+
+    - with `mask="random"`, drawn from the seed. Layers of one name and shape
+      share them;
+    - with `mask="magnitude"`, those of the kernel's largest entries. The file
+      then has a hash of the places and is refused on another base model. Load
+      a base model's weights before the adapter is attached;
+    - with `mask="structured"`, the diagonal, and `rank - 1` rows and as many
+      columns at regular distances, which are fewer weights.
+
+    A step forms the delta, adds it to the kernel and multiplies each input
+    once. In use it costs nothing once it is merged. Beyond the base product,
+    the backward pass computes the gradient of a whole kernel, of which it takes
+    the entries that are trained. With dropout in training, in 16 bits, where
+    the kernel would absorb a small delta, and beside other active adapters the
+    delta is multiplied apart.
+
+    Train it at a learning rate of 1e-4 to 1e-3 (AdamW).
+
+    Args:
+        rank: int. The number of trained entries is that of a LoRA of this
+            rank.
+        mask: `"random"`, `"magnitude"` or `"structured"`.
+        scaling: float. A constant factor of the delta.
+        seed: int. See `Adapter`.
+        dropout: float. See `Adapter`.
+        dtype: See `Adapter`.
+        name: Optional string.
+
+    Raises:
+        TypeError: If `rank` is no integer.
+        ValueError: If an argument is out of range. At injection, if a site
+            would have more trained entries than its kernel view has.
+
+    Example:
+
+    ```python
+    kra.inject(
+        classifier, kra.SHiRA(8), ["query", "value"], keep_trainable="logits"
+    )
+    ```
+
+    References:
+        - Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024
+          ([arXiv 2406.13175](https://arxiv.org/abs/2406.13175)), section 3:
+          SHiRA-Rand, SHiRA-WM and SHiRA-Struct. Their code masks gradients of
+          whole kernels; here only the values are variables.
+    """
+
+    recommended_learning_rate = 5e-4
+
+    def __init__(
+        self,
+        rank: int = 8,
+        *,
+        mask: str = "random",
+        scaling: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.rank = arguments.check_rank(rank)
+        self.mask = arguments.check_choice(mask, MASKS, "mask")
+        self.scaling = arguments.check_scaling(scaling)
+        self.depends_on_base = mask == "magnitude"
+
+    def check(self, site: Site) -> None:
+        dims = site.input_dim, site.output_dim
+        if self.rank * sum(dims) > dims[0] * dims[1]:
+            most = dims[0] * dims[1] // sum(dims)
+            raise ValueError(
+                f"`rank` must be at most {most} for a kernel view {dims}: a "
+                "larger rank trains more entries than the kernel has. "
+                f"Received: rank={self.rank}. Lower the rank, or leave the "
+                "site out with `exclude`."
+            )
+
+    def build(self, site: Site) -> None:
+        self.check(site)
+        dims = site.input_dim, site.output_dim
+        count = self.rank * sum(dims)
+        self._places = Places(*dims, count, self.seed, f"SHiRA/{site.role}")
+        if self.mask == "structured":
+            self._places = RegularPlaces(*dims, self.rank - 1)
+        shape = self._places.shape
+        self.shira_values = self.add_trainable("shira_values", shape, "zeros")
+        if self.mask == "magnitude":
+            self.places = self.add_derived("places", shape, "int32")
+        else:
+            self.add_frozen("places", self._places)
+
+    def start_from(self, kernel: np.ndarray) -> None:
+        if self.mask == "magnitude":
+            # The sort is stable, so equal entries are taken in their order.
+            order = np.argsort(-np.abs(kernel).ravel(), kind="stable")
+            count = self._places.shape[0]
+            self.places.assign(np.sort(order[:count]).astype("int32"))
+
+    def adapt(
+        self, x: Tensor, linear: Product, training: bool | None = None
+    ) -> Tensor:
+        kernel = None
+        dropped = training and self.dropout
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        # In 16 bits a small delta would be rounded away in kernel + delta.
+        if not dropped and dtype in ("float32", "float64"):
+            kernel = linear.kernel()
+        if kernel is None:
+            return linear(x) + self.delta(self.drop(x, training), training)
+        return self._product(x, kernel)
+
+    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
+        return self._product(x)
+
+    def delta_transpose(
+        self, x: Tensor, training: bool | None = None
+    ) -> Tensor:
+        return self._product(x, transposed=True)
+
+    def delta_kernel(self) -> Tensor:
+        return self._formed(self._scaled(), self._where())
+
+    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
+        return ops.matmul(x, self._kernels(weights, x.dtype))
+
+    def delta_transpose_per_example(
+        self, x: Tensor, weights: Weights
+    ) -> Tensor:
+        kernels = self._kernels(weights, x.dtype)
+        return ops.matmul(x, ops.swapaxes(kernels, -1, -2))
+
+    def lookup_per_example(
+        self, ids: Tensor, dtype: str, weights: Weights
+    ) -> Tensor:
+        return taken(self._kernels(weights, dtype), ids)
+
+    def derived_digest(self) -> str:
+        if self.mask != "magnitude":
+            return ""
+        return random.digest(ops.convert_to_numpy(self.places))
+
+    def basis_digest(self) -> str:
+        return "" if self.mask == "magnitude" else self._places.digest()
+
+    def _where(self):
+        if self.mask == "magnitude":
+            return ops.convert_to_tensor(self.places)
+        return self._places.tensor()
+
+    def _scaled(self):
+        values = ops.cast(self.shira_values, "float32")
+        return values if self.scaling == 1 else values * self.scaling
+
+    def _formed(self, values, places):
+        """A matrix with these values, `(input_dim, output_dim)`, float32."""
+        size = self.input_dim * self.output_dim
+        flat = ops.segment_sum(values, places, num_segments=size)
+        return ops.reshape(flat, (self.input_dim, self.output_dim))
+
+    def _kernels(self, weights, dtype):
+        """The delta of each example, `(examples, input_dim, output_dim)`."""
+        values = ops.transpose(weights["shira_values"] * self.scaling)
+        size = self.input_dim * self.output_dim
+        flat = ops.segment_sum(values, self._where(), num_segments=size)
+        shape = (-1, self.input_dim, self.output_dim)
+        return ops.cast(ops.reshape(ops.transpose(flat), shape), dtype)
+
+    def _product(self, x, kernel=None, transposed=False):
+        """`x (kernel + delta)`, `x delta`, or `x delta'`."""
+        kernels = () if kernel is None else (kernel,)
+        dtype = x.dtype
+
+        def form(*arguments):
+            *kernels, places, values = arguments
+            whole = self._formed(values, places)
+            whole = ops.transpose(whole) if transposed else whole
+            return ops.cast(sum(kernels, whole), dtype)
+
+        def gradients(arguments, of_matrix):
+            *kernels, places, _ = arguments
+            whole = ops.transpose(of_matrix) if transposed else of_matrix
+            flat = ops.reshape(ops.cast(whole, "float32"), (-1,))
+            of_values = ops.take(flat, places, axis=0)
+            return (*[of_matrix for _ in kernels], None, of_values)
+
+        large = (*kernels, self._where())
+        return formed_product(x, form, gradients, large, (self._scaled(),))
+
+    def get_config(self) -> Config:
+        return {
+            "rank": self.rank,
+            "mask": self.mask,
+            "scaling": self.scaling,
+            **super().get_config(),
+        }
