@@ -21,23 +21,31 @@ class DPO(keras.Model):
         -log sigmoid(strength * (margin - reference margin))
 
     where a margin is the difference of the two log likelihoods, and the
-    reference margin is that of the base model. `compute_loss` is the whole
-    method, and `fit` works as ever. Compile without a loss.
+    reference margin is that of the base model. The margin alone also grows where
+    both texts get less likely, so `anchor` times the better text's nats a token
+    is added.
+    `compute_loss` is the whole method, and `fit` works as ever. Compile without
+    a loss.
 
     Args:
         lm: A `keras_hub.models.CausalLM` with an adapter, which is trained.
         strength: The method's beta. A larger one keeps the model closer to
             its base.
+        anchor: The weight of the better text's nats a token. The method of
+            the first paper has 0, and that of the second one has 1.
 
     References:
         - Rafailov et al., "Direct Preference Optimization: Your Language
           Model is Secretly a Reward Model", NeurIPS 2023, equation 7.
+        - Pang et al., "Iterative Reasoning Preference Optimization", NeurIPS
+          2024, equation 1, for the anchor.
     """
 
-    def __init__(self, lm, strength=0.1, **kwargs):
+    def __init__(self, lm, strength=0.1, anchor=1.0, **kwargs):
         super().__init__(**kwargs)
         self.lm = lm
         self.strength = strength
+        self.anchor = anchor
         self.preferred = keras.metrics.Mean(name="preferred")
 
     def build(self, input_shape):
@@ -69,7 +77,9 @@ class DPO(keras.Model):
         gain = y_pred - reference
         margin = gain[:, 0] - gain[:, 1]
         self.preferred.update_state(margin > 0)
-        return sum(penalties, ops.mean(ops.softplus(-self.strength * margin)))
+        nats = -y_pred[:, 0] / ops.sum(x["weights"][:, 0], axis=-1)
+        loss = ops.softplus(-self.strength * margin) + self.anchor * nats
+        return sum(penalties, ops.mean(loss))
 
 
 def pairs(lm, prompts, better, worse, length):

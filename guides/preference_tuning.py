@@ -116,15 +116,22 @@ overrides `compute_loss`, which is the whole method:
             reference = ops.stop_gradient(self(x, training=False))
         gain = y_pred - reference
         margin = gain[:, 0] - gain[:, 1]
-        return ops.mean(ops.softplus(-self.strength * margin))
+        nats = -y_pred[:, 0] / ops.sum(x["weights"][:, 0], axis=-1)
+        loss = ops.softplus(-self.strength * margin) + self.anchor * nats
+        return ops.mean(loss)
 
 [preferences.py](../examples/preferences.py) has the class. `self(x)` gives the
 log likelihoods of the two texts of each pair. The block may stand inside a
 compiled step, on every backend.
+
+The second term is an anchor (Pang et al., NeurIPS 2024). The margin grows as
+well where both texts get less likely. A first version of this page had the
+margin alone and a rate of 1e-3. All of its texts began with the name, and then
+several of them went on and on. With the anchor and half of the rate they end.
 """
 
 kra.inject(lm.model, kra.LoRA(8, seed=1))
-dpo = preferences.DPO(lm.model, strength=0.1)
+dpo = preferences.DPO(lm.model, strength=0.1, anchor=1.0)
 
 
 def judge():
@@ -140,7 +147,8 @@ def judge():
     print(
         f"better text likelier: {100 * preferred:.0f} % of held-out pairs, "
         f"name first: {100 * sum(first) / len(first):.0f} % of written texts, "
-        f"values said: {100 * said:.0f} %"
+        f"values said: {100 * said:.0f} %, "
+        f"words: {sum(len(text.split()) for text in texts) / len(texts):.0f}"
     )
     return texts
 
@@ -150,10 +158,11 @@ before = judge()
 """
 ## Train
 
-The first loss is log 2, as the adapter is zero and the policy is the reference.
+The first loss of the margin is log 2, as the adapter is zero and the policy is
+the reference. The rate is a sixth of the first stage's.
 """
 
-compiled(dpo, 1e-3)
+compiled(dpo, 5e-4)
 history = dpo.fit(arrays(train), batch_size=4, epochs=EPOCHS, verbose=0)
 print("loss", *(f"{value:.3f}" for value in history.history["loss"]))
 after = judge()
@@ -161,7 +170,7 @@ after = judge()
 """
 ## Before and after
 
-The facts should be the same, and the beginnings others.
+The beginnings should be others, and the rest should not.
 """
 
 for meaning, old, new in list(zip(split.held_out, before, after))[:4]:

@@ -64,7 +64,8 @@ def test_output_is_the_likelihood_of_each_text(lm):
         )
 
 
-def test_loss_is_that_of_the_paper(lm):
+@pytest.mark.parametrize("anchor", [0.0, 0.3])
+def test_loss_is_that_of_the_papers(lm, anchor):
     base = likelihoods(lm, BETTER) - likelihoods(lm, WORSE)
     kra.inject(lm.model, kra.LoRA(2, seed=0))
     generator = np.random.default_rng(0)
@@ -72,10 +73,12 @@ def test_loss_is_that_of_the_paper(lm):
         one.assign(generator.normal(size=one.shape, scale=0.5))
     margin = likelihoods(lm, BETTER) - likelihoods(lm, WORSE) - base
     assert np.abs(margin).max() > 0.1
-    dpo = preferences.DPO(lm.model, strength=0.7)
+    dpo = preferences.DPO(lm.model, strength=0.7, anchor=anchor)
     dpo.compile(keras.optimizers.SGD(0.0))
     x = preferences.pairs(lm, PROMPTS, BETTER, WORSE, 6)
     expected = np.mean(np.log1p(np.exp(-0.7 * margin)))
+    # The better texts have 3, 3, 4 and 2 tokens, the end among them.
+    expected -= anchor * np.mean(likelihoods(lm, BETTER) / [3, 3, 4, 2])
     history = dpo.fit(x, batch_size=4, verbose=0).history
     assert history["loss"][0] == pytest.approx(expected, rel=1e-4)
     assert history["preferred"][0] == pytest.approx(np.mean(margin > 0))
@@ -85,7 +88,7 @@ def test_fit_trains_the_adapter_towards_the_better_texts(lm):
     before = likelihoods(lm, BETTER) - likelihoods(lm, WORSE)
     weights = lm.model.get_weights()
     kra.inject(lm.model, kra.RLoRA(16, seed=0))
-    dpo = preferences.DPO(lm.model, strength=2.0)
+    dpo = preferences.DPO(lm.model, strength=2.0, anchor=0.0)
     assert len(dpo.trainable_variables) == 4
     dpo.compile(keras.optimizers.AdamW(0.2))
     x = preferences.pairs(lm, PROMPTS, BETTER, WORSE, 6)
