@@ -118,11 +118,12 @@ class TestBitFit:
         model = keras.Sequential(
             [
                 keras.Input((4, 4, 3)),
-                keras.layers.DepthwiseConv2D(2),
                 keras.layers.Conv2D(2, 2),
+                keras.layers.Reshape((3, 3, 2)),
+                keras.layers.ConvLSTM1D(2, 2),
             ]
         )
-        with pytest.warns(UserWarning, match="stay frozen: .*depthwise_conv2d"):
+        with pytest.warns(UserWarning, match="stay frozen: .*conv_lstm"):
             report = kra.inject(model, kra.BitFit())
         assert len(report.sites) == 1
 

@@ -177,7 +177,6 @@ class _SiteOfFile(Site):
         "number",
         "output_channels",
         "source_dim",
-        "stack",
     )
 
     def __post_init__(self):
