@@ -21,9 +21,9 @@ class DPO(keras.Model):
         -log sigmoid(strength * (margin - reference margin))
 
     where a margin is the difference of the two log likelihoods, and the
-    reference margin is that of the base model. The margin alone also grows where
-    both texts get less likely, so `anchor` times the better text's nats a token
-    is added.
+    reference margin is that of the base model. The margin alone also grows
+    where both texts get less likely, so `anchor` times the better text's nats a
+    token is added.
     `compute_loss` is the whole method, and `fit` works as ever. Compile without
     a loss.
 
