@@ -14,7 +14,6 @@ trained.
 
 import os
 import statistics
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -90,14 +89,7 @@ def rows(arguments):
         name: make_step(*adapter, arguments)
         for name, adapter in adapters.items()
     }
-    measured = {name: [] for name in steps}
-    for repeat in range(arguments.repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            # The first two repetitions compile and fill caches.
-            if repeat >= 2:
-                measured[name].append(time.perf_counter() - start)
+    measured = side_by_side.in_turns(steps, arguments.repeats)
     medians = {n: 1e3 * statistics.median(t) for n, t in measured.items()}
     for name, median in medians.items():
         yield name, median, median / medians["one vector"]

@@ -135,14 +135,7 @@ def measured(template, arguments, folder):
         "many": of_many,
         "base": lambda: base.predict_on_batch(x),
     }
-    times = {key: [] for key in functions}
-    for repeat in range(arguments.repeats + 2):
-        for key, function in functions.items():
-            start = time.perf_counter()
-            function()
-            # The first two repetitions compile and fill caches.
-            if repeat >= 2:
-                times[key].append(time.perf_counter() - start)
+    times = side_by_side.in_turns(functions, arguments.repeats)
 
     def ratio(key):
         pairs = zip(times[key], times["one"])

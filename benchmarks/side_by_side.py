@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 
 
 def main(description, columns, rows, **options):
@@ -50,3 +51,24 @@ def main(description, columns, rows, **options):
     for row in rows(arguments):
         cells = (f.format(v) for (_, f), v in zip(columns, row))
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def in_turns(functions, repeats):
+    """Times functions that take turns in one loop.
+
+    Args:
+        functions: dict from name to a function without arguments.
+        repeats: int. Two more come first, which compile and fill caches and
+            are not counted.
+
+    Returns:
+        dict from name to the list of seconds, one of each repetition.
+    """
+    measured = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat >= 2:
+                measured[name].append(time.perf_counter() - start)
+    return measured

@@ -34,7 +34,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Without this, JAX would allocate most of a GPU's memory.
@@ -309,14 +308,7 @@ def make_step(name, arguments):
 def times(arguments):
     """The rows of medians and ratios."""
     steps = {name: make_step(name, arguments) for name in names(arguments)}
-    measured = {name: [] for name in steps}
-    for repeat in range(arguments.repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            # The first two repetitions compile and fill caches.
-            if repeat >= 2:
-                measured[name].append(time.perf_counter() - start)
+    measured = side_by_side.in_turns(steps, arguments.repeats)
     medians = {n: 1e3 * statistics.median(t) for n, t in measured.items()}
     for name, median in medians.items():
         is_peer = name.startswith(PEER)

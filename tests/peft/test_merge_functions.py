@@ -70,7 +70,9 @@ def test_combine_is_peft_s_ties_on_a_model():
     from peft.utils import merge_utils
 
     inputs = keras.Input((12,))
-    model = keras.Model(inputs, keras.layers.Dense(9, name="site")(inputs))
+    dense = keras.layers.Dense(9, name="site")
+    model = keras.Model(inputs, dense(inputs))
+    before = keras.ops.convert_to_numpy(dense.kernel)
     rng = np.random.default_rng(1)
     deltas = []
     for name in ("a", "b"):
@@ -87,7 +89,6 @@ def test_combine_is_peft_s_ties_on_a_model():
             model, {"a": 0.7, "b": 0.6}, "ab", method="ties", density=0.4
         )
     kra.set_active(model, "ab")
-    before = keras.ops.convert_to_numpy(layer.kernel)
     x = zoo.normal(5, 12)
     found = model.predict(x, verbose=0) - x @ before
     expected = merge_utils.ties(
