@@ -45,11 +45,7 @@ FAMILIES = {
 
 
 def make(family, seed=0):
-    import keras_hub
-
-    backbone = getattr(keras_hub.models, f"{family}Backbone", None)
-    if backbone is None:
-        pytest.skip(f"The oldest KerasHub has no {family}")
+    backbone = zoo.backbone(family)
     model = backbone(**COMMON, **FAMILIES[family])
     for i, weight in enumerate(model.weights):
         if "scale" not in weight.path and "norm" not in weight.path:
@@ -140,11 +136,7 @@ def test_experts_of_a_family(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_share_in_reach(family):
     """At least 95 per cent, in sizes that are nearer to real ones."""
-    import keras_hub
-
-    backbone = getattr(keras_hub.models, f"{family}Backbone", None)
-    if backbone is None:
-        pytest.skip(f"The oldest KerasHub has no {family}")
+    backbone = zoo.backbone(family)
     wider = {
         name: 64
         for name in (

@@ -482,12 +482,7 @@ class TestMixturesOfExperts:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_family(self, family, arguments, gates):
-        import keras_hub
-
-        backbone = getattr(keras_hub.models, f"{family}Backbone", None)
-        if backbone is None:
-            pytest.skip(f"The oldest KerasHub has no {family}")
-        model = backbone(**self.COMMON, **arguments)
+        model = zoo.backbone(family)(**self.COMMON, **arguments)
         with pytest.warns(kra.AdapterWarning, match="Experts|MoEBlock"):
             report = kra.inject(model, LORA, "all-linear")
         small = [n for n in report.left_out.values() if n in (8, 32)]
@@ -497,11 +492,7 @@ class TestMixturesOfExperts:
         assert not any("router" in a for a in report.sites)
 
     def test_router_that_routes_no_experts(self):
-        import keras_hub
-
-        if not hasattr(keras_hub.models, "Gemma3nBackbone"):
-            pytest.skip("The oldest KerasHub has no Gemma3n")
-        model = keras_hub.models.Gemma3nBackbone(
+        model = zoo.backbone("Gemma3n")(
             text_vocab_size=20,
             text_hidden_size=8,
             num_hidden_layers=1,

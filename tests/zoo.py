@@ -6,10 +6,12 @@ different numbers on different backends.
 """
 
 import os
+import pathlib
 import zlib
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -545,3 +547,22 @@ def snapshot(model):
         id(v): (v.path, np.array(keras.ops.convert_to_numpy(v)))
         for v in model.variables
     }
+
+
+def backbone(family):
+    """A backbone class of KerasHub.
+
+    Only the oldest release that is supported may lack it, and the test is
+    skipped there. A newer one that has moved it fails the test by name.
+    """
+    import keras_hub
+
+    name = f"{family}Backbone"
+    found = getattr(keras_hub.models, name, None)
+    if found is None:
+        oldest = f"keras-hub=={keras_hub.__version__}\n"
+        root = pathlib.Path(__file__).parents[1]
+        if oldest in (root / "constraints/oldest.txt").read_text():
+            pytest.skip(f"The oldest KerasHub has no {name}")
+        pytest.fail(f"KerasHub {keras_hub.__version__} has no {name}.")
+    return found
