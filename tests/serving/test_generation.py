@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.serving import computation
 from tests import zoo
 
 hub = pytest.importorskip("keras_hub")
@@ -21,7 +22,7 @@ X = {
 X["padding_mask"][2, 2] = True
 
 
-def _model(sampler="greedy", preprocessor=None, size=20):
+def _model(sampler="greedy", preprocessor=None, size=20, dtype=None):
     backbone = hub.models.GPT2Backbone(
         vocabulary_size=size,
         num_layers=1,
@@ -29,6 +30,7 @@ def _model(sampler="greedy", preprocessor=None, size=20):
         hidden_dim=8,
         intermediate_dim=12,
         max_sequence_length=8,
+        dtype=dtype,
     )
     model = hub.models.GPT2CausalLM(backbone, preprocessor)
     model.compile(sampler=sampler)
@@ -72,7 +74,7 @@ def _copy(x):
 
 
 @pytest.mark.cpu_seconds(12, reason="two loops are compiled")
-def test_each_row_is_what_its_adapter_gives(tmp_path):
+def test_each_row_is_what_its_adapter_gives(tmp_path, monkeypatch):
     expected = _alone(tmp_path, _tenants(tmp_path, _model()), **EVERY_TOKEN)
     tokens = expected["token_ids"]
     # The tenants' texts differ, and so does the base model's.
@@ -80,11 +82,12 @@ def test_each_row_is_what_its_adapter_gives(tmp_path):
     with kra.serving.AdapterBank(_model(), tmp_path) as bank:
         found = bank.generate(_copy(X), NAMES, **EVERY_TOKEN)
         np.testing.assert_array_equal(found["token_ids"], tokens)
-        step = bank._generator._compiled
-        # Other tenants compile nothing.
+        # Other tenants compile nothing: the step's Python does not run again.
+        traces = _calls(monkeypatch, computation, "_weights")
         names = [None, "bob", None, "bob"]
         other = bank.generate(_copy(X), names, **EVERY_TOKEN)
-        assert bank._generator._compiled is step
+        compiles = keras.config.backend() != "torch"
+        assert len(traces) == (0 if compiles else 1)
         np.testing.assert_array_equal(other["token_ids"][0], tokens[1])
         found = bank.predict(X, NAMES)
     model = _tenants(tmp_path, _model())
@@ -97,7 +100,39 @@ def test_each_row_is_what_its_adapter_gives(tmp_path):
             np.testing.assert_allclose(found[i], logits, 0, 1e-5 * scale)
 
 
+def _calls(monkeypatch, module, name):
+    """A list that grows with each call of a module's function."""
+    calls = []
+    function = getattr(module, name)
+
+    def counting(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
 EVERY_TOKEN = {"stop_token_ids": None}
+
+
+@pytest.mark.slow("loops are compiled for two precisions")
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_other_precisions(precision, tmp_path):
+    def model():
+        if precision == "int8":
+            made = _model()
+            made.quantize("int8")
+        else:
+            made = _model(dtype=precision)
+        return made
+
+    expected = _alone(tmp_path, _tenants(tmp_path, model()), **EVERY_TOKEN)
+    tokens = expected["token_ids"]
+    assert len({tuple(row[3:]) for row in tokens[:3]}) == 3
+    with kra.serving.AdapterBank(model(), tmp_path) as bank:
+        found = bank.generate(_copy(X), NAMES, **EVERY_TOKEN)
+    np.testing.assert_array_equal(found["token_ids"], tokens)
 
 
 @pytest.mark.cpu_seconds(12, reason="two loops are compiled")
