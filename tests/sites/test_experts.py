@@ -32,12 +32,18 @@ METHODS = {
     "vera": lambda: kra.VeRA(5),
     "hydra": lambda: kra.Hydra(2, sequential_rank=3),
     "ia3": lambda: kra.IA3(),
+    "miss": lambda: kra.MiSS(2),
+    "shira": lambda: kra.SHiRA(2),
+    "shira_magnitude": lambda: kra.SHiRA(2, mask="magnitude"),
+    "hira": lambda: kra.HiRA(2),
     "dora": lambda: kra.DoRA(kra.LoRA(2, alpha=3)),
     "dvora": lambda: kra.DoRA(kra.VeRA(5)),
 }
 
 _ADDITIVE = [
-    name for name in METHODS if name not in ("hydra", "ia3", "dora", "dvora")
+    name
+    for name in METHODS
+    if name not in ("hydra", "ia3", "hira", "dora", "dvora")
 ]
 #: One of each way to compute runs on every backend.
 _HEART = ("lora", "rlora", "randlora_hadamard", "dora", "dylora")
