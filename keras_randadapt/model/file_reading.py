@@ -5,54 +5,43 @@ import math
 import reprlib
 
 import numpy as np
-import safetensors
 
 from keras_randadapt.model import checks
 from keras_randadapt.model import file_format
 from keras_randadapt.model import fingerprint
 from keras_randadapt.model import paths
+from keras_randadapt.model import tensor_data
 from keras_randadapt.model.file_format import site_keys
 
 
 def read(filepath):
     paths.check_readable(filepath)
-    try:
-        with safetensors.safe_open(filepath, framework="np") as file:
-            header = file.metadata() or {}
-            if file_format.TRAINING_KEY in header:
-                raise ValueError(
-                    f"'{filepath}' is the training file of an "
-                    "`AdapterCheckpoint`, which its `resume` reads. The "
-                    "adapter files are beside it."
-                )
-            if file_format.BANK_KEY in header:
-                raise ValueError(
-                    f"'{filepath}' is the file of a bank of many adapters, "
-                    "which `serving.AdapterBank.load` reads."
-                )
-            if file_format.METADATA_KEY not in header:
-                raise ValueError(
-                    f"'{filepath}' is a safetensors file, but not one that "
-                    "`keras_randadapt.save_adapter` wrote."
-                )
-            metadata = json.loads(header[file_format.METADATA_KEY])
-            if not isinstance(metadata, dict):
-                raise ValueError(
-                    f"'{filepath}' is damaged: its metadata must be an "
-                    f"object. Received: {reprlib.repr(metadata)}"
-                )
-            check_version(filepath, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-        # Metadata that is nested a thousand deep.
-        RecursionError,
-    ) as error:
-        raise ValueError(
-            f"'{filepath}' is no adapter file, or is damaged or cut short: "
-            f"{error}"
-        ) from error
+    with tensor_data.opened(filepath, "adapter file") as file:
+        header = file.metadata() or {}
+        if file_format.TRAINING_KEY in header:
+            raise ValueError(
+                f"'{filepath}' is the training file of an "
+                "`AdapterCheckpoint`, which its `resume` reads. The "
+                "adapter files are beside it."
+            )
+        if file_format.BANK_KEY in header:
+            raise ValueError(
+                f"'{filepath}' is the file of a bank of many adapters, "
+                "which `serving.AdapterBank.load` reads."
+            )
+        if file_format.METADATA_KEY not in header:
+            raise ValueError(
+                f"'{filepath}' is a safetensors file, but not one that "
+                "`keras_randadapt.save_adapter` wrote."
+            )
+        metadata = json.loads(header[file_format.METADATA_KEY])
+        if not isinstance(metadata, dict):
+            raise ValueError(
+                f"'{filepath}' is damaged: its metadata must be an "
+                f"object. Received: {reprlib.repr(metadata)}"
+            )
+        check_version(filepath, metadata)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     check_described(filepath, tensors, metadata)
     return tensors, metadata
 

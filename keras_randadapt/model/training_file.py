@@ -11,7 +11,6 @@ import reprlib
 
 import keras
 import numpy as np
-import safetensors
 
 from keras_randadapt import _compat
 from keras_randadapt.model import file_format
@@ -60,24 +59,15 @@ def read(filepath):
     Raises:
         ValueError: If the file is damaged or no such file.
     """
-    try:
-        with safetensors.safe_open(filepath, framework="np") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise ValueError(
-                    f"'{filepath}' is no file that `AdapterCheckpoint` wrote "
-                    "to resume a training from."
-                )
-            metadata = json.loads(text)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-        RecursionError,
-    ) as error:
-        raise ValueError(
-            f"'{filepath}' is damaged or cut short: {error}"
-        ) from error
+    with tensor_data.opened(filepath, "training file") as file:
+        text = (file.metadata() or {}).get(_KEY)
+        if text is None:
+            raise ValueError(
+                f"'{filepath}' is no file that `AdapterCheckpoint` wrote "
+                "to resume a training from."
+            )
+        metadata = json.loads(text)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     version = metadata.get("version") if isinstance(metadata, dict) else None
     if version != VERSION:
         raise ValueError(

@@ -1,14 +1,13 @@
 """The files of a PEFT directory: their names, and what is safe to read."""
 
-import contextlib
 import json
 import os
 import reprlib
 
 import numpy as np
-import safetensors
 
 from keras_randadapt.model import paths
+from keras_randadapt.model import tensor_data
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -140,7 +139,7 @@ def read_header(directory, name=WEIGHTS):
     if name == WEIGHTS and not os.path.exists(path):
         _refuse_pickles(directory)
     _check_file(directory, path)
-    with _opened(path) as file:
+    with tensor_data.opened(path, "safetensors file") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
         return {
             key: (one.get_dtype(), tuple(one.get_shape()))
@@ -169,7 +168,7 @@ def read_tensors(directory, name=WEIGHTS, integers=False):
                 f"'{path}' holds '{key}' as {dtype}. Tensors are read in the "
                 f"dtypes {[*known, 'BF16']}."
             )
-    with _opened(path) as file:
+    with tensor_data.opened(path, "safetensors file") as file:
         arrays = {
             key: file.get_tensor(key)
             for key, (dtype, _) in header.items()
@@ -185,19 +184,6 @@ def read_tensors(directory, name=WEIGHTS, integers=False):
 
 def _float32(array):
     return array.astype("float32") if array.dtype.kind == "f" else array
-
-
-@contextlib.contextmanager
-def _opened(path):
-    """A file of safetensors. The library checks sizes against the file."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            yield file
-    except (safetensors.SafetensorError, RecursionError) as error:
-        raise ValueError(
-            f"'{path}' is no safetensors file, or is damaged or cut short: "
-            f"{error}"
-        ) from error
 
 
 def _upper_halves(path, keys):

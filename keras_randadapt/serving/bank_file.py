@@ -12,12 +12,12 @@ import math
 import threading
 
 import numpy as np
-import safetensors
 
 from keras_randadapt.adapters import configs
 from keras_randadapt.model import file_format
 from keras_randadapt.model import file_reading
 from keras_randadapt.model import paths
+from keras_randadapt.model import tensor_data
 from keras_randadapt.serving import layout as layout_lib
 from keras_randadapt.serving import tenants
 
@@ -253,36 +253,26 @@ class BankFile:
 def _read(path):
     """The metadata, the fingerprints and the shape of the rows of a file."""
     paths.check_readable(path)
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-            if file_format.METADATA_KEY in header:
-                raise ValueError(
-                    f"'{path}' is the file of one adapter. Make a bank, and "
-                    "give it to `add`."
-                )
-            if file_format.BANK_KEY not in header:
-                raise ValueError(
-                    f"'{path}' is a safetensors file, but not one that "
-                    "`AdapterBank.save` wrote."
-                )
-            metadata = json.loads(header[file_format.BANK_KEY])
-            keys = set(file.keys())
-            rows = file.get_slice(_ROWS) if _ROWS in keys else None
-            shape = None if rows is None else tuple(rows.get_shape())
-            dtype = None if rows is None else rows.get_dtype()
-            others = {
-                key: file.get_tensor(key)
-                for key in keys & {file_format.BASE_KEY}
-            }
-    except (
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-        RecursionError,
-    ) as error:
-        raise ValueError(
-            f"'{path}' is no bank file, or is damaged or cut short: {error}"
-        ) from error
+    with tensor_data.opened(path, "bank file") as file:
+        header = file.metadata() or {}
+        if file_format.METADATA_KEY in header:
+            raise ValueError(
+                f"'{path}' is the file of one adapter. Make a bank, and "
+                "give it to `add`."
+            )
+        if file_format.BANK_KEY not in header:
+            raise ValueError(
+                f"'{path}' is a safetensors file, but not one that "
+                "`AdapterBank.save` wrote."
+            )
+        metadata = json.loads(header[file_format.BANK_KEY])
+        keys = set(file.keys())
+        rows = file.get_slice(_ROWS) if _ROWS in keys else None
+        shape = None if rows is None else tuple(rows.get_shape())
+        dtype = None if rows is None else rows.get_dtype()
+        others = {
+            key: file.get_tensor(key) for key in keys & {file_format.BASE_KEY}
+        }
     if not isinstance(metadata, dict):
         raise ValueError(f"'{path}' is damaged: its metadata are no object.")
     if metadata.get("version") != VERSION:
