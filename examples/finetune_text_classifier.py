@@ -238,10 +238,7 @@ def summarize(arguments, runs, stages):
         ("SavedModel", folder / serve_adapter.SAVED_MODEL),
     ):
         print(f"  {what:<17} {path}")
-    print("\nSeconds:")
-    for stage, seconds in stages.seconds.items():
-        print(f"  {seconds:6.0f}  {stage}")
-    print(f"  {sum(stages.seconds.values()):6.0f}  in all")
+    print(f"\nSeconds:\n{stages.table()}")
 
 
 def main():

@@ -326,10 +326,7 @@ def summarize(arguments, found, trained, stages):
         f"  an adapter file  {reporting.format_bytes(size)}, head included\n"
         f"  picture          {picture}"
     )
-    print("\nSeconds:")
-    for stage, seconds in stages.seconds.items():
-        print(f"  {seconds:6.0f}  {stage}")
-    print(f"  {sum(stages.seconds.values()):6.0f}  in all")
+    print(f"\nSeconds:\n{stages.table()}")
 
 
 def main():
@@ -340,7 +337,8 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     folder = arguments.output_dir
     # Files of an earlier run would be taken for tenants of this one.
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("adapters", "saved_model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "adapters").mkdir(parents=True)
 
     stages = Stages()

@@ -101,12 +101,8 @@ class HiRA(base.Adapter):
     def adapt(
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
-        kernel = None
-        dropped = training and self.dropout
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        # In 16 bits a small update would be rounded away in `1 + A B`.
-        if not dropped and dtype in ("float32", "float64"):
-            kernel = linear.kernel()
+        dropped = bool(training and self.dropout)
+        kernel = linear.kernel_to_change(x, dropped)
         if kernel is not None:
             return self._product(x, kernel, 1.0)
         # Keras's quantized product has a gradient of its own, which nothing

@@ -185,14 +185,8 @@ class RandLoRA(site_arguments.SiteArguments):
     def adapt(
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
-        kernel = None
-        dropped = training and self.dropout
-        # In 16 bits a small delta would be rounded away in kernel + delta.
-        if not dropped and keras.backend.standardize_dtype(x.dtype) in (
-            "float32",
-            "float64",
-        ):
-            kernel = linear.kernel()
+        dropped = bool(training and self.dropout)
+        kernel = linear.kernel_to_change(x, dropped)
         if kernel is not None and self._materializes(x, training, True):
             return self._materialized(x, training, self._wide, kernel)
         return linear(x) + self.delta(self.drop(x, training), training)

@@ -132,12 +132,8 @@ class SHiRA(base.Adapter):
     def adapt(
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
-        kernel = None
-        dropped = training and self.dropout
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        # In 16 bits a small delta would be rounded away in kernel + delta.
-        if not dropped and dtype in ("float32", "float64"):
-            kernel = linear.kernel()
+        dropped = bool(training and self.dropout)
+        kernel = linear.kernel_to_change(x, dropped)
         if kernel is None:
             return linear(x) + self.delta(self.drop(x, training), training)
         return self._product(x, kernel)

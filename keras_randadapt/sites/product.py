@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_randadapt import _compat
@@ -44,6 +45,23 @@ class Product:
         if self.base is not self:
             return None
         return self._kernel(self._site.compute_dtype)
+
+    def kernel_to_change(self, x: Tensor, dropped: bool) -> Tensor | None:
+        """`kernel()`, if the product may be that with a changed kernel.
+
+        In 16 bits a small update would be rounded away in the sum with the
+        kernel, and dropped inputs are for the update alone.
+
+        Args:
+            x: The inputs.
+            dropped: bool. Whether the update has inputs of which some are
+                dropped.
+        """
+        exact = keras.backend.standardize_dtype(x.dtype) in (
+            "float32",
+            "float64",
+        )
+        return self.kernel() if exact and not dropped else None
 
     def bias_view(self) -> Tensor | None:
         """The site's bias as a float32 vector; see `Site`. `None` if none."""
