@@ -15,6 +15,7 @@ from keras_randadapt.ops.formed_products import formed_product
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import of_examples
 from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 
@@ -102,7 +103,7 @@ class HiRA(base.Adapter):
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
         dropped = bool(training and self.dropout)
-        kernel = linear.kernel_to_change(x, dropped)
+        kernel = kernel_to_change(linear, x, dropped)
         if kernel is not None:
             return self._product(x, kernel, 1.0)
         # Keras's quantized product has a gradient of its own, which nothing

@@ -19,6 +19,7 @@ from keras_randadapt.ops import with_gradient
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import reshape
 from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 VARIANTS = ("full", "averaged", "half")
@@ -186,7 +187,7 @@ class RandLoRA(site_arguments.SiteArguments):
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
         dropped = bool(training and self.dropout)
-        kernel = linear.kernel_to_change(x, dropped)
+        kernel = kernel_to_change(linear, x, dropped)
         if kernel is not None and self._materializes(x, training, True):
             return self._materialized(x, training, self._wide, kernel)
         return linear(x) + self.delta(self.drop(x, training), training)

@@ -17,6 +17,7 @@ from keras_randadapt.ops.formed_products import formed_product
 from keras_randadapt.sites.per_example import Weights
 from keras_randadapt.sites.per_example import taken
 from keras_randadapt.sites.product import Product
+from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 MASKS = ("random", "magnitude", "structured")
@@ -133,7 +134,7 @@ class SHiRA(base.Adapter):
         self, x: Tensor, linear: Product, training: bool | None = None
     ) -> Tensor:
         dropped = bool(training and self.dropout)
-        kernel = linear.kernel_to_change(x, dropped)
+        kernel = kernel_to_change(linear, x, dropped)
         if kernel is None:
             return linear(x) + self.delta(self.drop(x, training), training)
         return self._product(x, kernel)

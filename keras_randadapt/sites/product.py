@@ -46,23 +46,6 @@ class Product:
             return None
         return self._kernel(self._site.compute_dtype)
 
-    def kernel_to_change(self, x: Tensor, dropped: bool) -> Tensor | None:
-        """`kernel()`, if the product may be that with a changed kernel.
-
-        In 16 bits a small update would be rounded away in the sum with the
-        kernel, and dropped inputs are for the update alone.
-
-        Args:
-            x: The inputs.
-            dropped: bool. Whether the update has inputs of which some are
-                dropped.
-        """
-        exact = keras.backend.standardize_dtype(x.dtype) in (
-            "float32",
-            "float64",
-        )
-        return self.kernel() if exact and not dropped else None
-
     def bias_view(self) -> Tensor | None:
         """The site's bias as a float32 vector; see `Site`. `None` if none."""
         # The attribute itself would show the adapted bias.
@@ -101,6 +84,23 @@ class Product:
         if dtype == "float32":
             kernel = _compat.unrounded(kernel)
         return self._site.to_view(ops.cast(kernel, dtype))
+
+
+def kernel_to_change(
+    linear: Product, x: Tensor, dropped: bool
+) -> Tensor | None:
+    """`linear.kernel()`, if the product may be that with a changed kernel.
+
+    In 16 bits a small update would be rounded away in the sum with the kernel,
+    and dropped inputs are for the update alone.
+
+    Args:
+        linear: A `Product`.
+        x: The inputs.
+        dropped: bool. Whether the update has inputs of which some are dropped.
+    """
+    exact = keras.backend.standardize_dtype(x.dtype) in ("float32", "float64")
+    return linear.kernel() if exact and not dropped else None
 
 
 def adapt_all(adapters, x, linear, training):
