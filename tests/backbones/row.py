@@ -1,6 +1,7 @@
 """What a table of backbones says of one, and inputs for a model."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 
 import keras
@@ -27,6 +28,7 @@ class Row:
             move its adapter.
         exclude: Names of layers that can't be adapted, for `exclude`, or
             `None`.
+        needs: dict from a backend to a package that KerasHub needs there.
         scale: float, by how much the first weights are moved at random, in
             units of their own size.
     """
@@ -36,6 +38,7 @@ class Row:
     size: int = 32
     unmoved: dict = dataclasses.field(default_factory=dict)
     exclude: list | None = None
+    needs: dict = dataclasses.field(default_factory=dict)
     scale: float = 0.1
 
 
@@ -72,6 +75,14 @@ def built(row):
     """A new model of a row. All of them have the same weights."""
     keras.utils.set_random_seed(3)
     return perturbed(row.build(), row.scale)
+
+
+def lacks(row):
+    """The package that a backbone lacks here, or `None`."""
+    needed = row.needs.get(keras.config.backend())
+    if needed is None or importlib.util.find_spec(needed):
+        return None
+    return needed
 
 
 def inputs_of(model, row):

@@ -46,9 +46,7 @@ def _towers(family, projection=True):
         )
         backbone = getattr(models, f"{family}Backbone")
         projected = {"projection_dim": 8} if projection else {}
-        return backbone(
-            vision_encoder=vision, text_encoder=text, **projected
-        )
+        return backbone(vision_encoder=vision, text_encoder=text, **projected)
 
     return build
 
@@ -298,9 +296,7 @@ def stable_diffusion_3():
 
 
 _INDICES = np.tile(np.arange(1, 5, dtype="int32"), (row.BATCH, 1))
-_IN_IMAGE = np.tile(
-    np.array([0, 1, 1, 1, 1, 0], dtype="int32"), (row.BATCH, 1)
-)
+_IN_IMAGE = np.tile(np.array([0, 1, 1, 1, 1, 0], dtype="int32"), (row.BATCH, 1))
 
 ROWS = {
     "BLIP2Backbone": Row(blip2),
@@ -360,10 +356,12 @@ ROWS = {
     ),
     "PaliGemmaBackbone": of_class(
         "PaliGemmaBackbone",
-        row={"inputs": {
-            "padding_mask": np.ones((row.BATCH, row.LENGTH + 4), "int32"),
-            "response_mask": np.ones((row.BATCH, row.LENGTH + 4), "int32"),
-        }},
+        row={
+            "inputs": {
+                "padding_mask": np.ones((row.BATCH, row.LENGTH + 4), "int32"),
+                "response_mask": np.ones((row.BATCH, row.LENGTH + 4), "int32"),
+            }
+        },
         image_size=8,
         vit_patch_size=4,
         vit_num_heads=2,
@@ -382,6 +380,7 @@ ROWS = {
             ),
             "box_labels": np.ones((row.BATCH, 1), "int32"),
         },
+        needs={"torch": "torchvision"},
     ),
     "SAMBackbone": Row(
         sam,

@@ -8,6 +8,10 @@ from tests.backbones import texts
 
 ROWS = dict(sorted({**texts.ROWS, **images.ROWS, **several.ROWS}.items()))
 
+#: The backbones that the oldest KerasHub of `pyproject.toml` lacks, and the
+#: version that brought them.
+SINCE = {"BLIP2Backbone": "0.30", "Qwen3_5MoeBackbone": "0.30"}
+
 #: What `keras_hub.models` exports as a base class alone.
 _ABSTRACT = {"Backbone", "FeaturePyramidBackbone"}
 
