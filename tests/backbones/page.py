@@ -1,6 +1,6 @@
 """Writes `docs/backbones.md`: what adapters reach in every backbone.
 
-    KERAS_BACKEND=jax python -m tests.backbones.page
+    make backbones
 
 `tests/test_backbones.py` checks that the page is current.
 """
@@ -17,30 +17,30 @@ from tests.backbones import invariants
 from tests.backbones import row as row_lib
 from tests.backbones import tables
 
-COMMAND = "KERAS_BACKEND=jax python -m tests.backbones.page"
+COMMAND = "make backbones"
 PATH = pathlib.Path(__file__).parents[2] / "docs/backbones.md"
 #: Below this share of the parameters, a weight is not named.
 NAMED = 0.02
 _TEXT = """# Backbones
 
-This page says what adapters reach in each backbone of KerasHub {version}. Every one was
-built, tiny, and had a LoRA injected; the tests of this library train, merge, save, load
-and eject these adapters. It is written by
+This page says what adapters reach in each backbone of KerasHub {version}.
+Every one was built, tiny, with a LoRA. The tests of this library train, merge,
+save, load and eject such adapters on each. This command writes the page:
 
 ```
 {command}
 ```
 
-- **`None`** has the layers of the default targets, by their names, with their number.
+- **`None`** names the layers of the default targets, and has their number.
 - **`"all-linear"`** has the number of layers that it means.
 - **Linear** is the share of the parameters in the kernels of these layers.
-- **Reach** is the share in all kernels that an adapter can have: those of
+- **Reach** is the share in all kernels that an adapter can have. It counts
   convolutions, embeddings and other layers too.
-- **Out of reach** names weights with two axes or more that no adapter reaches, if they
-  have 2 % of the parameters.
+- **Out of reach** names the weights with two axes or more that no adapter
+  reaches, if they have 2 % of the parameters.
 
-The sizes are tiny, so embeddings and tables of positions have a larger share than in
-models of use, and the kernels of linear layers a smaller one.
+The sizes are tiny. Embeddings and tables of positions have a larger share here
+than in models that are used, and kernels of linear layers have a smaller one.
 
 | backbone | `None` | `"all-linear"` | linear | reach | out of reach |
 |---|---|---|---|---|---|
