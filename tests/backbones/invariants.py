@@ -25,8 +25,10 @@ def inject(model, targets, **arguments):
 
 def train(model, x):
     """One step of `fit` whose loss has every float output."""
+    # SAM has an output without a batch.
     y = keras.tree.map_structure(
-        lambda part: zoo.normal(*part.shape, seed=5), model(x, training=False)
+        lambda part: zoo.normal(row_lib.BATCH, *part.shape[1:], seed=5),
+        model(x, training=False),
     )
     model.compile(keras.optimizers.Adam(0.01), loss="mse", jit_compile=False)
     model.fit(x, y, batch_size=row_lib.BATCH, epochs=1, verbose=0)

@@ -320,6 +320,10 @@ ROWS = {
                 (row.BATCH, 1),
             ),
         },
+        unmoved={
+            "layers/gemma3n_multimodal_embedding_processor/embed_vision/"
+            "embedding": "the text has no token of an image's vocabulary",
+        },
     ),
     "Gemma4Backbone": Row(
         gemma4,
