@@ -116,10 +116,10 @@ format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
 
-# On JAX, as PyTorch needs torchvision for one of the backbones.
+# On TensorFlow, as PyTorch needs torchvision for one of the backbones.
 .PHONY: backbones
 backbones: $(TEST_STAMP)
-	KERAS_BACKEND=jax $(RUN) -m tests.backbones.page
+	KERAS_BACKEND=tensorflow $(RUN) -m tests.backbones.page
 
 bench: $(TEST_STAMP)
 	@for backend in $(BACKENDS); do \

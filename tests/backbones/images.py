@@ -247,8 +247,18 @@ def parseq():
     )
 
 
+_FIRST_FUSION = (
+    "layers/depth_anything_neck/fusion_stage/"
+    "depth_anything_feature_fusion_layer/residual_layer1"
+)
+
 ROWS = {
-    "BASNetBackbone": Row(basnet),
+    "BASNetBackbone": Row(
+        basnet,
+        unmoved={
+            "image_encoder/layers/conv2d": "BASNet has a first layer of its own"
+        },
+    ),
     "CLIPVisionEncoder": of_class("CLIPVisionEncoder", **_TOWER),
     "CSPNetBackbone": of_class(
         "CSPNetBackbone",
@@ -275,7 +285,13 @@ ROWS = {
         growth_rate=4,
         image_shape=_LARGE,
     ),
-    "DepthAnythingBackbone": Row(depth_anything),
+    "DepthAnythingBackbone": Row(
+        depth_anything,
+        unmoved={
+            f"{_FIRST_FUSION}/convolution{i}": "nothing comes before it"
+            for i in (1, 2)
+        },
+    ),
     "EfficientNetBackbone": Row(
         lambda: efficientnet([1, 2, 1], ["fused", "unfused", "v1"])
     ),

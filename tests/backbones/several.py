@@ -280,7 +280,7 @@ def stable_diffusion_3():
         sampler_method="mode",
     )
     return keras_hub.models.StableDiffusion3Backbone(
-        mmdit_patch_size=2,
+        mmdit_patch_size=1,
         mmdit_hidden_dim=16,
         mmdit_num_layers=2,
         mmdit_num_heads=2,
@@ -291,7 +291,7 @@ def stable_diffusion_3():
         clip_l=text("clip_l"),
         clip_g=text("clip_g"),
         latent_channels=4,
-        image_shape=(32, 32, 3),
+        image_shape=(16, 16, 3),
     )
 
 
@@ -384,18 +384,26 @@ ROWS = {
             ),
             "box_labels": np.ones((row.BATCH, 1), "int32"),
         },
+        # Its parent reads the table and does not look anything up in it.
+        exclude=["cls_embed"],
         needs={"torch": "torchvision"},
     ),
     "SAMBackbone": Row(
         sam,
         {
-            "points": np.full((row.BATCH, 1, 2), 3.0, "float32"),
-            "labels": np.ones((row.BATCH, 1), "float32"),
+            # One point inside, one outside and one that is none.
+            "points": np.full((row.BATCH, 3, 2), 3.0, "float32"),
+            "labels": np.tile(
+                np.array([[1.0, 0.0, -1.0]], "float32"), (row.BATCH, 1)
+            ),
             "boxes": np.tile(
                 np.array([[[2.0, 3.0], [9.0, 11.0]]], "float32"),
                 (row.BATCH, 1, 1, 1),
             ),
             "masks": _normal(row.BATCH, 1, 16, 16, 1),
+        },
+        unmoved={
+            "layers/sam_prompt_encoder/no_mask_embed": "there is a mask",
         },
     ),
     "SigLIPBackbone": Row(_towers("SigLIP", projection=False)),
