@@ -116,10 +116,12 @@ format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
 
-# On TensorFlow, as PyTorch needs torchvision for one of the backbones.
+# PyTorch is the fastest, and needs torchvision for one of the backbones.
 .PHONY: backbones
 backbones: $(TEST_STAMP)
-	KERAS_BACKEND=tensorflow $(RUN) -m tests.backbones.page
+	KERAS_BACKEND=torch $(RUN) -m tests.backbones.page
+	KERAS_BACKEND=tensorflow $(RUN) -m tests.backbones.page \
+		SAM3PromptableConceptBackbone
 
 bench: $(TEST_STAMP)
 	@for backend in $(BACKENDS); do \

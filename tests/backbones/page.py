@@ -2,7 +2,7 @@
 
     make backbones
 
-`tests/test_backbones.py` checks that the page is current.
+Names of backbones as arguments write their lines alone. `tests/test_backbones.py` checks that the page is current.
 """
 
 import collections
@@ -10,6 +10,7 @@ import functools
 import math
 import pathlib
 import re
+import sys
 
 import keras_randadapt as kra
 from keras_randadapt import _compat
@@ -74,7 +75,7 @@ def written():
 
 def line_of(name, row):
     """The line of one backbone."""
-    model = row_lib.built(row)
+    model = row.build()
     parameters = model.count_params()
     default = _reached(model, None, None)
     linear = _reached(model, "all-linear", None)
@@ -136,7 +137,8 @@ def _missed(model, reached):
     for variable in model.variables:
         axes = sum(size > 1 for size in variable.shape)
         if axes > 1 and id(variable) not in of_sites:
-            name = re.sub(r"_\d+\b", "", variable.path.rpartition("/")[2])
+            name = "/".join(variable.path.split("/")[-2:])
+            name = re.sub(r"_\d+\b", "", name)
             sizes[name] += math.prod(variable.shape)
     return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
 
@@ -145,31 +147,35 @@ def _share(size, total):
     return f"{100 * size / total:.0f} %"
 
 
-def main():
+def main(names):
     import keras_hub
 
-    lines, missing = [], []
-    for name, row in tables.ROWS.items():
-        lacking = row_lib.lacks(row)
+    lines = written() if PATH.exists() else {}
+    for name in names or tables.ROWS:
+        lacking = row_lib.lacks(tables.ROWS[name])
         if lacking:
-            raise SystemExit(
-                f"{name} can't be built without {lacking}: run `{COMMAND}`."
-            )
-        lines.append(line_of(name, row))
-        print(lines[-1], flush=True)
-        for backend, package in row.needs.items():
-            missing.append(f"- {name} needs {package} on {backend}.")
-    for name, version in tables.SINCE.items():
-        missing.append(f"- {name} came with KerasHub {version}.")
+            print(f"{name} needs {lacking} here: its line stays.")
+            continue
+        lines[name] = line_of(name, tables.ROWS[name])
+        print(lines[name], flush=True)
+    missing = [
+        f"- {name} needs {package} on {backend}."
+        for name, row in tables.ROWS.items()
+        for backend, package in row.needs.items()
+    ]
+    missing += [
+        f"- {name} came with KerasHub {version}."
+        for name, version in tables.SINCE.items()
+    ]
     PATH.write_text(
         _TEXT.format(
             version=_short(keras_hub.__version__),
             command=COMMAND,
-            lines="\n".join(lines),
+            lines="\n".join(lines[n] for n in tables.ROWS if n in lines),
             missing="\n".join(missing),
         )
     )
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
