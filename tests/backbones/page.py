@@ -2,7 +2,8 @@
 
     make backbones
 
-Names of backbones as arguments write their lines alone. `tests/test_backbones.py` checks that the page is current.
+Names of backbones as arguments write their lines alone.
+`tests/test_backbones.py` checks that the page is current.
 """
 
 import collections
