@@ -42,6 +42,7 @@ help:
 	@echo "make bench       time the Walsh-Hadamard transform"
 	@echo "make dist        build the wheel and the source distribution in dist/"
 	@echo "make docs        build the site in build/site/; a dead link fails"
+	@echo "make backbones   write docs/backbones.md anew (5 minutes)"
 	@echo "make quality-models  install a language model and an image encoder"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
@@ -114,6 +115,13 @@ lint: $(TEST_STAMP)
 format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
+
+# PyTorch is the fastest, and needs torchvision for one of the backbones.
+.PHONY: backbones
+backbones: $(TEST_STAMP)
+	KERAS_BACKEND=torch $(RUN) -m tests.backbones.page
+	KERAS_BACKEND=tensorflow $(RUN) -m tests.backbones.page \
+		SAM3PromptableConceptBackbone
 
 bench: $(TEST_STAMP)
 	@for backend in $(BACKENDS); do \
