@@ -27,7 +27,7 @@ def _cases():
         # A twentieth has numbers that differ by 20, so it meets all backends.
         marks = [
             pytest.mark.one_backend(number),
-            pytest.mark.cpu_seconds(20, reason="a whole model, and its files"),
+            pytest.mark.cpu_seconds(60, reason="a whole model, and its files"),
         ]
         if number % PARTS != TURN:
             marks.append(pytest.mark.slow("its turn in `make test` will come"))
@@ -37,7 +37,7 @@ def _cases():
         yield pytest.param(name, row, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "row"), _cases())
+@pytest.mark.parametrize(("name", "row"), list(_cases()))
 class TestEach:
     def test_invariants(self, name, row, tmp_path):
         lacking = row_lib.lacks(row)

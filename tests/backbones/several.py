@@ -340,7 +340,11 @@ ROWS = {
             "vision_mask": _IN_IMAGE * [0, 1, 0, 0, 0, 0],
         },
     ),
-    "MetaCLIP2Backbone": Row(_towers("MetaCLIP2")),
+    "MetaCLIP2Backbone": Row(
+        _towers("MetaCLIP2"),
+        # The end of the text, 2, is the token that the text's vector is of.
+        {"token_ids": np.tile(np.array([3, 9, 5, 8, 4, 2], "int32"), (2, 1))},
+    ),
     "MoonshineBackbone": of_class(
         "MoonshineBackbone",
         row={
