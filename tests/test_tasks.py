@@ -39,6 +39,9 @@ class Task:
             or `None`.
         fits: Whether KerasHub lets the task be trained. If not, its backbone
             is trained inside it.
+        loading: dict of arguments that `from_preset` of the task needs.
+        not_loaded: The error of KerasHub's `from_preset`, where it can't load
+            what its own `save_to_preset` writes, or `None`.
     """
 
     name: str
@@ -49,11 +52,27 @@ class Task:
     loss: str | None = "classes"
     prompt: str | None = None
     fits: bool = True
+    loading: dict = dataclasses.field(default_factory=dict)
+    not_loaded: str | None = None
 
 
 def _classes(y):
     """Random classes for logits: one for all axes but the last."""
     return zoo.integers(*y.shape[:-1], high=y.shape[-1], seed=5)
+
+
+def _maps(y):
+    """A random class for each pixel, as one number each."""
+    return np.eye(y.shape[-1], dtype="float32")[_classes(y)]
+
+
+def _boxes(y):
+    """One box an image, as large as the smallest that RetinaNet looks for."""
+    box = np.array([[0.0, 0.0, 32.0, 32.0]], "float32")
+    return {
+        "boxes": np.tile(box, (row_lib.BATCH, 1, 1)),
+        "labels": np.ones((row_lib.BATCH, 1), "int32"),
+    }
 
 
 def _like(y):
@@ -80,6 +99,32 @@ TASKS = {
     ),
     "image_classification": Task(
         "ViTImageClassifier", "ViTBackbone", {"num_classes": 3}, labels=_classes
+    ),
+    "segmentation": Task(
+        "SegFormerImageSegmenter",
+        "SegFormerBackbone",
+        {"num_classes": 3},
+        targets="all-linear",
+        labels=_maps,
+        loss="categorical_crossentropy",
+    ),
+    "detection": Task(
+        "RetinaNetObjectDetector",
+        "RetinaNetBackbone",
+        {"num_classes": 3, "bounding_box_format": "xyxy"},
+        targets=lambda layer: isinstance(layer, keras.layers.Conv2D),
+        labels=_boxes,
+        loss=None,
+        # The generator of anchors has no `get_config`.
+        not_loaded="AnchorGenerator.*could not be deserialized",
+    ),
+    "speech_to_text": Task(
+        "MoonshineAudioToText",
+        "MoonshineBackbone",
+        labels=_classes,
+        prompt="decoder_padding_mask",
+        # The backbone's config has a name where KerasHub expects a policy.
+        loading={"dtype": "float32"},
     ),
     "text_to_image": Task(
         "StableDiffusion3TextToImage",
@@ -172,7 +217,13 @@ def test_task(task, tmp_path):
     folder = tmp_path / "preset"
     model.save_to_preset(str(folder))
     cls = getattr(keras_hub.models, task.name)
-    loaded = cls.from_preset(str(folder), preprocessor=None)
+    arguments = {"preprocessor": None, **task.loading}
+    if task.not_loaded:
+        with pytest.raises(TypeError, match=task.not_loaded):
+            cls.from_preset(str(folder), **arguments)
+        loaded, _ = _built(task)
+    else:
+        loaded = cls.from_preset(str(folder), **arguments)
     np.testing.assert_allclose(zoo.outputs(loaded, x), base_y, atol=1e-5)
     kra.load_adapter(loaded, folder / "default.adapter.safetensors")
     np.testing.assert_allclose(zoo.outputs(loaded, x), y, rtol=1e-4, atol=1e-4)
