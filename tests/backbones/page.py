@@ -34,7 +34,7 @@ save, load and eject such adapters on each. This command writes the page:
 ```
 
 - **`None`** names the layers of the default targets, and has their number.
-- **`"all-linear"`** has the number of kernels that it means with `experts=True`.
+- **`"all-linear"`** has the number of kernels that it means, experts included.
 - **Linear** is the share of the parameters in the kernels of these layers.
 - **Reach** is the share in all kernels that an adapter can have. It counts
   convolutions, embeddings and other layers too.
