@@ -27,7 +27,7 @@ def _cases():
         # A twentieth has numbers that differ by 20, so it meets all backends.
         marks = [
             pytest.mark.one_backend(number),
-            pytest.mark.cpu_seconds(60, reason="a whole model, and its files"),
+            pytest.mark.cpu_seconds(120, reason="a whole model, and its files"),
         ]
         if number % PARTS != TURN:
             marks.append(pytest.mark.slow("its turn in `make test` will come"))

@@ -205,7 +205,8 @@ def sam():
         hidden_size=8,
         image_embedding_size=(4, 4),
         input_image_size=(16, 16),
-        mask_in_channels=4,
+        # A quarter of them is normalized, and one channel alone would be 0.
+        mask_in_channels=8,
     )
     masks = keras_hub.layers.SAMMaskDecoder(
         hidden_size=8,
@@ -390,6 +391,11 @@ ROWS = {
         },
         # Its parent reads the table and does not look anything up in it.
         exclude=["cls_embed"],
+        unmoved={
+            f"layers/sam3_vision_encoder/vision_neck/fpn_layers/"
+            f"sam3fpn_layer_2/{name}": "no part takes the coarsest features"
+            for name in ("proj1", "proj2")
+        },
         needs={"torch": "torchvision"},
     ),
     "SAMBackbone": Row(
