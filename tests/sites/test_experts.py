@@ -309,6 +309,7 @@ class TestSites:
             kra.inject(model, kra.LoRA(2), targets, **experts)
         assert kra.sites(model) == {}
         np.testing.assert_array_equal(outputs(model), quantized)
+
     def test_addresses_are_those_of_the_kernels(self):
         model = make()
         report = kra.inject(model, METHODS["lora"](), "experts")
