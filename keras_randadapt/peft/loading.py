@@ -17,6 +17,7 @@ from keras_randadapt.model import low_rank
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import family
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
@@ -181,6 +182,8 @@ def _updates(source, names):
     if not modules:
         raise ValueError(f"'{path}' holds no tensors of a {method} adapter.")
     reader = methods.Reader(path, method, source.options, shared)
+    targets = source.options.get("target_parameters") or []
+    modules, parameters = experts.named(path, targets, modules)
     places = names.by_module()
     updates = {}
     for module, roles in modules.items():
@@ -191,9 +194,19 @@ def _updates(source, names):
                 "the prefix."
             )
         part = places[ours][0][1]
-        updates[ours] = reader.update(
-            module, roles, part.dims, part.weight_shape
-        )
+        if (part.kind == "experts") != (module in parameters):
+            raise ValueError(
+                f"'{path}' has no `target_parameters` that mean '{module}', "
+                "which is a parameter in this model and no module."
+            )
+        if part.kind == "experts":
+            updates[ours] = reader.update_of_experts(
+                module, roles, part.weight_shape
+            )
+        else:
+            updates[ours] = reader.update(
+                module, roles, part.dims, part.weight_shape
+            )
     lacking = options_lib.missing_targets(source.config, updates, names)
     if lacking:
         raise ValueError(
@@ -224,7 +237,7 @@ def _lora(name, found, layers, dropout):
         layers,
         name,
         {a: (one.left, one.right) for a, one in found.items()},
-        {a: max(1, one.left.shape[1]) for a, one in found.items()},
+        {a: max(1, one.left.shape[-1]) for a, one in found.items()},
         scaling=scaling,
         dropout=dropout,
     )

@@ -1,6 +1,7 @@
 """Small models of transformers and KerasHub's conversions of them."""
 
 import importlib.metadata
+import json
 import os
 
 import keras
@@ -147,6 +148,16 @@ FAMILIES = {
             num_experts_per_tok=2,
         ),
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        dict(
+            _DECODER,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _VIT),
     "deit": ("DeiTConfig", "DeiTForImageClassification", _IMAGES),
     "dinov2": (
@@ -221,6 +232,12 @@ def keras_model(model, folder):
     import keras_hub
 
     model.save_pretrained(str(folder))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "num_local_experts" in config:
+        # transformers 5 has renamed it, and checkpoints and KerasHub have not.
+        config.setdefault("num_experts", config["num_local_experts"])
+        path.write_text(json.dumps(config))
     return keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
 
 
