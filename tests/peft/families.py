@@ -158,6 +158,22 @@ FAMILIES = {
             num_experts_per_tok=2,
         ),
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        dict(
+            _DECODER,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+            hidden_size_per_layer_input=0,
+            global_head_dim=12,
+            num_global_key_value_heads=1,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=8,
+        ),
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _VIT),
     "deit": ("DeiTConfig", "DeiTForImageClassification", _IMAGES),
     "dinov2": (
@@ -249,6 +265,8 @@ def inputs(backbone, seed=0):
         x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
         if "segment_ids" in backbone.input:
             x["segment_ids"] = np.zeros_like(ids)
+        if "position_ids" in backbone.input:
+            x["position_ids"] = np.tile(np.arange(7, dtype="int32"), (2, 1))
         return x
     if isinstance(backbone.input, dict) and len(backbone.input) > 1:
         ids = generator.integers(3, 60, (2, 7)).astype("int32")

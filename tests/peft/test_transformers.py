@@ -320,7 +320,8 @@ def test_embeddings_and_convolutions(family, kind, method, pairs, tmp_path):
     pair.check(families.torch_outputs(model.base_model.model, pair.x))
 
 
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gemma4")
+_KERNELS = ("_dense", "_proj")
 
 
 def _inject_experts(pair, adapter, ends):
@@ -346,11 +347,11 @@ def _inject_experts(pair, adapter, ends):
 @pytest.mark.parametrize(
     ("method", "ends"),
     [
-        ("lora", ("_dense",)),
-        ("rlora", ("_dense",)),
+        ("lora", _KERNELS),
+        ("rlora", _KERNELS),
         # One kernel of a module, or the gate without what it gates.
-        ("lora", ("output_dense",)),
-        ("lora", ("gate_dense",)),
+        ("lora", ("output_dense", "down_proj")),
+        ("lora", ("gate_dense", "gate_proj")),
     ],
 )
 @pytest.mark.parametrize("family", _MIXTURES)
@@ -360,7 +361,7 @@ def test_peft_reads_experts(family, method, ends, pairs, tmp_path):
     pair = pairs(family)
     stacked = _inject_experts(pair, _METHODS[method](), ends)
     # Two layers of two or three kernels.
-    assert len(stacked) >= (4 if ends == ("_dense",) else 2)
+    assert len(stacked) >= (4 if ends == _KERNELS else 2)
     families.train(pair.backbone)
     kra.peft.save(pair.backbone, tmp_path / "adapter")
     with warnings.catch_warnings():
@@ -387,7 +388,7 @@ def test_peft_reads_experts(family, method, ends, pairs, tmp_path):
     "parameters",
     [
         ["gate_up_proj", "down_proj"],
-        ["mlp.experts.down_proj"],
+        ["experts.down_proj"],
         ["experts.gate_up_proj"],
     ],
 )
@@ -401,7 +402,7 @@ def test_we_read_experts_of_peft(family, parameters, pairs, tmp_path):
         lora_alpha=6,
         target_modules=["q_proj", "v_proj"],
         target_parameters=parameters,
-        rank_pattern={"layers.1.mlp.experts.down_proj": 2},
+        rank_pattern={r"layers\.1\..*experts.down_proj": 2},
         use_rslora=True,
     )
     _exchange(pair, config, tmp_path)
@@ -413,7 +414,7 @@ def test_dora_of_experts_is_refused(pairs, tmp_path):
     import peft
 
     pair = pairs("mixtral")
-    _inject_experts(pair, _METHODS["dora"](), ("_dense",))
+    _inject_experts(pair, _METHODS["dora"](), _KERNELS)
     with pytest.raises(ValueError, match="PEFT has no DoRA of experts"):
         kra.peft.save(pair.backbone, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
