@@ -239,7 +239,7 @@ def test_experts_of_a_quantized_mixture(family, mode, tmp_path):
 
     # Experts alone are merged exactly, and take files of a float model.
     kra.load_adapter(model, tmp_path / "float.safetensors")
-    train(model)
+    randomize(model)
     trained = outputs(model)
     kra.merge(model)
     methods.close(outputs(model), trained, 1e-4)

@@ -7,6 +7,7 @@ tensors tell how deep a wrapper is, and not whose it is.
 """
 
 import re
+import reprlib
 
 import numpy as np
 
@@ -182,6 +183,18 @@ def named(path, targets, modules):
         for parameter in family.EXPERT_PARAMETERS
         if _is_target(f"{module}.{parameter}", targets)
     ]
+    others = [
+        target
+        for target in targets
+        if not any(_is_target(name, [target]) for name in parameters)
+    ]
+    if others:
+        raise ValueError(
+            f"'{path}' has target_parameters = {targets}, and "
+            f"{reprlib.repr(others[0])} is not one of the parameters "
+            f"{list(family.EXPERT_PARAMETERS)} of a module `experts` that it "
+            "has tensors for. Merge it with PEFT (`merge_and_unload`) instead."
+        )
     starts = starts_of(parameters)
     new = {start: name for name, start in starts.items()}
     for bare, found in depths.items():

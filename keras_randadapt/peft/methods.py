@@ -233,6 +233,11 @@ class Reader:
         Returns:
             An `Update`, whose arrays have an axis of experts in front.
         """
+        if self.options["use_dora"] or "magnitude" in roles:
+            raise ValueError(
+                f"'{self.path}' holds a DoRA of the experts of '{module}', "
+                "which PEFT itself refuses."
+            )
         stack, n_out, n_in = weight_shape
         rank, scaling = self._rank_and_scaling(module)
         a, b = roles["a"].astype("float64"), roles["b"].astype("float64")

@@ -455,16 +455,6 @@ class TestFiles:
 @pytest.mark.filterwarnings("ignore:At 2 of 2 sites the LoRA is larger")
 class TestConversions:
     @pytest.mark.one_backend
-    def test_peft_refuses_experts(self, tmp_path):
-        from tests import test_mixtures
-
-        model = test_mixtures.make("Mixtral")
-        kra.inject(model, kra.LoRA(2), "experts")
-        with pytest.raises(ValueError, match="PEFT has no common form"):
-            kra.peft.save(model, tmp_path / "peft")
-        assert not (tmp_path / "peft").exists()
-
-    @pytest.mark.one_backend
     def test_a_bank_of_adapters_refuses_experts(self, tmp_path):
         path = str(tmp_path / "adapter.safetensors")
         kra.save_adapter(adapted(), path)
