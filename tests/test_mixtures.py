@@ -187,7 +187,7 @@ _QUANTIZED = [
     pytest.param(
         family,
         mode,
-        marks=pytest.mark.one_backend
+        marks=pytest.mark.one_backend("torch")
         if (family, mode) == ("Mixtral", "int8")
         else pytest.mark.slow("one of many families"),
     )

@@ -59,7 +59,9 @@ def load(
     LoRA, with or without rsLoRA and patterns of ranks and alphas, becomes a
     `LoRA`; DoRA becomes a `DoRA` and IA3 an `IA3`. AdaLoRA, VeRA and RandLoRA
     become the `LoRA` that computes the same; the last two need their frozen
-    matrices in the file. Ranks that are zero at a site are left out. Layers in
+    matrices in the file. LoRA of experts is read from the parameters
+    `gate_up_proj` and `down_proj`, in which transformers 5 holds them. Ranks
+    that are zero at a site are left out. Layers in
     `modules_to_save` and in `heads.safetensors` are kept trainable and get
     their values. Module names may have the prefix of a task class or not.
 

@@ -48,7 +48,8 @@ def save(
     All readers scale the adapter alike: there is one rank for all modules,
     `lora_alpha` is equal to it, and the scaling is folded into B. Sites with a
     lower rank are padded with zeros. Where a module holds several sites, as in
-    GPT-2, their ranks add up.
+    GPT-2, their ranks add up. Adapters of experts are those of two parameters
+    of transformers 5, which PEFT takes as `target_parameters`.
 
     Files are written one after the other, and each is complete or as before.
     The adapter's weight in the model is not written; see `set_active`.
@@ -73,7 +74,7 @@ def save(
         ValueError: If the model has no adapter, or several and no `name`; if
             KerasHub has no converter for the model; if a site is in no module
             of transformers; if the method does more than adding an update, as
-            `IA3` does; if a number is not finite; or if `directory` is a file.
+            `IA3` does, or is a `DoRA` of experts; if a number is not finite; or if `directory` is a file.
             Nothing is written then.
 
     Example:
