@@ -74,8 +74,8 @@ def save(
         ValueError: If the model has no adapter, or several and no `name`; if
             KerasHub has no converter for the model; if a site is in no module
             of transformers; if the method does more than adding an update, as
-            `IA3` does, or is a `DoRA` of experts; if a number is not finite; or if `directory` is a file.
-            Nothing is written then.
+            `IA3` does, or is a `DoRA` of experts; if a number is not finite;
+            or if `directory` is a file. Nothing is written then.
 
     Example:
 
