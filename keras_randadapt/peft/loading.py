@@ -17,6 +17,7 @@ from keras_randadapt.model import low_rank
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import family
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
@@ -58,7 +59,9 @@ def load(
     LoRA, with or without rsLoRA and patterns of ranks and alphas, becomes a
     `LoRA`; DoRA becomes a `DoRA` and IA3 an `IA3`. AdaLoRA, VeRA and RandLoRA
     become the `LoRA` that computes the same; the last two need their frozen
-    matrices in the file. Ranks that are zero at a site are left out. Layers in
+    matrices in the file. LoRA of experts is read from the parameters
+    `gate_up_proj` and `down_proj`, in which transformers 5 holds them. Ranks
+    that are zero at a site are left out. Layers in
     `modules_to_save` and in `heads.safetensors` are kept trainable and get
     their values. Module names may have the prefix of a task class or not.
 
@@ -181,6 +184,8 @@ def _updates(source, names):
     if not modules:
         raise ValueError(f"'{path}' holds no tensors of a {method} adapter.")
     reader = methods.Reader(path, method, source.options, shared)
+    targets = source.options.get("target_parameters") or []
+    modules, parameters = experts.named(path, targets, modules)
     places = names.by_module()
     updates = {}
     for module, roles in modules.items():
@@ -191,9 +196,19 @@ def _updates(source, names):
                 "the prefix."
             )
         part = places[ours][0][1]
-        updates[ours] = reader.update(
-            module, roles, part.dims, part.weight_shape
-        )
+        if (part.kind == "experts") != (module in parameters):
+            raise ValueError(
+                f"'{path}' has no `target_parameters` that mean '{module}', "
+                "which is a parameter in this model and no module."
+            )
+        if part.kind == "experts":
+            updates[ours] = reader.update_of_experts(
+                module, roles, part.weight_shape
+            )
+        else:
+            updates[ours] = reader.update(
+                module, roles, part.dims, part.weight_shape
+            )
     lacking = options_lib.missing_targets(source.config, updates, names)
     if lacking:
         raise ValueError(
@@ -224,7 +239,7 @@ def _lora(name, found, layers, dropout):
         layers,
         name,
         {a: (one.left, one.right) for a, one in found.items()},
-        {a: max(1, one.left.shape[1]) for a, one in found.items()},
+        {a: max(1, one.left.shape[-1]) for a, one in found.items()},
         scaling=scaling,
         dropout=dropout,
     )

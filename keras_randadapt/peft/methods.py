@@ -21,6 +21,8 @@ class Update:
     magnitude its rows get these norms. `scale_outputs` and `scale_inputs` are
     IA3's factors.
 
+    `a` and `b` of experts have an axis of experts in front.
+
     Attributes:
         a: float64 array `(rank, inputs)`, or `None`.
         b: float64 array `(outputs, rank)`, or `None`.
@@ -203,6 +205,51 @@ class Reader:
         roles = {role: one.astype("float64") for role, one in roles.items()}
         return self._read(module, roles, *dims, weight_shape)
 
+    def shape_of_experts(self, module, roles):
+        """`(experts, outputs, inputs)`, as the tensors of a parameter have it.
+
+        Args:
+            module: The parameter's name.
+            roles: dict from role to array.
+        """
+        rank, _ = self._rank_and_scaling(module)
+        a, b = roles["a"], roles["b"]
+        if a.ndim != 2 or b.ndim != 2 or len(a) % rank:
+            raise ValueError(
+                f"'{self.path}' holds factors of the shapes {a.shape} and "
+                f"{b.shape} for the experts of '{module}', and their rank is "
+                f"{rank} by its config."
+            )
+        return len(a) // rank, len(b), a.shape[1]
+
+    def update_of_experts(self, module, roles, weight_shape):
+        """The update of a parameter that holds experts.
+
+        Args:
+            module: The parameter's name.
+            roles: dict from role to array.
+            weight_shape: `(experts, outputs, inputs)`.
+
+        Returns:
+            An `Update`, whose arrays have an axis of experts in front.
+        """
+        if self.options["use_dora"] or "magnitude" in roles:
+            raise ValueError(
+                f"'{self.path}' holds a DoRA of the experts of '{module}', "
+                "which PEFT itself refuses."
+            )
+        stack, n_out, n_in = weight_shape
+        rank, scaling = self._rank_and_scaling(module)
+        a, b = roles["a"].astype("float64"), roles["b"].astype("float64")
+        self._check(module, "lora_A", a, (stack * rank, n_in))
+        self._check(module, "lora_B", b, (n_out, rank * stack))
+        # Experts come first in the ranks of A, and last in those of B.
+        return Update(
+            a=a.reshape(stack, rank, n_in),
+            b=b.reshape(n_out, rank, stack).transpose(2, 0, 1),
+            scaling=scaling,
+        )
+
     def _check(self, module, role, array, *shapes):
         if array.shape not in shapes:
             wanted = " or ".join(map(str, dict.fromkeys(shapes)))
@@ -213,7 +260,7 @@ class Reader:
                 "of another adapter."
             )
 
-    def _lora(self, module, roles, n_in, n_out, weight_shape):
+    def _rank_and_scaling(self, module):
         options = self.options
         rank = options_lib.by_pattern(
             self.path,
@@ -229,6 +276,12 @@ class Reader:
             module,
             options["lora_alpha"],
         )
+        root = math.sqrt(rank) if options["use_rslora"] else rank
+        return rank, alpha / root
+
+    def _lora(self, module, roles, n_in, n_out, weight_shape):
+        options = self.options
+        rank, scaling = self._rank_and_scaling(module)
         a, b = roles["a"], roles["b"]
         window = weight_shape[2:]
         ones = tuple(1 for _ in window)
@@ -252,11 +305,10 @@ class Reader:
                 (1, n_out, *ones),
             )
             magnitude = magnitude.reshape(n_out)
-        root = math.sqrt(rank) if options["use_rslora"] else rank
         return Update(
             a=a.reshape(rank, n_in),
             b=b.reshape(n_out, rank),
-            scaling=alpha / root,
+            scaling=scaling,
             magnitude=magnitude,
         )
 

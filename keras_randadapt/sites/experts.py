@@ -125,6 +125,7 @@ def sites_of(layer):
         return []
     call = (own_class(layer) or type(layer)).call
     read = getattr(getattr(call, "__code__", None), "co_names", ())
+    quantized = layer.quantization_mode is not None
     return [
         ExpertSite(layer, attribute)
         for attribute, value in vars(layer).items()
@@ -132,6 +133,9 @@ def sites_of(layer):
         and len(value.shape) == 3
         and value.shape[0] == number
         and attribute in read
+        # Integers are kernels where the layer is quantized, which `inject`
+        # tells, and tables otherwise.
+        and (quantized or keras.backend.is_float_dtype(value.dtype))
     ]
 
 
