@@ -173,6 +173,18 @@ def _generated(task, model, x):
     return np.asarray(made[task.prompt.replace("padding_mask", "token_ids")])
 
 
+def _expected(task, model, x):
+    """The same tokens, each by a call with all tokens before it."""
+    name = task.prompt.replace("padding_mask", "token_ids")
+    tokens = np.array(x[name])
+    mask = np.ones_like(x[task.prompt])
+    for i in range(2, tokens.shape[1]):
+        logits = model({**x, name: tokens, task.prompt: mask}, training=False)
+        logits = keras.ops.convert_to_numpy(logits)
+        tokens[:, i] = np.argmax(logits[:, i - 1], axis=-1)
+    return tokens
+
+
 def _values(variables):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
 
@@ -189,7 +201,7 @@ def test_task(task, tmp_path):
 
     model, x = _built(task)
     base_y = zoo.outputs(model, x)
-    variables = list(model.variables)
+    variables = list(model.weights)
     base = _values(variables)
     if task.prompt:
         # What is compiled here must not be used any more after an injection.
@@ -205,9 +217,10 @@ def test_task(task, tmp_path):
 
     zoo.randomize(model, scale=1.0)
     y = zoo.outputs(model, x)
+    assert np.max(np.abs(y - base_y)) > 0.01 * np.max(np.abs(base_y))
     if task.prompt:
         tokens = _generated(task, model, x)
-        assert not np.array_equal(tokens, base_tokens)
+        np.testing.assert_array_equal(tokens, _expected(task, model, x))
         with kra.merged(model):
             np.testing.assert_array_equal(_generated(task, model, x), tokens)
         with kra.disabled(model):

@@ -60,7 +60,9 @@ def perturbed(model, scale):
         if not keras.backend.is_float_dtype(weight.dtype):
             continue
         # KerasHub computes one from the other when it loads a file.
-        if re.search("(interpolated_|/)position_embeddings$", weight.path):
+        if re.search(
+            "(interpolated_|tiled_|/)position_embeddings$", weight.path
+        ):
             continue
         value = keras.ops.convert_to_numpy(weight).astype("float32")
         generator = np.random.default_rng([7, i])
