@@ -17,6 +17,7 @@ _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _PARAMETER = re.compile(
     rf"(.*\.experts)\.({'|'.join(family.EXPERT_PARAMETERS)})"
 )
+_LAYER_OF_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 _WRAPPER = ".base_layer"
 
 
@@ -208,6 +209,130 @@ def named(path, targets, modules):
                 f"{targets}. Other parameters can't be read."
             )
     return {new.get(m, m): one for m, one in modules.items()}, list(starts)
+
+
+class Gathered:
+    """Updates of the layers of single experts, as those of their parameters.
+
+    transformers 4 has a module for each layer of each expert, and so have the
+    adapters that PEFT made for it.
+
+    Args:
+        path: The directory, for errors.
+        names: A `NameMap`.
+    """
+
+    def __init__(self, path, names):
+        self._path, self._names = path, names
+        self._places = names.by_module()
+        self._found = {}
+
+    def shape_of(self, module):
+        """The shape of the weight of an expert's layer, or `None`.
+
+        Args:
+            module: The name of a module, as the directory has it.
+        """
+        place = self._place(module)
+        if place is None:
+            return None
+        parameter, _, part = place
+        experts, outputs, inputs = self._places[parameter][0][1].weight_shape
+        number = int(_LAYER_OF_EXPERT.fullmatch(module)[2])
+        if number >= experts:
+            raise ValueError(
+                f"'{self._path}' adapts '{module}', and this model has "
+                f"{experts} experts, from 0 on. The adapter is of a larger "
+                "model."
+            )
+        return outputs // family.halves_of(parameter.rpartition(".")[2]), inputs
+
+    def add(self, module, update):
+        """Keeps the update of an expert's layer, a `methods.Update`."""
+        if update.a is None or update.magnitude is not None:
+            raise ValueError(
+                f"'{self._path}' adapts '{module}', a layer of one expert, by "
+                "a method that does more than adding a low-rank update, such "
+                "as DoRA or IA3. `kra.peft.load` takes a LoRA of experts."
+            )
+        parameter, number, part = self._place(module)
+        updates = self._found.setdefault(parameter, {})
+        if (number, part) in updates:
+            raise ValueError(
+                f"'{self._path}' holds the module '{module}' twice, with and "
+                "without the prefix."
+            )
+        updates[number, part] = update
+
+    def updates(self, make):
+        """dict from the parameters to their updates.
+
+        Args:
+            make: Function of `a`, `b` and a scaling, that makes an update.
+        """
+        return {
+            parameter: self._joined(parameter, updates, make)
+            for parameter, updates in self._found.items()
+        }
+
+    def _place(self, module):
+        """`(parameter, expert, part)` of an expert's layer, or `None`."""
+        match = _LAYER_OF_EXPERT.fullmatch(module)
+        known = family.expert_layers(self._names.model_type)
+        if match is None or match[3] not in known:
+            return None
+        parameter, part = known[match[3]]
+        found = self._names.find(f"{match[1]}.{parameter}")
+        if found is None or self._places[found][0][1].kind != "experts":
+            return None
+        return found, int(match[2]), part
+
+    def _joined(self, parameter, updates, make):
+        shape = self._places[parameter][0][1].weight_shape
+        parts = family.halves_of(parameter.rpartition(".")[2])
+        rank = max(len(one.a) for one in updates.values())
+        scalings = {one.scaling for one in updates.values()}
+        common = scalings.pop() if len(scalings) == 1 else None
+        a = np.zeros((shape[0], parts, rank, shape[2]))
+        b = np.zeros((shape[0], parts, shape[1] // parts, parts, rank))
+        for (number, part), one in updates.items():
+            own = slice(len(one.a))
+            factor = 1.0 if common is not None else one.scaling
+            a[number, part, own] = one.a
+            b[number, part, :, part, own] = factor * one.b
+        return make(
+            a=a.reshape(shape[0], parts * rank, shape[2]),
+            b=b.reshape(shape[0], shape[1], parts * rank),
+            scaling=1.0 if common is None else common,
+        )
+
+    def missing(self, targets):
+        """Experts' layers that names mean and that have no update.
+
+        Args:
+            targets: `target_modules` of a config.
+
+        Returns:
+            list of names.
+        """
+        if not isinstance(targets, list):
+            return []
+        targets = [one for one in targets if isinstance(one, str)]
+        layers = family.expert_layers(self._names.model_type)
+        lacking = []
+        for parameter, updates in self._found.items():
+            module, _, name = parameter.rpartition(".")
+            for layer, (held, part) in layers.items():
+                if held != name:
+                    continue
+                experts = self._places[parameter][0][1].weight_shape[0]
+                lacking += [
+                    f"{module}.{number}.{layer}"
+                    for number in range(experts)
+                    if (number, part) not in updates
+                    and _is_target(f"{module}.{number}.{layer}", targets)
+                ]
+        return lacking
 
 
 def _is_target(name, targets):

@@ -187,8 +187,15 @@ def _updates(source, names):
     targets = source.options.get("target_parameters") or []
     modules, parameters = experts.named(path, targets, modules)
     places = names.by_module()
+    of_experts = experts.Gathered(path, names)
     updates = {}
     for module, roles in modules.items():
+        shape = of_experts.shape_of(module)
+        if shape is not None:
+            of_experts.add(
+                module, reader.update(module, roles, shape[::-1], shape)
+            )
+            continue
         ours = _find(path, names, module)
         if ours in updates:
             raise ValueError(
@@ -209,7 +216,17 @@ def _updates(source, names):
             updates[ours] = reader.update(
                 module, roles, part.dims, part.weight_shape
             )
-    lacking = options_lib.missing_targets(source.config, updates, names)
+    for module, update in of_experts.updates(methods.Update).items():
+        if module in updates:
+            raise ValueError(
+                f"'{path}' adapts the experts of '{module}' twice, together "
+                "and one by one."
+            )
+        updates[module] = update
+    lacking = [
+        *options_lib.missing_targets(source.config, updates, names),
+        *of_experts.missing(source.config.get("target_modules")),
+    ]
     if lacking:
         raise ValueError(
             f"'{path}' lacks the tensors of {len(lacking)} modules that its "

@@ -78,7 +78,7 @@ class ExpertSite(KernelSite):
             y = linear()
             for adapter in adapters:
                 z = adapter.drop(x, training)
-                y = y + ops.cast(_delta(adapter, z, training), y.dtype)
+                y = _plus_delta(y, adapter, z, training)
             return y
         base = ops.convert_to_tensor(_compat.unrounded(self._kernel))
         mapped = (x,) if len(x.shape) == 3 else ()
@@ -139,17 +139,18 @@ def sites_of(layer):
     ]
 
 
-def _delta(adapter, x, training):
-    """The product of all experts with their updates."""
+def _plus_delta(y, adapter, x, training):
+    """`y` plus the products of all experts with their updates."""
     of_stack = getattr(adapter, "delta_of_stack", None)
     if of_stack is not None:
-        return of_stack(x, training)
+        return of_stack(x, training, onto=y)
     mapped = (x,) if len(x.shape) == 3 else ()
 
     def delta(adapters, z=x):
         return adapters[0].delta(z, training)
 
-    return lanes.of_experts(delta, [adapter], *mapped)
+    update = lanes.of_experts(delta, [adapter], *mapped)
+    return y + ops.cast(update, y.dtype)
 
 
 class _Operand(keras.Variable):

@@ -203,6 +203,106 @@ def test_a_missing_layer_is_told(tmp_path):
         kra.peft.load(model, tmp_path / "a")
 
 
+def _one_by_one(folder, change=None):
+    """An adapter of transformers 4, and the updates of its first layer."""
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["w1", "w2", "w3"],
+    }
+    tensors, wanted = {}, {}
+    for n in (0, 1):
+        start = f"base_model.model.model.layers.{n}.block_sparse_moe.experts"
+        for layer, n_in, n_out in (
+            ("w1", 24, 40),
+            ("w3", 24, 40),
+            ("w2", 40, 24),
+        ):
+            for e in range(3):
+                a = zoo.normal(2, n_in, seed=len(tensors))
+                b = zoo.normal(n_out, 2, seed=len(tensors))
+                tensors[f"{start}.{e}.{layer}.lora_A.weight"] = a
+                tensors[f"{start}.{e}.{layer}.lora_B.weight"] = b
+                if n == 0:
+                    wanted.setdefault(layer, []).append(3 * (b @ a).T)
+    if change is not None:
+        change(config, tensors)
+    folder.mkdir()
+    _write(folder, config, tensors)
+    return wanted
+
+
+@pytest.mark.every_backend
+def test_experts_one_by_one(tmp_path):
+    """As PEFT has them of transformers 4, with a module for each."""
+    wanted = _one_by_one(tmp_path / "a")
+    model = zoo.set_weights(hub.mixtral())
+    report = kra.peft.load(model, tmp_path / "a")
+    assert len(report.sites) == 6
+    for layer, kernel in (("w1", _GATE), ("w3", _UP), ("w2", _DOWN)):
+        np.testing.assert_allclose(
+            _deltas(model, kernel), np.stack(wanted[layer]), atol=1e-4
+        )
+    adapter = next(iter(model._randadapt.adapters("default").values()))
+    assert (adapter.rank, adapter.scaling) == (2, 3.0)
+
+
+def _rename(old, new):
+    def change(config, tensors):
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return change
+
+
+def _lose(part):
+    def change(config, tensors):
+        for key in [key for key in tensors if part in key]:
+            del tensors[key]
+
+    return change
+
+
+def _norms(config, tensors):
+    config["use_dora"] = True
+    for key in [key for key in tensors if ".lora_B." in key]:
+        name = key.replace("lora_B.weight", "lora_magnitude_vector")
+        tensors[name] = np.ones(len(tensors[key]), "float32")
+
+
+def _scalings(config, tensors):
+    config["alpha_pattern"] = {"1.w1": 2}
+
+
+def test_experts_of_several_scalings(tmp_path):
+    wanted = _one_by_one(tmp_path / "a", _scalings)
+    model = zoo.set_weights(hub.mixtral())
+    kra.peft.load(model, tmp_path / "a")
+    wanted["w1"][1] /= 3
+    np.testing.assert_allclose(
+        _deltas(model, _GATE), np.stack(wanted["w1"]), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rename("experts.2.", "experts.3."), "has 3 experts, from 0 on"),
+        (_lose("layers.0.block_sparse_moe.experts.1.w3"), "of 1 modules"),
+        (_rename(".w1.", ".w4."), "none of that name holds"),
+        (_norms, "a method that does more than adding"),
+        (_with(r=3), "in this model it must be"),
+    ],
+)
+def test_bad_directories_of_single_experts(change, message, tmp_path):
+    _one_by_one(tmp_path / "a", change)
+    model = hub.mixtral()
+    with pytest.raises(ValueError, match=message):
+        kra.peft.load(model, tmp_path / "a")
+    assert kra.sites(model) == {}
+
+
 def test_from_a_shell(tmp_path):
     """Inspected and compared without a model, and not converted."""
     model = _adapted(kra.LoRA(2))

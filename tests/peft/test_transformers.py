@@ -10,6 +10,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import keras_randadapt as kra
 from keras_randadapt.model import state as state_lib
@@ -406,6 +407,52 @@ def test_we_read_experts_of_peft(family, parameters, pairs, tmp_path):
         use_rslora=True,
     )
     _exchange(pair, config, tmp_path)
+
+
+@pytest.mark.slow("it builds mixtures of transformers and KerasHub")
+@pytest.mark.parametrize(
+    ("family", "block", "layers"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_we_read_experts_of_transformers_4(
+    family, block, layers, pairs, tmp_path
+):
+    """PEFT itself makes such a directory one of parameters."""
+    import peft
+
+    pair = pairs(family)
+    parameters = dict(pair.torch_model().named_parameters())
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for n in (0, 1):
+        down = parameters[f"model.layers.{n}.mlp.experts.down_proj"]
+        experts, width, inner = down.shape
+        for e in range(experts):
+            for layer in layers:
+                n_in, n_out = width, inner
+                if layer == layers[2]:
+                    n_in, n_out = inner, width
+                key = (
+                    f"base_model.model.model.layers.{n}.{block}.experts.{e}."
+                    f"{layer}"
+                )
+                for name, shape in (("A", (3, n_in)), ("B", (n_out, 3))):
+                    values = 0.2 * generator.normal(size=shape)
+                    tensors[f"{key}.lora_{name}.weight"] = values.astype(
+                        "float32"
+                    )
+    peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=list(layers)
+    ).save_pretrained(str(tmp_path))
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = peft.PeftModel.from_pretrained(pair.torch_model(), str(tmp_path))
+    theirs = families.torch_outputs(model.base_model.model, pair.x)
+    report = kra.peft.load(pair.backbone, tmp_path)
+    assert len(report.sites) in (4, 6)
+    pair.check(theirs)
 
 
 @pytest.mark.slow("it builds mixtures of transformers and KerasHub")
