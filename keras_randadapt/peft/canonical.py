@@ -54,15 +54,10 @@ def tensors_of(modules, rank):
     tensors = {}
     for module, factors in modules.items():
         key = f"{START}{module}"
-        short = rank - len(factors.a)
-        a = np.pad(factors.a, ((0, short), (0, 0)))
-        b = np.pad(factors.b, ((0, 0), (0, short)))
+        a, b = shaped(factors, rank)
         named = ("lora_A.weight", "lora_B.weight")
         if factors.kind == "embedding":
             named = ("lora_embedding_A", "lora_embedding_B")
-        if factors.kind == "conv":
-            a = a.reshape(rank, *factors.weight_shape[1:])
-            b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
         with np.errstate(over="ignore"):
             tensors[f"{key}.{named[0]}"] = a.astype("float32")
             tensors[f"{key}.{named[1]}"] = b.astype("float32")
@@ -77,6 +72,35 @@ def tensors_of(modules, rank):
     return tensors
 
 
+def shaped(factors, rank):
+    """The two factors of a module, padded to a rank, in the file's shapes."""
+    short = rank - len(factors.a)
+    a = np.pad(factors.a, ((0, short), (0, 0)))
+    b = np.pad(factors.b, ((0, 0), (0, short)))
+    if factors.kind == "conv":
+        a = a.reshape(rank, *factors.weight_shape[1:])
+        b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
+    return a, b
+
+
+def common_config(modules, **others):
+    """The options that the configs of all methods have.
+
+    Args:
+        modules: The names of the modules.
+        **others: More options, which may replace those of this function.
+    """
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": sorted(modules),
+        "task_type": None,
+        **others,
+    }
+
+
 def config_of(modules, rank, **others):
     """The content of `adapter_config.json`.
 
@@ -85,24 +109,18 @@ def config_of(modules, rank, **others):
         rank: What `rank_of` gave.
         **others: More options, which may replace those of this function.
     """
-    return {
+    lora = {
         "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": any(one.kind == "conv1d" for one in modules.values()),
-        "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
         "r": rank,
-        "target_modules": sorted(modules),
-        "task_type": None,
         "use_dora": False,
         "use_rslora": False,
-        **others,
     }
+    return common_config(modules, **{**lora, **others})
 
 
 def files_of(config, tensors):

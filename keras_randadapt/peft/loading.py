@@ -21,6 +21,7 @@ from keras_randadapt.peft import family
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.peft import options as options_lib
+from keras_randadapt.peft import own_adapters
 from keras_randadapt.peft import sites
 from keras_randadapt.peft import sources
 from keras_randadapt.sites import selection
@@ -56,11 +57,14 @@ def load(
     """Attaches an adapter that PEFT or `kra.peft.save` wrote.
 
     LoRA, with or without rsLoRA and patterns of ranks and alphas, becomes a
-    `LoRA`; DoRA becomes a `DoRA` and IA3 an `IA3`. AdaLoRA, VeRA and RandLoRA
-    become the `LoRA` that computes the same; the last two need their frozen
-    matrices in the file. Ranks that are zero at a site are left out. Layers in
-    `modules_to_save` and in `heads.safetensors` are kept trainable and get
-    their values. Module names may have the prefix of a task class or not.
+    `LoRA`; DoRA becomes a `DoRA`, IA3 an `IA3`, HiRA a `HiRA` and MiSS a
+    `MiSS`. SHiRA becomes a `SHiRA` if one of its masks with the file's seed
+    has the file's places. AdaLoRA, VeRA, RandLoRA and any other MiSS or SHiRA
+    become the `LoRA` that computes the same; VeRA and RandLoRA need their
+    frozen matrices in the file. Ranks that are zero at a site are left out.
+    Layers in `modules_to_save` and in `heads.safetensors` are kept trainable
+    and get their values. Module names may have the prefix of a task class or
+    not.
 
     In a model without adapters, the loaded adapter is active. Beside other
     adapters it is attached inactive; see `set_active`.
@@ -157,7 +161,13 @@ def _planned(model, name, source, heads, keep_trainable):
         (v for key, v in source.options.items() if key.endswith("dropout")),
         0.0,
     )
-    if source.method == "IA3":
+    place = own_adapters.Place(
+        name, layers, source.options, updates, names.parts, found
+    )
+    own = own_adapters.make(source.method, place)
+    if own is not None:
+        template, built = own
+    elif source.method == "IA3":
         template, built = _ia3(name, found, layers)
     else:
         make = _dora if source.options.get("use_dora") else _lora

@@ -71,19 +71,40 @@ READ = {
         "randlora_dropout": (int, float),
     },
     "IA3": {},
+    "MISS": {
+        "init_weights": (bool, str, type(None)),
+        "mini_r": int,
+        "miss_dropout": (int, float),
+        "r": int,
+    },
+    "SHIRA": {"r": int, "random_seed": (int, type(None))},
+    "HIRA": {
+        "hira_dropout": (int, float),
+        "r": int,
+        "rank_pattern": dict,
+    },
 }
 
-#: Options that a method inherits and does not use.
-_UNUSED = {"ADALORA": {"r", "alpha_pattern", "use_rslora"}}
+#: Options that a method has and that change nothing of what its file means.
+_UNUSED = {
+    "ADALORA": {"r", "alpha_pattern", "use_rslora"},
+    # The file has the places.
+    "SHIRA": {"mask_type"},
+}
 
 _DEFAULTS = {
     "alpha_pattern": {},
+    "hira_dropout": 0.0,
     "init_r": 12,
+    "init_weights": True,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
+    "mini_r": 1,
+    "miss_dropout": 0.0,
     "r": 8,
     "randlora_alpha": 640,
     "randlora_dropout": 0.0,
+    "random_seed": None,
     "rank_pattern": {},
     "use_dora": False,
     "use_rslora": False,
@@ -187,8 +208,9 @@ def _check_initialization(path, config):
 
 
 def _check_numbers(path, options):
+    _check_form_of_miss(path, options)
     for key, value in options.items():
-        if key in ("r", "init_r") and value < 1:
+        if key in ("r", "init_r", "mini_r") and value < 1:
             raise ValueError(f"'{path}' has {key} = {value}, below 1.")
         if key.endswith("dropout") and not 0 <= value < 1:
             raise ValueError(
@@ -208,6 +230,16 @@ def _check_numbers(path, options):
                     f"{reprlib.repr(value)}, which must be a number."
                 )
             compiled(path, key, pattern)
+
+
+def _check_form_of_miss(path, options):
+    form = options.get("init_weights")
+    if isinstance(form, str) and form != "mini":
+        raise ValueError(
+            f"'{path}' has init_weights = {reprlib.repr(form)}. Known are true "
+            'and "mini"; the update of "bat" depends on the base kernel in '
+            "another way. Merge it with PEFT (`merge_and_unload`) instead."
+        )
 
 
 def compiled(path, key, pattern):
