@@ -146,6 +146,8 @@ class LoHa(base.Adapter):
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
     ) -> Tensor:
+        if self.is_whole:
+            return super().lookup(ids, dtype, training)
         a1, b1, a2, b2 = self._matrices()
         first = matmul(ops.take(a1, ids, axis=0), b1)
         return ops.cast(first * matmul(ops.take(a2, ids, axis=0), b2), dtype)

@@ -156,6 +156,8 @@ class LoKr(base.Adapter):
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
     ) -> Tensor:
+        if self._window.places > 1:
+            return super().lookup(ids, dtype, training)
         c, (first, *rest) = self._own(dtype)
         return self._rows(
             ops.take(c, ids // self._window.inputs, axis=0),
