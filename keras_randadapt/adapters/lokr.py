@@ -44,10 +44,10 @@ class LoKr(base.Adapter):
 
     Args:
         rank: int. The rank of `A B`.
-        factor: Optional int. The size of the smaller parts `m` and `k`, where
-            it divides the dimension. Elsewhere they are the largest divisor
-            below. A small one makes the adapter larger. By default only the
-            root of the dimension bounds them.
+        factor: Optional int. The size of `m`, and of `k`, where it divides the
+            dimension. Elsewhere it and the root of the dimension bound them,
+            and the root alone does by default. A small one makes the adapter
+            larger.
         decompose_both: bool. Whether `C` is a product of rank `rank` too, where
             that is below half its larger dimension.
         tucker: bool. Whether the window of convolutions is left whole.
@@ -273,15 +273,14 @@ class LoKr(base.Adapter):
 
 
 def parts(dim: int, factor: int | None = None) -> tuple[int, int]:
-    """Two integers whose product is a dimension, the smaller one first.
+    """Two integers whose product is a dimension, that of `C` first.
 
     Args:
         dim: int.
         factor: Optional int; see `LoKr`.
     """
     if factor is not None and dim % factor == 0:
-        small, large = sorted((factor, dim // factor))
-        return small, large
+        return factor, dim // factor
     most = math.isqrt(dim) if factor is None else min(factor, math.isqrt(dim))
     small = next(n for n in range(most, 0, -1) if dim % n == 0)
     return small, dim // small

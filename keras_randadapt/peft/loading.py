@@ -57,11 +57,13 @@ def load(
     """Attaches an adapter that PEFT or `kra.peft.save` wrote.
 
     LoRA, with or without rsLoRA and patterns of ranks and alphas, becomes a
-    `LoRA`; DoRA becomes a `DoRA`, IA3 an `IA3`, HiRA a `HiRA` and MiSS a
-    `MiSS`. SHiRA becomes a `SHiRA` if one of its masks with the file's seed
-    has the file's places. AdaLoRA, VeRA, RandLoRA and any other MiSS or SHiRA
-    become the `LoRA` that computes the same; VeRA and RandLoRA need their
-    frozen matrices in the file. Ranks that are zero at a site are left out.
+    `LoRA`. DoRA, HiRA, IA3, LoHa, LoKr, MiSS and OFT become the adapter of
+    that name. SHiRA becomes a `SHiRA` if one of its masks with the file's seed
+    has the file's places. AdaLoRA, VeRA and RandLoRA become the `LoRA` that
+    computes the same, and so do LoHa, LoKr, MiSS and SHiRA where their own
+    form can't. VeRA and RandLoRA need their frozen matrices in the file. OFT
+    needs `use_cayley_neumann=False`. Ranks that are zero at a site are left
+    out.
     Layers in `modules_to_save` and in `heads.safetensors` are kept trainable
     and get their values. Module names may have the prefix of a task class or
     not.
@@ -143,6 +145,12 @@ def _planned(model, name, source, heads, keep_trainable):
     views = {a: tuple(supported.view_of(layers[a])) for a in names.parts}
     if source.method == "IA3":
         found = sites.scales(path, names, updates, views)
+    elif source.method == "OFT":
+        found = {
+            address: sites.SiteUpdate()
+            for address, parts in names.parts.items()
+            if any(part.module in updates for part in parts)
+        }
     else:
         found = sites.low_rank_updates(names, updates, views)
     if not heads:

@@ -45,6 +45,14 @@ _ENDINGS = {
         (".hira_embedding_A", "a"),
         (".hira_embedding_B", "b"),
     ),
+    "LOHA": (
+        (".hada_w1_a", "b1"),
+        (".hada_w1_b", "a1"),
+        (".hada_w2_a", "b2"),
+        (".hada_w2_b", "a2"),
+    ),
+    "LOKR": tuple((f".{name}", name) for name in own_updates.LOKR),
+    "OFT": ((".oft_R.weight", "q"),),
 }
 _SHARED = {
     "VERA": ("base_model.vera_A", "base_model.vera_B"),
@@ -59,10 +67,13 @@ _REQUIRED = {
     "MISS": ("block",),
     "SHIRA": ("values", "places"),
     "HIRA": ("a", "b"),
+    "LOHA": ("a1", "b1", "a2", "b2"),
+    "LOKR": (),
+    "OFT": ("q",),
 }
 
 #: Methods whose update is no matrix that is added to the kernel.
-NOT_ADDITIVE = ("HIRA", "IA3")
+NOT_ADDITIVE = ("HIRA", "IA3", "OFT")
 
 _NAMES = {
     "LORA": "LoRA",
@@ -73,6 +84,8 @@ _NAMES = {
     "MISS": "MiSS",
     "SHIRA": "SHiRA",
     "HIRA": "HiRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
 }
 
 
@@ -208,24 +221,34 @@ class Reader:
 
     def rank(self, module):
         """The rank of a module, which may have one of its own."""
-        return options_lib.by_pattern(
+        rank = options_lib.by_pattern(
             self.path,
             "rank_pattern",
             self.options["rank_pattern"],
             module,
             self.options["r"],
         )
+        if rank < 1:
+            raise ValueError(
+                f"'{self.path}' has the rank {rank} for the module '{module}', "
+                "which must be at least 1."
+            )
+        return rank
+
+    def alpha(self, module, key):
+        """The alpha of a module, which may have one of its own."""
+        return options_lib.by_pattern(
+            self.path,
+            "alpha_pattern",
+            self.options["alpha_pattern"],
+            module,
+            self.options[key],
+        )
 
     def _lora(self, module, roles, n_in, n_out, weight_shape):
         options = self.options
         rank = self.rank(module)
-        alpha = options_lib.by_pattern(
-            self.path,
-            "alpha_pattern",
-            options["alpha_pattern"],
-            module,
-            options["lora_alpha"],
-        )
+        alpha = self.alpha(module, "lora_alpha")
         ones = tuple(1 for _ in weight_shape[2:])
         a, b = self.pair(module, roles, rank, (n_in, n_out), weight_shape)
         if options["use_dora"] != ("magnitude" in roles):

@@ -7,11 +7,15 @@ or `None` if only a LoRA computes what the file does at these sites.
 import keras
 import numpy as np
 
+from keras_randadapt.adapters import OFT
 from keras_randadapt.adapters import HiRA
+from keras_randadapt.adapters import LoHa
+from keras_randadapt.adapters import LoKr
 from keras_randadapt.adapters import MiSS
 from keras_randadapt.adapters import SHiRA
 from keras_randadapt.adapters import shira
 from keras_randadapt.model import build
+from keras_randadapt.peft import own_forms
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
 
@@ -161,4 +165,107 @@ def _hira(place):
     return template, built
 
 
-_MAKERS = {"MISS": _miss, "SHIRA": _shira, "HIRA": _hira}
+def _loha(place):
+    """Modules of one rank alone; a part of a module has a part of `B1`."""
+    updates = place.updates
+    ranks = {len(one.own["a1"]) for one in updates.values()}
+    smallest = min(
+        (min(place.view_shape(address)) for address in place.found), default=0
+    )
+    if len(ranks) > 1 or min(ranks) > smallest:
+        return None
+    shares = {address: {} for address in place.found}
+    for address, parts in place.parts.items():
+        if len(parts) > 1 or parts[0].module not in updates:
+            return None
+        part, update = parts[0], updates[parts[0].module]
+        for number in "12":
+            a = update.own[f"a{number}"].T[part.inputs]
+            b = np.zeros((a.shape[1], place.view_shape(address)[1]))
+            of_part = update.own[f"b{number}"][part.outputs]
+            b[:, part.columns] = of_part.T
+            if number == "2":
+                b = b * update.scaling
+            shares[address][f"loha_a{number}"] = a
+            shares[address][f"loha_b{number}"] = b
+    template = LoHa(min(ranks))
+    built = place.build(template)
+    for address, values in shares.items():
+        _assign(built[address], values)
+    return template, built
+
+
+def _lokr(place):
+    options, updates = place.options, place.updates
+    if options["rank_pattern"] or not all(map(place.is_whole, place.found)):
+        return None
+    factor = options["decompose_factor"]
+    template = LoKr(
+        options["r"],
+        factor=None if factor == -1 else factor,
+        decompose_both=options["decompose_both"],
+    )
+    built = place.build(template)
+    for address, adapter in built.items():
+        update = updates[place.parts[address][0].module]
+        values = {
+            own_forms.OF_LOKR[variable.name]: variable.name
+            for variable in adapter.trainable_variables
+        }
+        if not set(values) <= set(update.own):
+            return None
+        _assign(
+            adapter,
+            {
+                ours: update.own[theirs].T
+                * (update.scaling if ours in own_forms.SCALED_OF_LOKR else 1)
+                for theirs, ours in values.items()
+            },
+        )
+    return template, built
+
+
+def _oft(place):
+    updates = place.updates
+    sizes = {one.own["size"] for one in updates.values()}
+    found = {}
+    for address, parts in place.parts.items():
+        used = [updates.get(part.module) for part in parts]
+        in_order = all(
+            np.array_equal(part.inputs, np.arange(len(part.inputs)))
+            for part in parts
+        )
+        if None in used or not in_order or len(sizes) > 1:
+            break
+        matrices = [one.own["q"] for one in used]
+        if any(not np.array_equal(q, matrices[0]) for q in matrices):
+            break
+        found[address] = matrices[0]
+    else:
+        template = OFT(sizes.pop(), share_blocks=place.options["block_share"])
+        built = place.build(template)
+        for address, q in found.items():
+            _assign(built[address], {"oft_q": q})
+        return template, built
+    raise ValueError(
+        f"At '{address}', the adapter rotates inputs in blocks of several "
+        "sizes, in another order, or parts of one layer in different ways, and "
+        "no `OFT` computes the same. Merge it with PEFT (`merge_and_unload`) "
+        "instead."
+    )
+
+
+def _assign(adapter, values):
+    for variable in adapter.trainable_variables:
+        with np.errstate(over="ignore"):
+            variable.assign(values[variable.name].astype("float32"))
+
+
+_MAKERS = {
+    "MISS": _miss,
+    "SHIRA": _shira,
+    "HIRA": _hira,
+    "LOHA": _loha,
+    "LOKR": _lokr,
+    "OFT": _oft,
+}

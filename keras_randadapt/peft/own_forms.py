@@ -9,7 +9,10 @@ import math
 
 import numpy as np
 
+from keras_randadapt.adapters import OFT
 from keras_randadapt.adapters import HiRA
+from keras_randadapt.adapters import LoHa
+from keras_randadapt.adapters import LoKr
 from keras_randadapt.adapters import MiSS
 from keras_randadapt.adapters import SHiRA
 from keras_randadapt.adapters.base import Adapter
@@ -231,9 +234,122 @@ def _hira(template, modules):
     }, tensors
 
 
-_WRITERS = {MiSS: _miss, SHiRA: _shira, HiRA: _hira}
+def _loha(template, modules):
+    """Two pairs of factors. The ranks of a module's sites add up."""
+    if template.tucker and any(
+        adapter.is_whole for module in modules for adapter, _ in module.sites
+    ):
+        return "the windows of convolutions are left whole (`tucker`)"
+    found, rank = {}, 1
+    for module in modules:
+        for number in "12":
+            blocks = {"a": [], "b": []}
+            for adapter, part in module.sites:
+                a = _value(getattr(adapter, f"loha_a{number}"))
+                b = _value(getattr(adapter, f"loha_b{number}"))
+                if number == "2":
+                    b = adapter.scaling * b
+                blocks["b"].append(module.place(a.T, part, "inputs", 1))
+                blocks["a"].append(module.place(b, part, "outputs", 1).T)
+            name = f"hada_w{number}"
+            first = np.concatenate(blocks["a"], axis=1)
+            found[module.name, f"{name}_a"] = first
+            found[module.name, f"{name}_b"] = np.concatenate(blocks["b"])
+            rank = max(rank, first.shape[1])
+    for (module, ending), array in found.items():
+        widths = [(0, 0), (0, 0)]
+        axis = 1 if ending.endswith("a") else 0
+        widths[axis] = (0, rank - array.shape[axis])
+        found[module, ending] = np.pad(array, widths)
+    # PEFT divides by the rank.
+    return {"r": rank, "alpha": rank, **_LYCORIS}, found
+
+
+def _lokr(template, modules):
+    """Both factors of the Kronecker product, transposed."""
+    tensors = {}
+    for module in modules:
+        if not module.is_site:
+            return (
+                f"the module '{module.name}' is not one site with its numbers "
+                "in one order, and a Kronecker product depends on the order"
+            )
+        adapter = module.sites[0][0]
+        for variable in adapter.trainable_variables:
+            value = _value(variable).T
+            if variable.name in SCALED_OF_LOKR:
+                value = adapter.scaling * value
+            tensors[module.name, OF_LOKR[variable.name]] = value
+    return {
+        "r": template.rank,
+        "alpha": template.rank,
+        "decompose_both": template.decompose_both,
+        "decompose_factor": template.factor or -1,
+        **_LYCORIS,
+    }, tensors
+
+
+def _oft(template, modules):
+    """The entries above the diagonals."""
+    tensors = {}
+    for module in modules:
+        adapter = module.sites[0][0]
+        if module.places > 1 or not module.keeps_inputs:
+            return (
+                f"the module '{module.name}' holds several sites or has its "
+                "inputs in another order, and a module has one rotation"
+            )
+        if adapter.size != template.block_size:
+            return (
+                f"the blocks of '{module.name}' have {adapter.size} rows, and "
+                f"`block_size` is {template.block_size}"
+            )
+        tensors[module.name, "oft_R.weight"] = _value(adapter.oft_q)
+    return {
+        "r": 0,
+        "oft_block_size": template.block_size,
+        "block_share": template.share_blocks,
+        "use_cayley_neumann": False,
+        "coft": False,
+        "bias": "none",
+        "init_weights": True,
+    }, tensors
+
+
+#: The names of LoKr's weights here and in PEFT.
+OF_LOKR = {
+    "lokr_c": "lokr_w1",
+    "lokr_c_a": "lokr_w1_b",
+    "lokr_c_b": "lokr_w1_a",
+    "lokr_ab": "lokr_w2",
+    "lokr_a": "lokr_w2_b",
+    "lokr_b": "lokr_w2_a",
+}
+
+#: Those that take the scaling in.
+SCALED_OF_LOKR = ("lokr_c", "lokr_c_b")
+
+#: PEFT's LoHa and LoKr drop outputs and not inputs, so they have no dropout.
+_LYCORIS = {
+    "init_weights": True,
+    "module_dropout": 0.0,
+    "rank_dropout": 0.0,
+    "use_effective_conv2d": False,
+}
+
+_WRITERS = {
+    HiRA: _hira,
+    LoHa: _loha,
+    LoKr: _lokr,
+    MiSS: _miss,
+    OFT: _oft,
+    SHiRA: _shira,
+}
 _KINDS = {
-    MiSS: ("linear",),
-    SHiRA: ("linear",),
     HiRA: ("linear", "conv1d", "conv"),
+    LoHa: ("linear", "conv"),
+    LoKr: ("linear",),
+    MiSS: ("linear",),
+    OFT: ("linear",),
+    SHiRA: ("linear",),
 }

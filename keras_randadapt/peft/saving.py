@@ -42,10 +42,11 @@ def save(
     The directory gets `adapter_config.json`, `adapter_model.safetensors` and
     `README.md`, a model card. Layers that the adapter keeps trainable go to
     `heads.safetensors`, which other programs do not read. `LoRA`, `DoRA`,
-    `HiRA`, `MiSS` and `SHiRA` go out as they are, and every other method that
-    adds an update of its own as the `LoRA` that computes the same; see
-    `to_lora`. So do `MiSS` and `SHiRA` with `rank` or `energy`, and where
-    PEFT's form can't have them; the model card then tells why.
+    `HiRA`, `LoHa`, `LoKr`, `MiSS`, `OFT` and `SHiRA` go out as they are, and
+    every other method that adds an update of its own as the `LoRA` that
+    computes the same; see `to_lora`. So do `LoHa`, `LoKr`, `MiSS` and `SHiRA`
+    with `rank` or `energy`, and where PEFT's form can't have them; the model
+    card then tells why.
 
     All readers scale a LoRA alike: there is one rank for all modules,
     `lora_alpha` is equal to it, and the scaling is folded into B. Sites with a

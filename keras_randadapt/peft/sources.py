@@ -146,7 +146,7 @@ def _weight_shape(source, module, roles, checkpoint):
                 f"shapes {a.shape} and {b.shape}, which are no matrices."
             )
         return (b.shape[0], *a.shape[1:])
-    if checkpoint is None or source.method == "IA3":
+    if checkpoint is None or source.method in methods.NOT_ADDITIVE:
         return None
     return checkpoint.weight_shape(
         module,
@@ -159,6 +159,8 @@ def _outputs(source, roles):
     """The number of outputs of a module if its tensors tell it, or `None`."""
     if source.method == "VERA":
         return roles["b"].size
+    if source.method == "LOHA" and roles["b1"].ndim:
+        return roles["b1"].shape[0]
     is_whole = source.options.get("init_weights") != "mini"
     if source.method == "MISS" and is_whole and roles["block"].ndim:
         return roles["block"].shape[-1]

@@ -18,9 +18,11 @@ def check(template, config, view, weights, prepare=None):
         template: An adapter.
         config: The config of PEFT, whose target is the module "site".
         view: `(input_dim, output_dim)`.
-        weights: dict from the name of a trained weight to PEFT's name, or a
-            function of PEFT's layer that gives its weight, and a function from the values of ours, a NumPy array, to PEFT's. It must
-            be linear, and it maps gradients too.
+        weights: dict from the name of a trained weight to a pair. The first is
+            PEFT's name, or a function of its layer that gives the weight. The
+            second is a function from the values of ours, a NumPy array, to
+            PEFT's. It must be linear, and it maps gradients too.
+        prepare: Optional function that changes PEFT's layer first.
     """
     import peft
     import torch

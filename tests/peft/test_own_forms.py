@@ -1,6 +1,7 @@
 """Methods that PEFT has a form of its own for, there and back."""
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -20,6 +21,15 @@ _METHODS = {
     "shira_magnitude": (lambda: kra.SHiRA(2, mask="magnitude"), "SHIRA"),
     "shira_structured": (lambda: kra.SHiRA(2, mask="structured"), "SHIRA"),
     "hira": (lambda: kra.HiRA(3, scaling=2.0), "HIRA"),
+    "loha": (lambda: kra.LoHa(3, scaling=2.0), "LOHA"),
+    "lokr": (lambda: kra.LoKr(1, scaling=2.0), "LOKR"),
+    "lokr_both": (
+        lambda: kra.LoKr(1, factor=4, decompose_both=True),
+        "LOKR",
+    ),
+    "lokr_full": (lambda: kra.LoKr(9), "LOKR"),
+    "oft": (lambda: kra.OFT(8), "OFT"),
+    "oft_shared": (lambda: kra.OFT(6, share_blocks=True), "OFT"),
 }
 
 
@@ -60,15 +70,16 @@ def test_there_and_back(method, tmp_path):
     np.testing.assert_allclose(_outputs(model), trained, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["miss", "shira"])
+@pytest.mark.parametrize("method", ["miss", "shira", "loha", "lokr"])
 def test_a_size_makes_a_lora(method, tmp_path):
     model, _ = _adapted(_METHODS[method][0](), hub.llama())
     kra.peft.save(model, tmp_path / "a", rank=2)
     assert _read(tmp_path / "a")[0]["peft_type"] == "LORA"
 
 
-def test_a_size_of_hira_is_refused(tmp_path):
-    model, _ = _adapted(kra.HiRA(3), hub.llama())
+@pytest.mark.parametrize("method", ["hira", "oft"])
+def test_a_size_of_what_is_not_added_is_refused(method, tmp_path):
+    model, _ = _adapted(_METHODS[method][0](), hub.llama())
     with pytest.raises(ValueError, match="leave out `rank` and `energy`"):
         kra.peft.save(model, tmp_path / "a", rank=2)
     assert not (tmp_path / "a").exists()
@@ -78,7 +89,7 @@ def test_a_size_of_hira_is_refused(tmp_path):
 @pytest.mark.filterwarnings(
     "ignore:The LoRA has rank:keras_randadapt.AdapterWarning"
 )
-@pytest.mark.parametrize("method", ["miss", "shira", "hira"])
+@pytest.mark.parametrize("method", ["miss", "shira", "hira", "loha", "lokr"])
 def test_fused_and_transposed_modules(method, tmp_path):
     """GPT-2 has one transposed weight of queries, keys and values."""
     make, peft_type = _METHODS[method]
@@ -96,6 +107,40 @@ def test_fused_and_transposed_modules(method, tmp_path):
         assert f"LoRA, since PEFT's {peft_type} takes the kinds" in card
     kra.eject(model)
     kra.peft.load(model, tmp_path / "a")
+    np.testing.assert_allclose(_outputs(model), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: kra.OFT(8), "OFT takes the kinds .* is of the kind 'conv1d'"),
+        (lambda: kra.OFT(9), "blocks of .* have 8 rows, and `block_size` is 9"),
+    ],
+)
+def test_rotations_that_peft_has_no_form_for(make, message, tmp_path):
+    model = hub.gpt2() if make().block_size == 8 else hub.llama()
+    kra.inject(model, make(), ["query"])
+    with pytest.raises(ValueError, match=message):
+        kra.peft.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The head of task:keras_randadapt.AdapterWarning"
+)
+def test_convolutions(tmp_path):
+    """The windows of Keras's kernels come first, and those of PEFT last."""
+    model = hub.vit_classifier()
+    names = kra.peft.name_map(model)
+    (address,) = [a for a, p in names.parts.items() if p[0].kind == "conv"]
+    kra.inject(model, kra.LoHa(2), re.compile(address.rpartition("/")[2]))
+    families.train(model)
+    trained = _outputs(model)
+    kra.peft.save(model, tmp_path / "a")
+    assert _read(tmp_path / "a")[0]["peft_type"] == "LOHA"
+    kra.eject(model)
+    report = kra.peft.load(model, tmp_path / "a")
+    assert report.method == "LoHa"
     np.testing.assert_allclose(_outputs(model), trained, atol=1e-5)
 
 
@@ -139,6 +184,14 @@ def test_places_of_another_program_become_a_lora(tmp_path):
         ("shira", {"r": 3}, r"\(shira_weight\) of shape \(96,\)"),
         ("hira", {"r": 2}, r"\(hira_A\) of shape \(3, 24\)"),
         ("hira", {"unknown": 3}, "'unknown' = 3, which"),
+        ("loha", {"r": 2}, r"\(hada_w1_b\) of shape \(3, 24\)"),
+        ("loha", {"use_effective_conv2d": True}, "'use_effective_conv2d'"),
+        ("lokr", {"decompose_factor": 3}, r"\(lokr_w1\) of shape \(4, 4\)"),
+        ("lokr", {"decompose_factor": 0}, "must be -1 or at least 1"),
+        ("lokr", {"rank_pattern": {"q_proj": 0}}, "the rank 0 for the module"),
+        ("oft", {"use_cayley_neumann": True}, "a series that is cut off"),
+        ("oft", {"oft_block_size": 6}, r"\(oft_R\) of shape \(3, 28\)"),
+        ("oft", {"oft_block_size": 7}, "blocks of 7 rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(method, change, message, tmp_path):

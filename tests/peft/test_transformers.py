@@ -191,6 +191,9 @@ _OWN = {
     "miss_repeated": lambda: kra.MiSS(5, output_rank=4),
     "shira": lambda: kra.SHiRA(2, scaling=2.0),
     "hira": lambda: kra.HiRA(3, scaling=2.0),
+    "loha": lambda: kra.LoHa(3, scaling=2.0),
+    "lokr": lambda: kra.LoKr(1, scaling=20.0),
+    "oft": lambda: kra.OFT(8),
 }
 
 
@@ -202,6 +205,8 @@ _OWN = {
 def test_peft_reads_its_own_methods(family, method, pairs, tmp_path):
     import peft
 
+    if method == "oft" and family != "llama":
+        pytest.skip("its modules hold several sites, or are other layers")
     pair = pairs(family)
     pair.inject(_OWN[method]())
     # HiRA's factors scale the small numbers of the kernel.
@@ -217,7 +222,9 @@ def test_peft_reads_its_own_methods(family, method, pairs, tmp_path):
     pair.check(families.torch_outputs(model.base_model.model, pair.x))
 
 
-@pytest.mark.parametrize("method", ["miss", "mini", "shira", "hira"])
+@pytest.mark.parametrize(
+    "method", ["miss", "mini", "shira", "hira", "loha", "lokr", "oft"]
+)
 @pytest.mark.parametrize("family", _SOME)
 def test_we_read_methods_of_ours(family, method, pairs, tmp_path):
     """Those that PEFT has in the same form."""
@@ -240,8 +247,22 @@ def test_we_read_methods_of_ours(family, method, pairs, tmp_path):
             target_modules=pair.linear(),
             fan_in_fan_out=family == "gpt2",
         ),
+        "loha": lambda: peft.LoHaConfig(
+            r=3, alpha=6, target_modules=linear, alpha_pattern={linear[0]: 9}
+        ),
+        "lokr": lambda: peft.LoKrConfig(
+            r=2, alpha=40, decompose_factor=4, target_modules=linear
+        ),
+        "oft": lambda: peft.OFTConfig(
+            oft_block_size=4, use_cayley_neumann=False, target_modules=linear
+        ),
     }[method]
     if not linear:
+        return
+    if (method, family) == ("oft", "swin"):
+        # Queries, keys and values are one layer in Keras.
+        with pytest.raises(ValueError, match="parts of one layer in diff"):
+            _exchange(pair, config(), tmp_path)
         return
     # HiRA's factors scale the small numbers of the kernel.
     scale = 0.5 if method == "hira" else 0.1
