@@ -21,7 +21,7 @@ def _built(view=(12, 20), rank=3, facts=None, **arguments):
     return adapter
 
 
-def _dense(adapter, values):
+def dense_delta(adapter, values):
     """The product of two sums over ranks, written entry by entry."""
     delta = np.zeros((adapter.input_dim, adapter.output_dim))
     for i in range(adapter.input_dim):
@@ -38,7 +38,7 @@ class TestLoHa:
     def test_against_dense_reference(self, view):
         adapter = _built(view, scaling=1.5)
         values = methods.randomize(adapter)
-        methods.check_products(adapter, _dense(adapter, values), 2e-5)
+        methods.check_products(adapter, dense_delta(adapter, values), 2e-5)
 
     @pytest.mark.every_backend
     def test_gradients(self):
@@ -52,7 +52,7 @@ class TestLoHa:
             [getattr(adapter, name) for name in names],
             upstream,
         )
-        methods.close(of_x, upstream @ _dense(adapter, values).T, 3e-5)
+        methods.close(of_x, upstream @ dense_delta(adapter, values).T, 3e-5)
         of_kernel = 0.5 * x.T.astype("float64") @ upstream
         first = values["loha_a1"] @ values["loha_b1"]
         second = values["loha_a2"] @ values["loha_b2"]
@@ -71,7 +71,7 @@ class TestLoHa:
         zeros = [w for w in adapter.weights if not methods.numpy(w).any()]
         assert zeros == [adapter.loha_a2]
         values = methods.randomize(adapter)
-        assert np.linalg.matrix_rank(_dense(adapter, values)) == 16
+        assert np.linalg.matrix_rank(dense_delta(adapter, values)) == 16
         assert adapter.factors()[0].shape == (30, 16)
 
     @pytest.mark.every_backend

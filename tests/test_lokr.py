@@ -31,7 +31,7 @@ def _built(view=(12, 20), facts=None, **arguments):
     return adapter
 
 
-def _factors(values):
+def two_factors(values):
     """`C` and the second matrix, from the trained values."""
     c = values.get("lokr_c")
     if c is None:
@@ -48,7 +48,7 @@ class TestLoKr:
     @pytest.mark.parametrize("form", FORMS)
     def test_against_dense_reference(self, view, form):
         adapter = _built(view, scaling=1.5, **FORMS[form])
-        c, second = _factors(methods.randomize(adapter))
+        c, second = two_factors(methods.randomize(adapter))
         methods.check_products(adapter, 1.5 * np.kron(c, second), 2e-5)
 
     @pytest.mark.every_backend
@@ -56,7 +56,7 @@ class TestLoKr:
     def test_gradients(self, form):
         adapter = _built(scaling=0.5, **FORMS[form])
         values = methods.randomize(adapter)
-        c, second = _factors(values)
+        c, second = two_factors(values)
         names = list(values)
         x, upstream = zoo.normal(6, 12), zoo.normal(6, 20, seed=4)
         of_x, *found = gradients.gradients(

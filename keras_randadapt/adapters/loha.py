@@ -99,7 +99,8 @@ class LoHa(base.Adapter):
 
     def build(self, site: Site) -> None:
         self.check(site)
-        self._window = Window.of(site)
+        # A file without its model does not tell the window.
+        self._window = Window.of(site) if self.tucker else None
         #: Whether the site has a window that is left whole.
         self.is_whole = self.tucker and self._window.places > 1
         rows, columns = self.input_dim, self.output_dim
