@@ -118,7 +118,7 @@ METHODS = {
     "sora": (lambda: kra.SoRA(3, alpha=5), _lora, 3),
     "dylora": (lambda: kra.DyLoRA(3, alpha=5), _lora, 3),
     "lorafa": (lambda: kra.LoRAFA(3, alpha=5), _lorafa, 3),
-    "fourierft": (lambda: kra.FourierFT(9, scaling=50.0), _fourierft, 12),
+    "fourierft": (lambda: kra.FourierFT(40, scaling=50.0), _fourierft, 12),
     "loha": (lambda: kra.LoHa(3, scaling=2.0), _loha, 9),
     "loha_of_high_rank": (lambda: kra.LoHa(4), _loha, 12),
     "lokr": (lambda: kra.LoKr(1, scaling=2.0), _lokr, 3),

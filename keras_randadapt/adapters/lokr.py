@@ -145,14 +145,14 @@ class LoKr(base.Adapter):
     def delta_transpose(
         self, x: Tensor, training: bool | None = None
     ) -> Tensor:
-        found = _transposed(*self._own(x.dtype))
-        return self._multiplied(x, *found, back=True)
+        c, second = _transposed(*self._own(x.dtype))
+        return self._multiplied(x, c, second, back=True)
 
     def delta_transpose_per_example(
         self, x: Tensor, weights: Weights
     ) -> Tensor:
-        found = _transposed(*self._of_examples(weights, x.dtype))
-        return self._multiplied(x, *found, back=True)
+        c, second = _transposed(*self._of_examples(weights, x.dtype))
+        return self._multiplied(x, c, second, back=True)
 
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
