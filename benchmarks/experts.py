@@ -14,6 +14,7 @@ trained.
 
 import os
 import statistics
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -89,7 +90,8 @@ def rows(arguments):
         name: make_step(*adapter, arguments)
         for name, adapter in adapters.items()
     }
-    measured = side_by_side.in_turns(steps, arguments.repeats)
+    clock = time.process_time if arguments.cpu else time.perf_counter
+    measured = side_by_side.in_turns(steps, arguments.repeats, clock)
     medians = {n: 1e3 * statistics.median(t) for n, t in measured.items()}
     for name, median in medians.items():
         yield name, median, median / medians["one vector"]
@@ -105,5 +107,6 @@ if __name__ == "__main__":
         dim=dict(type=int, default=256),
         tokens=dict(type=int, default=512),
         repeats=dict(type=int, default=9),
+        cpu=dict(action="store_true", help="time of all cores of the process"),
         only=dict(nargs="+", metavar="METHOD", help="these methods alone"),
     )

@@ -37,8 +37,9 @@ QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 #: The heading, format and factor of each score.
 SCORES = {
     "nats": ("nats a token", ".3f", 1),
-    "rouge_l": ("ROUGE-L", ".1f", 100),
+    "bleu": ("BLEU", ".1f", 100),
     "chrf": ("chrF", ".1f", 100),
+    "rouge_l": ("ROUGE-L", ".1f", 100),
     "mentioned": ("values said, %", ".1f", 100),
 }
 #: Nats are measured on so many texts a meaning. E2E has up to forty.

@@ -1,106 +1,75 @@
-"""Scores of generated texts, from their definitions.
+"""Scores of generated texts against references.
 
-ROUGE-L and chrF are what the packages `rouge-score` and `sacrebleu` compute by
-default, and neither package is needed. The third score tells whether a text
-says what it was asked to say.
+The packages `sacrebleu` and `rouge-score` compute BLEU, chrF and ROUGE-L, and
+they download nothing. Another score tells whether a text says what it was asked
+to say. METEOR of the E2E challenge is absent because it needs WordNet, which is
+a download, and NIST and CIDEr because no maintained package computes them. The
+challenge's own program tokenizes otherwise, so compare scores of this module
+with one another only.
 """
 
-import collections
 import re
+import statistics
 
 import meanings
+import sacrebleu
+from rouge_score import rouge_scorer
 
-#: chrF compares runs of one to six characters, and counts recall twice.
-CHRF_ORDER = 6
-CHRF_BETA = 2.0
-
-
-def words(text):
-    """The lower-case words and numbers of a text, as ROUGE takes them."""
-    return re.findall(r"[a-z0-9]+", text.lower())
+#: The names of the scores that `corpus_scores` gives.
+NAMES = ("bleu", "chrf", "rouge_l")
 
 
-def rouge_l(text, references):
-    """ROUGE-L: the F score of the longest common subsequence of words.
+def corpus_scores(texts, references):
+    """The scores of texts, each against one or more references.
+
+    BLEU has up to four words in a row, clipped counts of the whole corpus, a
+    brevity penalty, the tokenization "13a" and exponential smoothing. chrF has
+    characters up to six in a row and weighs recall twice. ROUGE-L is the mean
+    of each text's best F score of the longest common subsequence of words.
 
     Args:
-        text: A string.
-        references: A list of strings. The best score counts.
+        texts: list of strings.
+        references: list of lists of strings: those of each text.
 
     Returns:
-        A float between 0 and 1.
+        A dict from the names in `NAMES` to floats between 0 and 1.
+
+    Raises:
+        ValueError: If there is no text, or not as many lists of references, or
+            a list without a reference.
 
     References:
+        - Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine
+          Translation", ACL 2002; Post, "A Call for Clarity in Reporting BLEU
+          Scores", WMT 2018.
+        - Popović, "chrF: character n-gram F-score for automatic MT
+          evaluation", WMT 2015.
         - Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004,
           section 3, with precision and recall of equal weight.
     """
-    return max(_rouge_l(words(text), words(one)) for one in references)
-
-
-def _rouge_l(text, reference):
-    common = _longest_common_subsequence(text, reference)
-    # It is twice the product of precision and recall over their sum.
-    return 2 * common / max(len(text) + len(reference), 1)
-
-
-def _longest_common_subsequence(a, b):
-    # Row by row: an entry is the length for the words so far.
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            above = row[j]
-            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
-
-
-def chrf(texts, references):
-    """chrF2: the F score of runs of one to six characters, over all texts.
-
-    Args:
-        texts: A list of strings.
-        references: A list of lists of strings, one for each text. The counts
-            of the best reference enter.
-
-    Returns:
-        A float between 0 and 1.
-
-    References:
-        - Popović, "chrF: character n-gram F-score for automatic MT
-          evaluation", WMT 2015.
-    """
-    totals = [(0, 0, 0)] * CHRF_ORDER
-    for text, choices in zip(texts, references, strict=True):
-        best = max((_runs(text, one) for one in choices), key=_chrf)
-        totals = [tuple(map(sum, zip(*pair))) for pair in zip(totals, best)]
-    return _chrf(totals)
-
-
-def _runs(text, reference):
-    """The numbers of runs of each length: of the text, the reference, both."""
-    text, reference = ("".join(one.split()) for one in (text, reference))
-    counts = []
-    for n in range(1, CHRF_ORDER + 1):
-        ours, theirs = (
-            collections.Counter(one[i : i + n] for i in range(len(one) - n + 1))
-            for one in (text, reference)
+    texts, references = list(texts), [list(one) for one in references]
+    if not texts or len(texts) != len(references) or not all(references):
+        raise ValueError(
+            "`references` must hold a list of at least one reference for each "
+            f"of `texts`. Received: {len(texts)} texts and the numbers of "
+            f"references {[len(one) for one in references][:10]}"
         )
-        counts.append((ours.total(), theirs.total(), (ours & theirs).total()))
-    return counts
-
-
-def _chrf(counts):
-    # An order that a text is too short for does not count.
-    used = [one for one in counts if one[0] and one[1]]
-    if not used:
-        return 0.0
-    precision = sum(both / ours for ours, _, both in used) / len(used)
-    recall = sum(both / theirs for _, theirs, both in used) / len(used)
-    weighted = CHRF_BETA**2 * precision + recall
-    if weighted == 0:
-        return 0.0
-    return (1 + CHRF_BETA**2) * precision * recall / weighted
+    # sacrebleu wants the first references of all texts, then the second, ...
+    # and takes `None` where a text has fewer.
+    most = max(map(len, references))
+    streams = [
+        [one[i] if i < len(one) else None for one in references]
+        for i in range(most)
+    ]
+    rouge = rouge_scorer.RougeScorer(["rougeL"])
+    return {
+        "bleu": sacrebleu.corpus_bleu(texts, streams).score / 100,
+        "chrf": sacrebleu.corpus_chrf(texts, streams).score / 100,
+        "rouge_l": statistics.fmean(
+            rouge.score_multi(one, text)["rougeL"].fmeasure
+            for text, one in zip(texts, references)
+        ),
+    }
 
 
 def mentioned(text, meaning):
@@ -125,9 +94,14 @@ def mentioned(text, meaning):
         for value in meanings.attributes(meaning).values()
         if value not in ("yes", "no")
     ]
-    said = f" {' '.join(words(text))} "
-    found = [f" {' '.join(words(value))} " in said for value in values]
+    said = _words(text)
+    found = [_words(value) in said for value in values]
     return sum(found) / max(len(found), 1)
+
+
+def _words(text):
+    """The lower-case words and numbers of a text, with spaces around each."""
+    return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
 
 
 def scores(texts, split):
@@ -139,12 +113,10 @@ def scores(texts, split):
 
     Returns:
         A dict of floats between 0 and 1.
+
+    Raises:
+        ValueError: If there are not as many texts as meanings.
     """
-    pairs = list(zip(texts, split, strict=True))
-    rouge = [rouge_l(text, split[meaning]) for text, meaning in pairs]
-    said = [mentioned(text, meaning) for text, meaning in pairs]
-    return {
-        "rouge_l": sum(rouge) / len(rouge),
-        "chrf": chrf(texts, list(split.values())),
-        "mentioned": sum(said) / len(said),
-    }
+    found = corpus_scores(texts, split.values())
+    said = [mentioned(text, meaning) for text, meaning in zip(texts, split)]
+    return {**found, "mentioned": statistics.fmean(said)}

@@ -12,6 +12,8 @@ The program [finetune_causal_lm.py](../examples/finetune_causal_lm.py) does all
 of this page from the command line, for any preset and any file of E2E's form:
 
     python examples/finetune_causal_lm.py --preset gemma3_1b --quantize int4
+
+`pip install sacrebleu rouge-score` gets what scores the texts.
 """
 
 import os
@@ -103,8 +105,8 @@ for meaning, text in list(zip(split.held_out, after))[:3]:
     print(f"{meaning}\n  {text}")
 
 """
-Three scores judge the texts, on a scale to 1. `rouge_l` compares words in
-their order with the references, `chrf` compares runs of letters, and
+Four scores judge the texts, on a scale to 1. `bleu` compares runs of words with
+the references, `chrf` runs of letters, and `rouge_l` words in their order.
 `mentioned` is the share of the attributes' values that a text has, word for
 word.
 """

@@ -61,10 +61,12 @@ class Guard:
 
     def limit(self, item):
         """CPU seconds of this machine that a test may take, or None."""
+        mark = item.get_closest_marker("cpu_seconds")
+        if mark:
+            return mark.args[0] * self.factor
         if item.get_closest_marker("slow"):
             return None
-        mark = item.get_closest_marker("cpu_seconds")
-        return (mark.args[0] if mark else LIMIT) * self.factor
+        return LIMIT * self.factor
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item):
@@ -135,7 +137,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "cpu_seconds(limit, reason): CPU seconds that this fast test may take",
+        "cpu_seconds(limit, reason): CPU seconds that this test may take",
     )
 
 

@@ -67,6 +67,11 @@ def test_child():
 @pytest.mark.cpu_seconds(0.05, reason="a lower limit")
 def test_marked_and_too_long():
     burn()
+
+@pytest.mark.slow
+@pytest.mark.cpu_seconds(0.05, reason="a slow test with a limit")
+def test_slow_and_too_long():
+    burn()
 """
 
 
@@ -88,12 +93,13 @@ def test_in_a_session(tmp_path):
         if line.startswith(("PASSED ", "FAILED "))
     )
     failed = {name for name, how in outcomes.items() if how == "FAILED"}
-    assert len(outcomes) == 8, result.stdout
+    assert len(outcomes) == 9, result.stdout
     assert failed == {
         "test_too_long",
         "test_own",
         "test_child",
         "test_marked_and_too_long",
+        "test_slow_and_too_long",
     }
     assert "Make it smaller, mark it `slow`" in result.stdout
     assert "test_shared (fixture shared)" in result.stdout

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import keras_randadapt as kra
+from keras_randadapt.sites import lanes
 from keras_randadapt.sites import supported
 from keras_randadapt.sites.kernel_site import KernelSite
 from tests import rotation
@@ -106,7 +107,8 @@ METHODS = {
 #: The method that meets every model in `make test`. Those of the library's
 #: heart meet the models of `_CORE` there, all others those of `_BRIEF`, and
 #: all of them the rest in `make test-full`. The heart on `dense` and LoRA on
-#: the families of models run on every backend, any other case on one.
+#: experts and on the families of models run on every backend, any other case on
+#: one.
 _EVERYWHERE = {"lora"}
 _HEART = {"rlora", "randlora", "rmlora"}
 _BRIEF = {"dense", "embedding"}
@@ -118,6 +120,7 @@ _CORE = _BRIEF | {
     "einsum_shared",
     "reversible_embedding",
     "functional",
+    "experts",
 }
 #: Other models add nothing: these methods share all but their formula with
 #: LoRA, RLoRA and RandLoRA, or are a second configuration of one.
@@ -190,6 +193,7 @@ _WITH_ALL = {
     "lstm",
     "gru",
     "position_embedding",
+    "experts",
 }
 
 
@@ -222,6 +226,8 @@ def _is_refused(method, model):
             return True
     if isinstance(template, kra.Hydra) and model in _SHORT_BIAS:
         return True
+    if model == "experts" and not template.adapts_kernel:
+        return True
     kind = "product"
     if "embedding" in model:
         kind = "lookup"
@@ -245,7 +251,7 @@ def _cells():
 def _on_every_backend(method, model):
     if model == "dense":
         return method in _HEART | _EVERYWHERE
-    return method in _EVERYWHERE and model in zoo.MODELS
+    return method in _EVERYWHERE and model in {*zoo.MODELS, "experts"}
 
 
 def _cases():
@@ -505,6 +511,9 @@ class TestMatrix:
     def test_kernel_shows_base_plus_delta(self, case):
         # The view of the delta is what `merge` and exporters rely on.
         adapters = case.model._randadapt.adapters("default")
+        if case.builder is zoo.experts:
+            self._check_experts(case, adapters)
+            return
         for address in kra.sites(case.model):
             # A layer with several kernels has a site for each.
             layer = case.model._randadapt.layers[address]
@@ -530,6 +539,28 @@ class TestMatrix:
                 continue
             kernel = layer.to_view(supported.kernel_variable(layer))
             self._check(layer, kernel + delta)
+
+    def _check_experts(self, case, adapters):
+        """Each expert has an update of its own, and NumPy agrees with it."""
+        kernels = []
+        for address, adapter in adapters.items():
+            site = case.model._randadapt.layers[address]
+            found = []
+            base = zoo.numpy(site._kernel)
+            for kernel, lane in zip(base, lanes.each(adapter), strict=True):
+                if adapter.additive:
+                    delta = lane.delta_kernel()
+                    assert tuple(delta.shape) == tuple(site.kernel_view)
+                    found.append(kernel + zoo.numpy(delta))
+                else:
+                    kernel = keras.ops.convert_to_tensor(kernel)
+                    found.append(zoo.numpy(lane.merged(kernel, kernel)))
+            kernels.append(np.stack(found))
+            close(zoo.numpy(site.merged_kernel()), kernels[-1], 1e-6)
+            deltas = kernels[-1] - base
+            assert np.abs(deltas[0] - deltas[1]).max() > 1e-5
+        expected = zoo.experts_outputs(case.model, case.x, *kernels)
+        close(case.out, np.ravel(expected), 1e-5)
 
     def _check_bias(self, layer, adapter):
         bias = supported.bias_variable(layer)

@@ -41,6 +41,10 @@ def integers(*shape, high, seed=0):
     return generator.integers(0, high, shape).astype("int32")
 
 
+def numpy(tensor):
+    return np.array(keras.ops.convert_to_numpy(tensor))
+
+
 def _around(layer, x, before=(), after=()):
     """A functional model of one layer between fixed neighbours."""
     inputs = keras.Input(x.shape[1:], dtype=x.dtype)
@@ -240,6 +244,73 @@ def position_embedding():
     site = keras_hub.layers.PositionEmbedding(9, name="site")
     y = layers.Dense(4, activation="tanh")(inputs + site(inputs))
     return set_weights(keras.Model(inputs, y)), normal(8, 5, 6), ["site"]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Experts(layers.Layer):
+    """Two stacked kernels, as in KerasHub's mixtures, and a bias."""
+
+    def __init__(self, num_experts=3, hidden_dim=8, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+
+    def build(self, shape):
+        def add(name, *shape):
+            return self.add_weight(shape=(self.num_experts, *shape), name=name)
+
+        self._expert_up = add("expert_up", shape[-1], self.hidden_dim)
+        self.down = add("down", self.hidden_dim, shape[-1])
+        self.down_bias = add("down_bias", shape[-1])
+        self.built = True
+
+    def call(self, x):
+        up = keras.ops.einsum("th,ehm->etm", x, self._expert_up)
+        up = keras.activations.silu(up)
+        down = keras.ops.cast(self.down, up.dtype)
+        y = keras.ops.einsum("eti,eio->eto", up, down)
+        return y + self.down_bias[:, None, :]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+        }
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Mean(layers.Layer):
+    """The mean of what the experts give."""
+
+    def call(self, x):
+        return keras.ops.mean(x, axis=0)
+
+
+def experts():
+    site = Experts(name="site")
+    after = [Mean(), layers.Dense(4, activation="tanh")]
+    return *_around(site, normal(8, 6), after=after), ["site"]
+
+
+def experts_outputs(model, x, up, down):
+    """What NumPy computes with stacked kernels, one expert after another.
+
+    Args:
+        model: A model like that of `experts`.
+        x: Array `(tokens, input_dim)`.
+        up: Array `(experts, input_dim, hidden_dim)`.
+        down: Array `(experts, hidden_dim, input_dim)`.
+    """
+    site = next(y for y in model.layers if isinstance(y, Experts))
+    out = model.layers[-1]
+    found = []
+    for e, bias in enumerate(numpy(site.down_bias)):
+        hidden = x.astype("float64") @ up[e]
+        hidden = hidden / (1 + np.exp(-hidden))
+        found.append(hidden @ down[e] + bias)
+    y = np.mean(found, axis=0) @ numpy(out.kernel) + numpy(out.bias)
+    return np.tanh(y) if out.activation is keras.activations.tanh else y
 
 
 def sequential():
@@ -468,6 +539,7 @@ SITE_CLASSES = {
         lstm,
         gru,
         position_embedding,
+        experts,
     )
 }
 QUANTIZED = {

@@ -16,6 +16,7 @@ from keras_randadapt._types import Layers
 from keras_randadapt._types import Tensor
 from keras_randadapt.adapters import site_arguments
 from keras_randadapt.ops.fast_products import matmul
+from keras_randadapt.ops.fast_products import plus_products
 from keras_randadapt.ops.fast_products import thin_product
 from keras_randadapt.ops.fast_products import thin_products
 from keras_randadapt.sites import lanes
@@ -277,13 +278,23 @@ class LoRA(site_arguments.SiteArguments):
             training,
         )
 
-    def delta_of_stack(self, x: Tensor, training: bool | None = None) -> Tensor:
+    def delta_of_stack(
+        self,
+        x: Tensor,
+        training: bool | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
         # `A` and `B` have the axis of experts in front.
-        return self._sum(
+        pairs = self._pairs(x.dtype, training)
+        if onto is not None and len(pairs) == 1:
+            ((a, b),) = pairs
+            return plus_products(onto, thin_products(x, a, training), b)
+        delta = self._sum(
             lambda a, b: matmul(thin_products(x, a, training), b),
             x.dtype,
             training,
         )
+        return delta if onto is None else onto + ops.cast(delta, onto.dtype)
 
     def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
         def product(a, b):

@@ -30,22 +30,35 @@ if _BACKEND == "torch":
     # Other devices, such as "meta", have no autocast state to query.
     _DEVICES = ("cpu", "cuda")
 
+    def _are_direct(first, *others):
+        """Whether PyTorch's products of tensors are those of Keras."""
+        return (
+            isinstance(first, torch.Tensor)
+            and first.dtype in _DIRECT
+            and first.device.type in _DEVICES
+            and all(
+                isinstance(other, torch.Tensor)
+                and other.dtype == first.dtype
+                # Keras moves tensors of other devices to its default device.
+                and other.device == first.device
+                for other in others
+            )
+            # Under autocast Keras returns the dtype of the arguments.
+            and not torch.is_autocast_enabled(first.device.type)
+        )
+
     def matmul(x, y):
         if isinstance(y, keras.Variable):
             y = y.value
-        if (
-            isinstance(x, torch.Tensor)
-            and isinstance(y, torch.Tensor)
-            and x.dtype == y.dtype
-            and x.dtype in _DIRECT
-            # Keras moves tensors of other devices to its default device.
-            and x.device == y.device
-            and x.device.type in _DEVICES
-            # Under autocast Keras returns the dtype of the arguments.
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        if _are_direct(x, y):
             return torch.matmul(x, y)
         return keras.ops.matmul(x, y)
+
+    def plus_products(y, x, matrices):
+        if _are_direct(y, x, matrices):
+            # A sum of its own would write and read `y` once more.
+            return torch.baddbmm(y, x, matrices)
+        return y + matmul(x, matrices)
 
     def reshape(x, shape):
         if isinstance(x, torch.Tensor):
@@ -74,6 +87,16 @@ if _BACKEND == "torch":
 else:
     matmul = keras.ops.matmul
     reshape = keras.ops.reshape
+
+    def plus_products(y, x, matrices):
+        """`y + x matrices`, for three stacks of matrices of one dtype.
+
+        Args:
+            y: Tensor `(n, rows, columns)`.
+            x: Tensor `(n, rows, inner)`.
+            matrices: Tensor `(n, inner, columns)`.
+        """
+        return y + keras.ops.matmul(x, matrices)
 
     def split_last(x, sizes):
         return _split(x, sizes)

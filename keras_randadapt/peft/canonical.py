@@ -6,11 +6,13 @@ is a part of B. Modules with a lower rank are padded with zeros.
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 
 from keras_randadapt.model import tensor_data
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 
 #: Readers of PEFT's format have limits near this rank.
 _LARGE_RANK = 64
@@ -23,8 +25,10 @@ START = "base_model.model."
 class Factors:
     """The update of one module of transformers: `B A`, `(outputs, inputs)`.
 
+    Arrays of experts have an axis of experts in front.
+
     Attributes:
-        kind: `"linear"`, `"conv1d"`, `"embedding"` or `"conv"`.
+        kind: `"linear"`, `"conv1d"`, `"embedding"`, `"conv"` or `"experts"`.
         weight_shape: The shape of the module's weight. Only that of a
             convolution is read.
         a: float64 array `(rank, inputs)`.
@@ -38,6 +42,20 @@ class Factors:
     b: np.ndarray
     magnitude: np.ndarray | None = None
 
+    @property
+    def rank(self):
+        return self.a.shape[-2]
+
+    @property
+    def stack(self):
+        """The number of experts, or 1."""
+        return len(self.a) if self.kind == "experts" else 1
+
+    @property
+    def dims(self):
+        """The numbers of inputs and of outputs."""
+        return self.a.shape[-1], self.b.shape[-2]
+
 
 def rank_of(modules):
     """The one rank for all modules: the largest.
@@ -46,14 +64,15 @@ def rank_of(modules):
         modules: dict from the name of a module to its `Factors`, as the
             functions below take it.
     """
-    return max(1, *(len(one.a) for one in modules.values()))
+    return max(1, *(one.rank for one in modules.values()))
 
 
 def tensors_of(modules, rank):
     """dict from the names of the file's tensors to float32 arrays."""
     tensors = {}
+    starts = experts.starts_of(parameters_of(modules))
     for module, factors in modules.items():
-        key = f"{START}{module}"
+        key = f"{START}{starts.get(module, module)}"
         a, b = shaped(factors, rank)
         named = ("lora_A.weight", "lora_B.weight")
         if factors.kind == "embedding":
@@ -74,9 +93,15 @@ def tensors_of(modules, rank):
 
 def shaped(factors, rank):
     """The two factors of a module, padded to a rank, in the file's shapes."""
-    short = rank - len(factors.a)
-    a = np.pad(factors.a, ((0, short), (0, 0)))
-    b = np.pad(factors.b, ((0, 0), (0, short)))
+    short = rank - factors.rank
+    stack = [(0, 0)] * (factors.a.ndim - 2)
+    a = np.pad(factors.a, (*stack, (0, short), (0, 0)))
+    b = np.pad(factors.b, (*stack, (0, 0), (0, short)))
+    if factors.kind == "experts":
+        # PEFT has the ranks of an expert next to each other in A, and the
+        # experts of a rank in B.
+        a = a.reshape(-1, a.shape[-1])
+        b = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
     if factors.kind == "conv":
         a = a.reshape(rank, *factors.weight_shape[1:])
         b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
@@ -109,6 +134,9 @@ def config_of(modules, rank, **others):
         rank: What `rank_of` gave.
         **others: More options, which may replace those of this function.
     """
+    parameters = parameters_of(modules)
+    if parameters:
+        others = {"target_parameters": sorted(parameters), **others}
     lora = {
         "peft_type": "LORA",
         "bias": "none",
@@ -120,7 +148,13 @@ def config_of(modules, rank, **others):
         "use_dora": False,
         "use_rslora": False,
     }
-    return common_config(modules, **{**lora, **others})
+    targets = set(modules) - set(parameters)
+    return common_config(targets, **{**lora, **others})
+
+
+def parameters_of(modules):
+    """The names of the modules that are parameters of experts."""
+    return [name for name, one in modules.items() if one.kind == "experts"]
 
 
 def files_of(config, tensors):
@@ -139,14 +173,11 @@ def size_warning(modules, rank):
         modules: dict from the name of a module to its `Factors`.
         rank: What `rank_of` gave.
     """
-    numbers = [
-        rank * (sum(one.a.shape[1:]) + one.b.shape[0])
-        for one in modules.values()
-    ]
+    numbers = [one.stack * rank * sum(one.dims) for one in modules.values()]
     larger = [
         module
         for (module, one), size in zip(modules.items(), numbers)
-        if 2 * size > one.a.shape[1] * one.b.shape[0]
+        if 2 * size > one.stack * math.prod(one.dims)
     ]
     if rank <= _LARGE_RANK and not larger:
         return None

@@ -168,6 +168,13 @@ def convert_directory(source, target, rank=None, energy=None, checkpoint=None):
 
 
 def _check_shapes(read, parts):
+    experts = [m for m, part in parts.items() if part.kind == "experts"]
+    if experts:
+        raise ValueError(
+            f"'{read.path}' adapts the experts of a mixture, such as "
+            f"'{experts[0]}', which are converted with their model alone. "
+            f"{IN_THE_MODEL}"
+        )
     untold = [module for module, part in parts.items() if part.update is None]
     if untold:
         raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 from keras_randadapt.model import differences as differences_lib
 from keras_randadapt.peft import canonical
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import sources
 
@@ -26,6 +27,7 @@ _NOT_COMPARED = (
     "qalora_group_size",
     "runtime_config",
     "target_modules",
+    "target_parameters",
 )
 
 
@@ -73,8 +75,10 @@ def _described(path):
         if tensors
         else None,
         "sites": {
-            module: _site(source, module, part, header)
-            for module, part in parts.items()
+            module: _site(source, part, start, header)
+            for (module, part), start in zip(
+                parts.items(), _starts(parts).values()
+            )
         },
         "kept": [*others, *heads],
         "refused": refused,
@@ -82,12 +86,26 @@ def _described(path):
     return told, source, parts
 
 
-def _site(source, module, part, header):
-    start = f"{canonical.START}{module}."
-    update = part.update
-    rank = source.options.get("r") if update is None else len(update.a)
+def _starts(parts):
+    """dict from a module to the start of the names of its tensors."""
+    parameters = [name for name, one in parts.items() if one.kind == "experts"]
+    starts = experts.starts_of(parameters)
     return {
-        "shape": "x".join("?" if n is None else str(n) for n in part.dims),
+        module: f"{canonical.START}{starts.get(module, module)}.lora_"
+        if module in starts
+        else f"{canonical.START}{module}."
+        for module in parts
+    }
+
+
+def _site(source, part, start, header):
+    update = part.update
+    rank = source.options.get("r") if update is None else update.a.shape[-2]
+    dims = part.dims
+    if part.kind == "experts":
+        dims = part.weight_shape[0], *dims
+    return {
+        "shape": "x".join("?" if n is None else str(n) for n in dims),
         "rank": rank,
         "scaling": None if update is None else float(update.scaling),
         "values": sum(
@@ -178,10 +196,11 @@ def differences(first, second):
     ]
     for module in sorted(shared):
         yield from _of_updates(module, parts[module], other_parts[module])
-    starts = tuple(f"{canonical.START}{module}." for module in shared)
-    yield from differences_lib.of_tensors(
-        _but(source.tensors, starts), _but(other_source.tensors, starts)
+    tensors = (
+        _but(one.tensors, tuple(_starts(p)[module] for module in shared))
+        for one, p in ((source, parts), (other_source, other_parts))
     )
+    yield from differences_lib.of_tensors(*tensors)
     yield from differences_lib.of_tensors(source.heads, other_source.heads)
 
 
@@ -226,7 +245,8 @@ def _of_updates(module, one, other):
     ]
     yield from differences_lib.of_tensors(*magnitudes)
     forms = [
-        f"rank {len(u.a)}, scaling {u.scaling:.6g}" for u in (first, second)
+        f"rank {u.a.shape[-2]}, scaling {u.scaling:.6g}"
+        for u in (first, second)
     ]
     if forms[0] != forms[1]:
         yield differences_lib.difference(f"form of {module}", *forms)
@@ -235,5 +255,7 @@ def _of_updates(module, one, other):
 def _inner(first, second):
     """The inner product of two updates, which are not formed."""
     with np.errstate(over="ignore", invalid="ignore"):
-        ranks = (first.b.T @ second.b) * (first.a @ second.a.T)
+        ranks = (np.swapaxes(first.b, -1, -2) @ second.b) * (
+            first.a @ np.swapaxes(second.a, -1, -2)
+        )
     return first.scaling * second.scaling * float(np.sum(ranks))

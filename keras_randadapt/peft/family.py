@@ -44,6 +44,7 @@ _VIT_LAYERS = ((r"\bencoder\.layer\.", "layers."),)
 
 #: From the names in checkpoints to the modules of transformers 5.
 _RENAMED = {
+    "mixtral": ((r"\bblock_sparse_moe\b", "mlp"),),
     "vit": (*_VIT, *_VIT_NETWORK, *_VIT_LAYERS),
     "deit": (*_VIT, *_VIT_NETWORK, *_VIT_LAYERS),
     "dinov2": _VIT,
@@ -56,6 +57,27 @@ _RENAMED = {
         (r"\battention\.output\.dense\b", "attention.o_proj"),
         *_VIT_NETWORK,
     ),
+}
+
+#: The parameters with the kernels of all experts in transformers 5, in the
+#: order in which its modules have them.
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+#: From the names of an expert's layers in files, which are transformers 4's, to
+#: the parameter and the part of its outputs.
+_GATED = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", 0),
+}
+_EXPERT_LAYERS = {
+    "mixtral": {
+        "w1": ("gate_up_proj", 0),
+        "w3": ("gate_up_proj", 1),
+        "w2": ("down_proj", 0),
+    },
+    "qwen2_moe": _GATED,
+    "qwen3_moe": _GATED,
 }
 
 #: Activations that have another name in Keras's configs.
@@ -84,6 +106,20 @@ def renamed(model_type, module):
     for pattern, name in _RENAMED.get(model_type, ()):
         module = re.sub(pattern, name, module)
     return module
+
+
+def expert_layers(model_type):
+    """dict from the name of an expert's layer to `(parameter, part)`.
+
+    Args:
+        model_type: string, as in a config of transformers.
+    """
+    return _EXPERT_LAYERS.get(model_type, {})
+
+
+def halves_of(parameter):
+    """The number of layers that one of `EXPERT_PARAMETERS` holds."""
+    return 2 if parameter == "gate_up_proj" else 1
 
 
 def is_router(module):

@@ -17,6 +17,7 @@ from keras_randadapt.model import low_rank
 from keras_randadapt.model import report
 from keras_randadapt.model import state as state_lib
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import family
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
@@ -62,11 +63,11 @@ def load(
     has the file's places. AdaLoRA, VeRA and RandLoRA become the `LoRA` that
     computes the same, and so do LoHa, LoKr, MiSS and SHiRA where their own
     form can't. VeRA and RandLoRA need their frozen matrices in the file. OFT
-    needs `use_cayley_neumann=False`. Ranks that are zero at a site are left
-    out.
-    Layers in `modules_to_save` and in `heads.safetensors` are kept trainable
-    and get their values. Module names may have the prefix of a task class or
-    not.
+    needs `use_cayley_neumann=False`. LoRA of experts is read from the
+    parameters `gate_up_proj` and `down_proj`, in which transformers 5 holds
+    them. Ranks that are zero at a site are left out. Layers in
+    `modules_to_save` and in `heads.safetensors` are kept trainable and get
+    their values. Module names may have the prefix of a task class or not.
 
     In a model without adapters, the loaded adapter is active. Beside other
     adapters it is attached inactive; see `set_active`.
@@ -199,9 +200,18 @@ def _updates(source, names):
     if not modules:
         raise ValueError(f"'{path}' holds no tensors of a {method} adapter.")
     reader = methods.Reader(path, method, source.options, shared)
+    targets = source.options.get("target_parameters") or []
+    modules, parameters = experts.named(path, targets, modules)
     places = names.by_module()
+    of_experts = experts.Gathered(path, names)
     updates = {}
     for module, roles in modules.items():
+        shape = of_experts.shape_of(module)
+        if shape is not None:
+            of_experts.add(
+                module, reader.update(module, roles, shape[::-1], shape)
+            )
+            continue
         ours = _find(path, names, module)
         if ours in updates:
             raise ValueError(
@@ -209,10 +219,30 @@ def _updates(source, names):
                 "the prefix."
             )
         part = places[ours][0][1]
-        updates[ours] = reader.update(
-            module, roles, part.dims, part.weight_shape
-        )
-    lacking = options_lib.missing_targets(source.config, updates, names)
+        if (part.kind == "experts") != (module in parameters):
+            raise ValueError(
+                f"'{path}' has no `target_parameters` that mean '{module}', "
+                "which is a parameter in this model and no module."
+            )
+        if part.kind == "experts":
+            updates[ours] = reader.update_of_experts(
+                module, roles, part.weight_shape
+            )
+        else:
+            updates[ours] = reader.update(
+                module, roles, part.dims, part.weight_shape
+            )
+    for module, update in of_experts.updates(methods.Update).items():
+        if module in updates:
+            raise ValueError(
+                f"'{path}' adapts the experts of '{module}' twice, together "
+                "and one by one."
+            )
+        updates[module] = update
+    lacking = [
+        *options_lib.missing_targets(source.config, updates, names),
+        *of_experts.missing(source.config.get("target_modules")),
+    ]
     if lacking:
         raise ValueError(
             f"'{path}' lacks the tensors of {len(lacking)} modules that its "
@@ -242,7 +272,7 @@ def _lora(name, found, layers, dropout):
         layers,
         name,
         {a: (one.left, one.right) for a, one in found.items()},
-        {a: max(1, one.left.shape[1]) for a, one in found.items()},
+        {a: max(1, one.left.shape[-1]) for a, one in found.items()},
         scaling=scaling,
         dropout=dropout,
     )

@@ -208,6 +208,51 @@ class Reader:
         roles = {role: one.astype("float64") for role, one in roles.items()}
         return self._read(module, roles, *dims, weight_shape)
 
+    def shape_of_experts(self, module, roles):
+        """`(experts, outputs, inputs)`, as the tensors of a parameter have it.
+
+        Args:
+            module: The parameter's name.
+            roles: dict from role to array.
+        """
+        rank, _ = self._rank_and_scaling(module)
+        a, b = roles["a"], roles["b"]
+        if a.ndim != 2 or b.ndim != 2 or len(a) % rank:
+            raise ValueError(
+                f"'{self.path}' holds factors of the shapes {a.shape} and "
+                f"{b.shape} for the experts of '{module}', and their rank is "
+                f"{rank} by its config."
+            )
+        return len(a) // rank, len(b), a.shape[1]
+
+    def update_of_experts(self, module, roles, weight_shape):
+        """The update of a parameter that holds experts.
+
+        Args:
+            module: The parameter's name.
+            roles: dict from role to array.
+            weight_shape: `(experts, outputs, inputs)`.
+
+        Returns:
+            An `Update`, whose arrays have an axis of experts in front.
+        """
+        if self.options["use_dora"] or "magnitude" in roles:
+            raise ValueError(
+                f"'{self.path}' holds a DoRA of the experts of '{module}', "
+                "which PEFT itself refuses."
+            )
+        stack, n_out, n_in = weight_shape
+        rank, scaling = self._rank_and_scaling(module)
+        a, b = roles["a"].astype("float64"), roles["b"].astype("float64")
+        self.check(module, "lora_A", a, (stack * rank, n_in))
+        self.check(module, "lora_B", b, (n_out, rank * stack))
+        # Experts come first in the ranks of A, and last in those of B.
+        return Update(
+            a=a.reshape(stack, rank, n_in),
+            b=b.reshape(n_out, rank, stack).transpose(2, 0, 1),
+            scaling=scaling,
+        )
+
     def check(self, module, role, array, *shapes):
         """Raises `ValueError` if an array has none of some shapes."""
         if array.shape not in shapes:
@@ -245,10 +290,14 @@ class Reader:
             self.options[key],
         )
 
+    def _rank_and_scaling(self, module):
+        rank = self.rank(module)
+        root = math.sqrt(rank) if self.options["use_rslora"] else rank
+        return rank, self.alpha(module, "lora_alpha") / root
+
     def _lora(self, module, roles, n_in, n_out, weight_shape):
         options = self.options
-        rank = self.rank(module)
-        alpha = self.alpha(module, "lora_alpha")
+        rank, scaling = self._rank_and_scaling(module)
         ones = tuple(1 for _ in weight_shape[2:])
         a, b = self.pair(module, roles, rank, (n_in, n_out), weight_shape)
         if options["use_dora"] != ("magnitude" in roles):
@@ -267,8 +316,7 @@ class Reader:
                 (1, n_out, *ones),
             )
             magnitude = magnitude.reshape(n_out)
-        root = math.sqrt(rank) if options["use_rslora"] else rank
-        return Update(a=a, b=b, scaling=alpha / root, magnitude=magnitude)
+        return Update(a=a, b=b, scaling=scaling, magnitude=magnitude)
 
     def pair(self, module, roles, rank, dims, weight_shape, start="lora"):
         """The factors of a module, `(rank, inputs)` and `(outputs, rank)`."""

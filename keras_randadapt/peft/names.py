@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.model import state as state_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import family
 from keras_randadapt.peft import hub_config
 from keras_randadapt.peft import parts as parts_lib
@@ -194,6 +195,11 @@ def _are_equal(ours, theirs):
 def _fill(names, layers, runs):
     assignments = [one for run in runs for one in run.assignments]
     addresses = {id(layer): address for address, layer in layers.items()}
+    stacked = {
+        layer.key: address
+        for address, layer in layers.items()
+        if getattr(layer, "stack", None) is not None
+    }
     sites = {
         address: layer
         for address, layer in layers.items()
@@ -257,9 +263,15 @@ def _fill(names, layers, runs):
                 names.lost_keys.update(one.value.keys())
             if is_site(one):
                 names.refused[address] = refused[i]
+            elif (id(one.layer), one.attribute) in stacked:
+                address = stacked[id(one.layer), one.attribute]
+                names.refused[address] = refused[i]
         elif is_site(one):
             origin = origins[i]
             _add_site(names, address, one, origin, split(one, origin), prefixed)
+        elif (id(one.layer), one.attribute) in stacked:
+            address = stacked[id(one.layer), one.attribute]
+            _add_experts(names, address, one, origins[i], prefixed)
     stopped = names.stopped = "; ".join(r.stopped for r in runs if r.stopped)
     for address in sites:
         if address not in names.parts and address not in names.refused:
@@ -312,6 +324,26 @@ def _add_site(names, address, one, origin, splits, prefixed):
             )
         )
     names.parts[address] = tuple(parts)
+
+
+def _add_experts(names, address, one, origin, prefixed):
+    found = experts.place_of(names.model_type, origin)
+    if isinstance(found, str):
+        names.refused[address] = found
+        return
+    module, weight_shape, inputs, outputs = found
+    if names.prefix and not prefixed:
+        module = f"{names.prefix}.{module}"
+    part = ModulePart(
+        module=family.renamed(names.model_type, module),
+        file_module=module,
+        kind="experts",
+        weight_shape=weight_shape,
+        columns=np.arange(len(outputs)),
+        inputs=inputs,
+        outputs=outputs,
+    )
+    names.parts[address] = (part,)
 
 
 def _refuse_incomplete(names):

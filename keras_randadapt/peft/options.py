@@ -62,6 +62,7 @@ READ = {
         "lora_dropout": (int, float),
         "r": int,
         "rank_pattern": dict,
+        "target_parameters": (list, type(None)),
         "use_dora": bool,
         "use_rslora": bool,
     },
@@ -135,6 +136,7 @@ _DEFAULTS = {
     "randlora_dropout": 0.0,
     "random_seed": None,
     "rank_pattern": {},
+    "target_parameters": None,
     "use_cayley_neumann": True,
     "use_dora": False,
     "use_rslora": False,
@@ -203,6 +205,12 @@ def checked(path, config):
             )
         options[key] = value
     _check_numbers(path, options)
+    targets = options.get("target_parameters") or []
+    if not all(isinstance(one, str) and one for one in targets):
+        raise ValueError(
+            f"'{path}' has target_parameters = {reprlib.repr(targets)}, which "
+            "must be a list of the names of parameters."
+        )
     return method, options
 
 
@@ -345,20 +353,28 @@ def missing_targets(config, held, names):
     Returns:
         list of names.
     """
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or (
-        config.get("layers_to_transform") is not None
-        or config.get("exclude_modules")
+    if config.get("layers_to_transform") is not None or config.get(
+        "exclude_modules"
     ):
         return []
-    targets = [one for one in targets if isinstance(one, str)]
-    whole = {names.find(target) for target in targets}
-    return [
-        module
-        for module in names.modules()
-        if module not in held
-        and (
-            module in whole
-            or any(module.endswith(f".{target}") for target in targets)
-        )
-    ]
+    lacking = []
+    for key, is_parameter in (
+        ("target_modules", False),
+        ("target_parameters", True),
+    ):
+        targets = config.get(key)
+        if not isinstance(targets, list):
+            continue
+        targets = [one for one in targets if isinstance(one, str)]
+        whole = {names.find(target) for target in targets}
+        lacking += [
+            module
+            for module, places in names.by_module().items()
+            if module not in held
+            and (places[0][1].kind == "experts") == is_parameter
+            and (
+                module in whole
+                or any(module.endswith(f".{target}") for target in targets)
+            )
+        ]
+    return lacking

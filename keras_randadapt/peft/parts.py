@@ -29,8 +29,11 @@ class ModulePart:
         file_module: Its name in files of checkpoints, which differs for some
             models that transformers 5 renamed.
         kind: `"linear"`, `"conv1d"` (GPT-2's linear layer, whose weight is
-            transposed), `"embedding"` or `"conv"`.
-        weight_shape: The shape of the module's weight.
+            transposed), `"embedding"`, `"conv"`, or `"experts"`. The module
+            of the last is a parameter of transformers 5, with the kernels of
+            all experts, and what is said of the kernel view is so for each.
+        weight_shape: The shape of the module's weight. That of experts is
+            `(experts, outputs, inputs)`, whatever order it has.
         columns: Integer array, the columns of the kernel view.
         inputs: Integer array, an input of the module for each row of the view.
         outputs: Integer array, an output of the module for each of `columns`.
@@ -55,6 +58,8 @@ class ModulePart:
     @property
     def dims(self) -> tuple[int, int]:
         """The module's numbers of inputs and of outputs."""
+        if self.kind == "experts":
+            return self.weight_shape[2], self.weight_shape[1]
         first = self.weight_shape[0]
         others = int(np.prod(self.weight_shape[1:]))
         if self.kind in ("conv1d", "embedding"):

@@ -23,8 +23,12 @@ from keras_randadapt.peft import card
 from keras_randadapt.peft import directory as directory_lib
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.peft import own_forms
+from keras_randadapt.sites import lanes
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
+
+#: The option with the parameters of experts.
+_PARAMETERS = "target_parameters"
 
 
 def save(
@@ -51,7 +55,8 @@ def save(
     All readers scale a LoRA alike: there is one rank for all modules,
     `lora_alpha` is equal to it, and the scaling is folded into B. Sites with a
     lower rank are padded with zeros. Where a module holds several sites, as in
-    GPT-2, their ranks add up.
+    GPT-2, their ranks add up. Adapters of experts are those of two parameters
+    of transformers 5, which PEFT takes as `target_parameters`.
 
     Files are written one after the other, and each is complete or as before.
     The adapter's weight in the model is not written; see `set_active`.
@@ -76,8 +81,8 @@ def save(
         ValueError: If the model has no adapter, or several and no `name`; if
             KerasHub has no converter for the model; if a site is in no module
             of transformers; if the method does more than adding an update, as
-            `IA3` does; if a number is not finite; or if `directory` is a file.
-            Nothing is written then.
+            `IA3` does, or is a `DoRA` of experts; if a number is not finite;
+            or if `directory` is a file. Nothing is written then.
 
     Example:
 
@@ -128,7 +133,8 @@ def _files_of(model, name, base_model, base, rank, energy):
         views = low_rank.views_of(state.layers, record.addresses)
         low_rank.check_rank(rank, views)
     _check_moved(state, name)
-    _check_no_experts(state, name)
+    if isinstance(record.template, DoRA):
+        _check_no_experts(state, name)
     names = names_lib.name_map(model)
     check_expressible(names, record.addresses, name)
     common = {
@@ -154,7 +160,7 @@ def _files_of(model, name, base_model, base, rank, energy):
         template=record.template,
         base_model=base_model,
         model_type=names.model_type,
-        modules=list(config["target_modules"]),
+        modules=[*config["target_modules"], *config.get(_PARAMETERS, ())],
         sites=len(record.addresses),
         form=form,
         rank=config.get("r"),
@@ -263,11 +269,10 @@ def _check_no_experts(state, name):
     ]
     if experts:
         raise ValueError(
-            f"The adapter '{name}' adapts the experts of a mixture, such as "
-            f"'{experts[0]}', and PEFT has no common form for adapters of "
-            "stacked experts. Save it with `keras_randadapt.save_adapter`, or "
-            "merge it and export the model with "
-            "`keras_randadapt.peft.save_merged`."
+            f"The adapter '{name}' is a `DoRA` of the experts of a mixture, "
+            f"such as '{experts[0]}', and PEFT has no DoRA of experts. Save it "
+            "with `keras_randadapt.save_adapter`, or merge it and export the "
+            "model with `keras_randadapt.peft.save_merged`."
         )
 
 
@@ -311,9 +316,14 @@ def _product(adapter, address, name, rank, energy):
     as_it_is = type(adapter) is LoRA and not adapter.depends_on_base
     if as_it_is and rank is None and energy is None:
         # An untrained A is kept too: PEFT may go on training.
-        parts = updates.parts_of(adapter, address, name)
-        if len(parts) == 2:
-            return parts, 0.0
+        parts = [
+            updates.parts_of(one, address, name) for one in lanes.each(adapter)
+        ]
+        if all(len(one) == 2 for one in parts):
+            left, right = map(np.stack, zip(*parts))
+            if adapter.site.stack is None:
+                (left,), (right,) = left, right
+            return (left, right), 0.0
     factors, _, lost = convert.factors_of(
         {address: adapter}, name, rank, energy, verbose=0
     )
@@ -336,17 +346,21 @@ def _modules(names, state, adapters, found, is_dora, base):
             if address not in found:
                 continue
             left, right = found[address]
-            a = np.zeros((left.shape[1], n_in))
-            a[:, part.inputs] = left.T
-            b = np.zeros((n_out, right.shape[0]))
-            b[part.outputs] = right[:, part.columns].T
+            # Those of experts have an axis of experts in front.
+            *stack, _, rank = left.shape
+            a = np.zeros((*stack, rank, n_in))
+            a[..., part.inputs] = np.swapaxes(left, -1, -2)
+            b = np.zeros((*stack, n_out, rank))
+            b[..., part.outputs, :] = np.swapaxes(
+                right[..., part.columns], -1, -2
+            )
             a_blocks.append(a)
             b_blocks.append(b)
         modules[_named(module, names, base)] = canonical.Factors(
             kind=first.kind,
             weight_shape=first.weight_shape,
-            a=np.concatenate(a_blocks, axis=0),
-            b=np.concatenate(b_blocks, axis=1),
+            a=np.concatenate(a_blocks, axis=-2),
+            b=np.concatenate(b_blocks, axis=-1),
             magnitude=_magnitude(here, state, adapters, n_out)
             if is_dora
             else None,

@@ -173,6 +173,7 @@ def _candidates(members, keys):
                     several += [(rows, total), (total, rows)]
             if sum(sizes) <= _LONGEST:
                 several.append((sum(sizes),))
+            several += list(_longer(members))
         yield from ((one,) for one in dict.fromkeys([*single, *several]))
     elif len(members) == 1:
         # One variable holds several tensors of one shape.
@@ -182,6 +183,18 @@ def _candidates(members, keys):
                 if size % n == 0:
                     part = (*parts[:axis], size // n, *parts[axis + 1 :])
                     yield (part,) * n
+
+
+def _longer(members):
+    """Shapes of one tensor of which variables of one shape are slices."""
+    shapes = {one.shape for one in members}
+    if len(shapes) > 1 or len(members[0].shape) < 3:
+        return
+    for parts in _likely(members[0].shape):
+        if len(parts) == len(members[0].shape):
+            for axis, size in enumerate(parts):
+                whole = size * len(members)
+                yield (*parts[:axis], whole, *parts[axis + 1 :])
 
 
 def _likely(shape):

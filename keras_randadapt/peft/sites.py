@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 
 from keras_randadapt.matrices import low_rank as matrices
+from keras_randadapt.model import low_rank
 
 
 @dataclasses.dataclass(kw_only=True)
 class SiteUpdate:
     """The change that an adapter makes to one site.
+
+    `left` and `right` of experts have an axis of experts in front.
 
     Attributes:
         left: float64 array `(input_dim, rank)`.
@@ -53,9 +56,10 @@ def low_rank_updates(names, updates, views):
         for part, update in here:
             factor = 1.0 if common is not None else update.scaling
             a, b = _trimmed(update.a, update.b, part.outputs)
-            right = np.zeros((b.shape[1], n_out))
-            right[:, part.columns] = factor * b.T
-            left = a.T[part.inputs]
+            *stack, _, rank = b.shape
+            right = np.zeros((*stack, rank, n_out))
+            right[..., part.columns] = factor * np.swapaxes(b, -1, -2)
+            left = np.swapaxes(a, -1, -2)[..., part.inputs, :]
             blocks.append((left, right))
             if update.magnitude is not None:
                 if magnitude is None:
@@ -64,9 +68,9 @@ def low_rank_updates(names, updates, views):
         left, right = _joined(blocks)
         # A rank that is on and not here reaches another site of the module.
         elsewhere = any(_is_on(update) for _, update in here)
-        if left.shape[1] == 0 and elsewhere and magnitude is None:
+        if left.shape[-1] == 0 and elsewhere and magnitude is None:
             continue
-        if left.shape[1] >= min(n_in, n_out):
+        if left.shape[-1] >= min(n_in, n_out):
             left, right = _shortened(left, right)
         found[address] = SiteUpdate(
             left=left,
@@ -80,19 +84,21 @@ def low_rank_updates(names, updates, views):
 def _is_on(update):
     """Whether the update of a module is not zero."""
     return bool(
-        np.any(np.any(update.a != 0, axis=1) & np.any(update.b != 0, axis=0))
+        np.any(np.any(update.a != 0, axis=-1) & np.any(update.b != 0, axis=-2))
     )
 
 
 def _trimmed(a, b, outputs):
     """The ranks of a module that reach some of its outputs.
 
-    A rank whose B is zero in the whole module is untrained and stays.
+    A rank whose B is zero in the whole module is untrained and stays. Experts
+    keep the ranks that one of them needs.
     """
-    here = b[outputs]
-    untrained = ~np.any(b != 0, axis=0)
-    on = np.any(a != 0, axis=1) & (np.any(here != 0, axis=0) | untrained)
-    return a[on], here[:, on]
+    here = b[..., outputs, :]
+    untrained = ~np.any(b != 0, axis=-2)
+    on = np.any(a != 0, axis=-1) & (np.any(here != 0, axis=-2) | untrained)
+    on = np.any(on.reshape(-1, on.shape[-1]), axis=0)
+    return a[..., on, :], here[..., on]
 
 
 def _joined(blocks):
@@ -102,16 +108,22 @@ def _joined(blocks):
     ):
         return blocks[0][0], sum(right for _, right in blocks)
     return (
-        np.concatenate([left for left, _ in blocks], axis=1),
-        np.concatenate([right for _, right in blocks], axis=0),
+        np.concatenate([left for left, _ in blocks], axis=-1),
+        np.concatenate([right for _, right in blocks], axis=-2),
     )
 
 
 def _shortened(left, right):
     """The same product with no more ranks than the smaller dimension."""
-    if left.shape[1] == min(left.shape[0], right.shape[1]):
+    if left.shape[-1] == min(left.shape[-2], right.shape[-1]):
         return left, right
-    found = matrices.shortest((left @ right,))
+    products = left @ right
+    if products.ndim == 2:
+        found = matrices.shortest((products,))
+    else:
+        found = low_rank.of_experts(
+            [matrices.shortest((one,)) for one in products]
+        )
     return found.left, found.right
 
 

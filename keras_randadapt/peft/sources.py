@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_randadapt.peft import canonical
 from keras_randadapt.peft import directory as directory_lib
+from keras_randadapt.peft import experts
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import options as options_lib
 from keras_randadapt.peft.update import Update
@@ -83,7 +84,7 @@ class Part:
     """One module of a directory, as far as the directory tells it.
 
     Attributes:
-        kind: `"linear"`, `"embedding"` or `"conv"`.
+        kind: `"linear"`, `"embedding"`, `"conv"` or `"experts"`.
         dims: The numbers of inputs and of outputs; `None` where unknown.
         weight_shape: The shape of the module's weight, or `None`.
         update: An `Update`, or `None` without a shape.
@@ -116,8 +117,13 @@ def parts(source, checkpoint=None):
     if not modules:
         raise ValueError(f"'{path}' holds no tensors of a {method} adapter.")
     reader = methods.Reader(path, method, source.options, shared)
+    targets = source.options.get("target_parameters") or []
+    modules, parameters = experts.named(path, targets, modules)
     found = {}
     for module, roles in modules.items():
+        if module in parameters:
+            found[module] = _of_experts(reader, module, roles)
+            continue
         shape = _weight_shape(source, module, roles, checkpoint)
         dims = _dims(source, roles, shape)
         kind = "linear"
@@ -134,6 +140,16 @@ def parts(source, checkpoint=None):
             else reader.update(module, roles, dims, shape),
         )
     return found, others
+
+
+def _of_experts(reader, module, roles):
+    shape = reader.shape_of_experts(module, roles)
+    return Part(
+        kind="experts",
+        dims=(shape[2], shape[1]),
+        weight_shape=shape,
+        update=reader.update_of_experts(module, roles, shape),
+    )
 
 
 def _weight_shape(source, module, roles, checkpoint):

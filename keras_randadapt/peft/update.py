@@ -11,7 +11,7 @@ class Update:
 
     The weight, as `(outputs, inputs)`, becomes `W + scaling * B A`. With a
     magnitude its rows get these norms. `scale_outputs` and `scale_inputs` are
-    IA3's factors.
+    IA3's factors. `a` and `b` of experts have an axis of experts in front.
 
     Attributes:
         a: float64 array `(rank, inputs)`, or `None`.

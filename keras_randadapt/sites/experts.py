@@ -78,7 +78,7 @@ class ExpertSite(KernelSite):
             y = linear()
             for adapter in adapters:
                 z = adapter.drop(x, training)
-                y = y + ops.cast(_delta(adapter, z, training), y.dtype)
+                y = _plus_delta(y, adapter, z, training)
             return y
         base = ops.convert_to_tensor(_compat.unrounded(self._kernel))
         mapped = (x,) if len(x.shape) == 3 else ()
@@ -125,6 +125,7 @@ def sites_of(layer):
         return []
     call = (own_class(layer) or type(layer)).call
     read = getattr(getattr(call, "__code__", None), "co_names", ())
+    quantized = layer.quantization_mode is not None
     return [
         ExpertSite(layer, attribute)
         for attribute, value in vars(layer).items()
@@ -132,20 +133,24 @@ def sites_of(layer):
         and len(value.shape) == 3
         and value.shape[0] == number
         and attribute in read
+        # Integers are kernels where the layer is quantized, which `inject`
+        # tells, and tables otherwise.
+        and (quantized or keras.backend.is_float_dtype(value.dtype))
     ]
 
 
-def _delta(adapter, x, training):
-    """The product of all experts with their updates."""
+def _plus_delta(y, adapter, x, training):
+    """`y` plus the products of all experts with their updates."""
     of_stack = getattr(adapter, "delta_of_stack", None)
     if of_stack is not None:
-        return of_stack(x, training)
+        return of_stack(x, training, onto=y)
     mapped = (x,) if len(x.shape) == 3 else ()
 
     def delta(adapters, z=x):
         return adapters[0].delta(z, training)
 
-    return lanes.of_experts(delta, [adapter], *mapped)
+    update = lanes.of_experts(delta, [adapter], *mapped)
+    return y + ops.cast(update, y.dtype)
 
 
 class _Operand(keras.Variable):

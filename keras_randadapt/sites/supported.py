@@ -236,6 +236,14 @@ def check_site(address, layer):
             f"'{layer.quantization_mode}'. Adapters attach to float, int8 and "
             "int4 kernels."
         )
+    if isinstance(layer, KernelSite) and layer.quantization_mode is not None:
+        raise ValueError(
+            f"Layer '{layer.layer.name}' at '{address}' is quantized to "
+            f"'{layer.quantization_mode}'. Adapters attach to float kernels "
+            "of a layer with several kernels. Quantize the model without this "
+            "layer, by `filters` of `quantize`, or leave it out with "
+            "`exclude`."
+        )
     whole = layer_of(layer)
     if "adapter" in vars(whole) and not isinstance(
         whole, layer_lib.AdaptedLayer

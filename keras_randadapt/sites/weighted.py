@@ -87,7 +87,12 @@ class Weighted:
         of_stack = getattr(self.adapter, "delta_of_stack", None)
         if of_stack is None:
             return None
-        return lambda x, training=None: self._times(of_stack(x, training))
+
+        def weighted(x, training=None, onto=None):
+            delta = self._times(of_stack(x, training))
+            return delta if onto is None else onto + delta
+
+        return weighted
 
     def delta_kernel(self) -> Tensor:
         return self._times(self.adapter.delta_kernel())

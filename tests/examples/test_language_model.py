@@ -147,8 +147,8 @@ def test_the_task_leaves_the_model_as_it_was(lm, tmp_path):
 
 
 def test_tables_of_runs(tmp_path):
-    base = dict(nats=2.0, rouge_l=0.1, chrf=0.2, mentioned=0.3)
-    better = dict(nats=1.0, rouge_l=0.5, chrf=0.4, mentioned=0.9)
+    base = dict(nats=2.0, bleu=0.05, chrf=0.1, rouge_l=0.2, mentioned=0.3)
+    better = dict(nats=1.0, bleu=0.3, chrf=0.5, rouge_l=0.4, mentioned=0.9)
     other = better | dict(nats=0.8)
     size = dict(parameters=1234, bytes=5678)
     found = [
@@ -160,7 +160,7 @@ def test_tables_of_runs(tmp_path):
     program.write_rows(found, tmp_path / "runs.csv")
     assert program.read_rows(tmp_path / "runs.csv") == found
     lines = program.table(found).splitlines()
-    assert lines[2].split() == "base 0 none 2.000 10.0 20.0 30.0".split()
+    assert lines[2].split() == "base 0 none 2.000 5.0 10.0 20.0 30.0".split()
     assert "RLoRA" in lines[4] and "1,234" in lines[4] and "5.7 kB" in lines[4]
     assert "0.900 ± 0.141" in lines[4] and "50.0 ± 0.0" in lines[4]
     # 12.706 times the standard error of 0.1.

@@ -1,74 +1,121 @@
-import itertools
+"""Scores of texts against their papers' formulas."""
 
+import collections
+import math
+import re
+
+import numpy as np
 import pytest
 import text_scores
 
 pytestmark = pytest.mark.one_backend
 
+TEXTS = [
+    "the golden curry serves cheap food near the river bank",
+    "there is a family friendly pub in the city centre today",
+    "the mill is an english coffee shop with a high price",
+]
+REFERENCES = [
+    ["the golden curry near the river serves very cheap food"],
+    ["there is a pub in the city centre that is family friendly"],
+    ["the mill is a high price english coffee shop by the river bank"],
+]
+
+
+def _grams(items, n):
+    return collections.Counter(
+        tuple(items[i : i + n]) for i in range(len(items) - n + 1)
+    )
+
+
+def _bleu(texts, references):
+    """Equation 4 of Papineni et al., with one reference a text."""
+    logs = 0.0
+    for n in range(1, 5):
+        found = total = 0
+        for text, (reference,) in zip(texts, references):
+            ours, theirs = (_grams(t.split(), n) for t in (text, reference))
+            found += sum((ours & theirs).values())
+            total += sum(ours.values())
+        logs += math.log(found / total) / 4
+    c = sum(len(text.split()) for text in texts)
+    r = sum(len(reference.split()) for (reference,) in references)
+    return min(1.0, math.exp(1 - r / c)) * math.exp(logs)
+
+
+def _chrf(texts, references):
+    """Popovic's F-score with beta = 2, over characters without spaces."""
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        found = ours_total = theirs_total = 0
+        for text, (reference,) in zip(texts, references):
+            ours, theirs = (
+                _grams(t.replace(" ", ""), n) for t in (text, reference)
+            )
+            found += sum((ours & theirs).values())
+            ours_total += sum(ours.values())
+            theirs_total += sum(theirs.values())
+        precisions.append(found / ours_total)
+        recalls.append(found / theirs_total)
+    p, r = np.mean(precisions), np.mean(recalls)
+    return 5 * p * r / (4 * p + r)
+
+
+def _rouge_l(text, reference):
+    """Lin's F-score of the longest common subsequence of words."""
+    a, b = (re.findall("[a-z0-9]+", t.lower()) for t in (text, reference))
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, one in enumerate(a):
+        for j, two in enumerate(b):
+            table[i + 1, j + 1] = (
+                table[i, j] + 1
+                if one == two
+                else max(table[i, j + 1], table[i + 1, j])
+            )
+    common = table[-1, -1]
+    return 2 * common / (len(a) + len(b))
+
+
+class TestScores:
+    def test_formulas(self):
+        found = text_scores.corpus_scores(TEXTS, REFERENCES)
+        assert tuple(found) == text_scores.NAMES
+        rouge = [_rouge_l(t, r) for t, (r,) in zip(TEXTS, REFERENCES)]
+        np.testing.assert_allclose(
+            list(found.values()),
+            [
+                _bleu(TEXTS, REFERENCES),
+                _chrf(TEXTS, REFERENCES),
+                np.mean(rouge),
+            ],
+        )
+
+    def test_several_references_of_different_number(self):
+        references = [[REFERENCES[0][0], TEXTS[0]], *REFERENCES[1:]]
+        found = text_scores.corpus_scores(TEXTS, references)
+        single = text_scores.corpus_scores(TEXTS, REFERENCES)
+        for name in text_scores.NAMES:
+            assert found[name] > single[name] + 0.05, name
+        perfect = text_scores.corpus_scores(TEXTS, [[text] for text in TEXTS])
+        np.testing.assert_allclose(list(perfect.values()), 1)
+
+    @pytest.mark.parametrize(
+        "texts, references", [([], []), (["a"], []), (["a"], [[]])]
+    )
+    def test_errors(self, texts, references):
+        with pytest.raises(ValueError, match="`references` must hold a list"):
+            text_scores.corpus_scores(texts, references)
+
 
 def test_rouge_l_of_the_paper():
     # Lin 2004, section 3.1: the subsequences have 3 and 2 words of 4.
-    reference = ["police killed the gunman"]
-    assert text_scores.rouge_l("police kill the gunman", reference) == 0.75
-    assert text_scores.rouge_l("the gunman kill police", reference) == 0.5
-
-
-def test_rouge_l_weighs_precision_and_recall_alike():
-    # All 2 words are found, of 4.
-    assert text_scores.rouge_l("a c", ["A b, c d."]) == pytest.approx(2 / 3)
-    assert text_scores.rouge_l("a c", ["x y", "a c!"]) == 1.0
-    assert text_scores.rouge_l("", ["a"]) == 0.0
-
-
-def test_subsequences_are_the_longest():
-    def slow(a, b):
-        for size in range(min(len(a), len(b)), 0, -1):
-            if set(itertools.combinations(a, size)) & set(
-                itertools.combinations(b, size)
-            ):
-                return size
-        return 0
-
-    words = ["a", "b", "c"]
-    texts = [*itertools.product(words, repeat=4), ("b", "a", "c", "a", "b")]
-    for a in texts[::5]:
-        for b in texts[::3]:
-            found = text_scores._longest_common_subsequence(a, b)
-            assert found == slow(a, b)
-
-
-def test_chrf_of_short_texts_by_hand():
-    # Runs of one letter: 2 of 3 found, of 4. Runs of two: 1 of 2, of 3. Runs
-    # of three: 0 of 1, of 2. The text has no longer ones.
-    precision = (2 / 3 + 1 / 2 + 0) / 3
-    recall = (2 / 4 + 1 / 3 + 0) / 3
-    expected = 5 * precision * recall / (4 * precision + recall)
-    assert text_scores.chrf(["a b x"], [["abcd"]]) == pytest.approx(expected)
-
-
-# The package sacrebleu 2.6.0 gives `corpus_chrf(...).score / 100` of the test
-# below for these.
-TEXTS = [
-    "Heron House is an inn at the lake.",
-    "There is a hostel called Fern Hollow, and dogs are welcome.",
-    "no",
-]
-REFERENCES = [
-    ["Heron House is an inn on the north shore.", "The inn is Heron House."],
-    ["You may bring your dog to the hostel Fern Hollow.", "It takes dogs."],
-    ["Breakfast is not served.", "There is none."],
-]
-
-
-def test_chrf_takes_the_best_reference_of_each_text():
-    score = text_scores.chrf(TEXTS, REFERENCES)
-    assert score == pytest.approx(0.39189628545564065, abs=1e-12)
-    for i, choices in enumerate(REFERENCES):
-        turned = [*REFERENCES]
-        turned[i] = choices[::-1]
-        assert text_scores.chrf(TEXTS, turned) == score
-    assert text_scores.chrf(["same"], [["other", "same"]]) == 1.0
-    assert text_scores.chrf([""], [["a"]]) == 0.0
+    references = [["police killed the gunman"]]
+    for text, expected in [
+        ("police kill the gunman", 0.75),
+        ("the gunman kill police", 0.5),
+    ]:
+        found = text_scores.corpus_scores([text], references)
+        assert found["rouge_l"] == pytest.approx(expected)
 
 
 def test_values_are_found_as_whole_words():
@@ -86,5 +133,5 @@ def test_all_scores():
     assert scores["rouge_l"] == 0.5
     assert scores["mentioned"] == 0.5
     assert 0 < scores["chrf"] < 1
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="`references` must hold"):
         text_scores.scores(["a b"], split)

@@ -124,9 +124,79 @@ def test_a_gradient_is_computed_by_columns():
         assert results == [(50, 3), (3, 20)]
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_plus_products(by_columns):
+    """`y` may have its stacks side by side in memory, as an einsum gives it."""
+    y, x = zoo.normal(3, 7, 5), zoo.normal(3, 7, 2, seed=1)
+    matrices = zoo.normal(3, 2, 5, seed=2)
+    upstream = zoo.normal(3, 7, 5, seed=3)
+    variables = [keras.Variable(x), keras.Variable(matrices)]
+
+    def product(y):
+        if by_columns:
+            y = keras.ops.transpose(y, (1, 0, 2))
+        tensors = map(keras.ops.convert_to_tensor, variables)
+        return fast_products.plus_products(y, *tensors)
+
+    given = y.transpose(1, 0, 2).copy() if by_columns else y
+    got = keras.ops.convert_to_numpy(
+        product(keras.ops.convert_to_tensor(given))
+    )
+    np.testing.assert_allclose(got, y + x @ matrices, atol=1e-5)
+    of_y, of_x, of_matrices = gradients.gradients(
+        product, given, variables, upstream
+    )
+    if by_columns:
+        of_y = of_y.transpose(1, 0, 2)
+    np.testing.assert_allclose(of_y, upstream, atol=1e-6)
+    np.testing.assert_allclose(
+        of_x, upstream @ matrices.transpose(0, 2, 1), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        of_matrices, x.transpose(0, 2, 1) @ upstream, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_plus_products_of_16_bits(dtype):
+    arrays = [zoo.normal(2, 3, 4), zoo.normal(2, 3, 4), zoo.normal(2, 4, 4)]
+    y, x, matrices = (keras.ops.cast(one, dtype) for one in arrays)
+    got = fast_products.plus_products(y, x, matrices)
+    assert keras.backend.standardize_dtype(got.dtype) == dtype
+    got = keras.ops.convert_to_numpy(keras.ops.cast(got, "float32"))
+    np.testing.assert_allclose(got, arrays[0] + arrays[1] @ arrays[2], atol=0.1)
+
+
 only_torch = pytest.mark.skipif(
     keras.config.backend() != "torch", reason="tests PyTorch"
 )
+
+
+@only_torch
+def test_experts_add_their_updates_in_the_product():
+    """A sum of its own takes a tenth of a step of a mixture on a CPU."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sums, products = [], []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.baddbmm.default:
+                products.append(y.shape)
+            elif function is torch.ops.aten.add.Tensor:
+                sums.append(y.shape)
+            return y
+
+    model, x, targets = zoo.experts()
+    kra.inject(model, kra.LoRA(2), targets)
+    x = keras.ops.convert_to_tensor(x)
+    with Record():
+        model(x)
+    assert products == [(3, 8, 8), (3, 8, 6)]
+    # The layer adds its own bias.
+    assert [one for one in sums if len(one) == 3] == [(3, 8, 6)]
 
 
 @only_torch

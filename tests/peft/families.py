@@ -1,6 +1,7 @@
 """Small models of transformers and KerasHub's conversions of them."""
 
 import importlib.metadata
+import json
 import os
 
 import keras
@@ -147,6 +148,32 @@ FAMILIES = {
             num_experts_per_tok=2,
         ),
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        dict(
+            _DECODER,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        dict(
+            _DECODER,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+            hidden_size_per_layer_input=0,
+            global_head_dim=12,
+            num_global_key_value_heads=1,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=8,
+        ),
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _VIT),
     "deit": ("DeiTConfig", "DeiTForImageClassification", _IMAGES),
     "dinov2": (
@@ -221,6 +248,12 @@ def keras_model(model, folder):
     import keras_hub
 
     model.save_pretrained(str(folder))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "num_local_experts" in config:
+        # transformers 5 has renamed it, and checkpoints and KerasHub have not.
+        config.setdefault("num_experts", config["num_local_experts"])
+        path.write_text(json.dumps(config))
     return keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
 
 
@@ -232,6 +265,8 @@ def inputs(backbone, seed=0):
         x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
         if "segment_ids" in backbone.input:
             x["segment_ids"] = np.zeros_like(ids)
+        if "position_ids" in backbone.input:
+            x["position_ids"] = np.tile(np.arange(7, dtype="int32"), (2, 1))
         return x
     if isinstance(backbone.input, dict) and len(backbone.input) > 1:
         ids = generator.integers(3, 60, (2, 7)).astype("int32")

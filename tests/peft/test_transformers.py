@@ -5,9 +5,12 @@ compute the same, and they must go on doing so with an adapter that one of them
 made and the other one read.
 """
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import keras_randadapt as kra
 from keras_randadapt.model import state as state_lib
@@ -137,6 +140,9 @@ def test_the_map_is_that_of_the_other_route(family, tmp_path):
         origin = _view(named[address])
         for part in parts:
             n_in, n_out = part.dims
+            if part.kind == "experts":
+                _check_experts(model, part, views[address], origin, keys)
+                continue
             rows = part.inputs[:, None], part.outputs[None, :]
             index = (
                 rows[0] * n_out + rows[1]
@@ -157,6 +163,19 @@ def test_the_map_is_that_of_the_other_route(family, tmp_path):
             # Every number comes from the tensor of this module.
             (tensor,) = np.unique(origin[:, part.columns])
             assert keys[int(tensor)] == f"{part.module}.weight"
+
+
+def _check_experts(model, part, view, origin, keys):
+    """A parameter has the experts' kernels where the map says."""
+    n_in, n_out = part.dims
+    parameter = dict(model.named_parameters())[part.module]
+    assert tuple(parameter.shape) == part.weight_shape
+    experts = np.arange(len(view))[:, None, None] * n_out
+    rows = experts + part.outputs[None, None, :]
+    index = rows * n_in + part.inputs[None, :, None]
+    np.testing.assert_array_equal(view[..., part.columns], index % 2039)
+    (tensor,) = np.unique(origin)
+    assert keys[int(tensor)] == part.module
 
 
 def _view(layer):
@@ -382,6 +401,157 @@ def test_embeddings_and_convolutions(family, kind, method, pairs, tmp_path):
         pair.torch_model(), str(tmp_path / "ours")
     )
     pair.check(families.torch_outputs(model.base_model.model, pair.x))
+
+
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gemma4")
+_KERNELS = ("_dense", "_proj")
+
+
+def _inject_experts(pair, adapter, ends):
+    """Adapts kernels of experts whose addresses end so, and attention."""
+    names = kra.peft.name_map(pair.backbone)
+    sites = [
+        address
+        for address, parts in names.parts.items()
+        if (parts[0].kind == "experts" and address.endswith(ends))
+        or parts[0].module.endswith(("q_proj", "v_proj"))
+    ]
+    stacked = [a for a in sites if names.parts[a][0].kind == "experts"]
+    report = kra.inject(pair.backbone, adapter, sites)
+    assert set(report.sites) == set(sites)
+    return stacked
+
+
+# Half of so small a kernel is little.
+@pytest.mark.filterwarnings(
+    "ignore:The LoRA has rank:keras_randadapt.AdapterWarning"
+)
+@pytest.mark.slow("it builds mixtures of transformers and KerasHub")
+@pytest.mark.parametrize(
+    ("method", "ends"),
+    [
+        ("lora", _KERNELS),
+        ("rlora", _KERNELS),
+        # One kernel of a module, or the gate without what it gates.
+        ("lora", ("output_dense", "down_proj")),
+        ("lora", ("gate_dense", "gate_proj")),
+    ],
+)
+@pytest.mark.parametrize("family", _MIXTURES)
+def test_peft_reads_experts(family, method, ends, pairs, tmp_path):
+    import peft
+
+    pair = pairs(family)
+    stacked = _inject_experts(pair, _METHODS[method](), ends)
+    # Two layers of two or three kernels.
+    assert len(stacked) >= (4 if ends == _KERNELS else 2)
+    families.train(pair.backbone)
+    kra.peft.save(pair.backbone, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        # PEFT warns of keys that are missing or that it does not expect.
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.PeftModel.from_pretrained(
+            pair.torch_model(), str(tmp_path / "adapter")
+        )
+    pair.check(families.torch_outputs(model.base_model.model, pair.x))
+
+    # The file is complete for ourselves too.
+    trained = families.keras_outputs(pair.backbone, pair.x)
+    kra.eject(pair.backbone)
+    report = kra.peft.load(pair.backbone, tmp_path / "adapter")
+    assert set(stacked) <= set(report.sites)
+    np.testing.assert_allclose(
+        families.keras_outputs(pair.backbone, pair.x), trained, atol=1e-5
+    )
+
+
+@pytest.mark.slow("it builds mixtures of transformers and KerasHub")
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        ["gate_up_proj", "down_proj"],
+        ["experts.down_proj"],
+        ["experts.gate_up_proj"],
+    ],
+)
+@pytest.mark.parametrize("family", _MIXTURES)
+def test_we_read_experts_of_peft(family, parameters, pairs, tmp_path):
+    import peft
+
+    pair = pairs(family)
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=parameters,
+        rank_pattern={r"layers\.1\..*experts.down_proj": 2},
+        use_rslora=True,
+    )
+    _exchange(pair, config, tmp_path)
+
+
+@pytest.mark.slow("it builds mixtures of transformers and KerasHub")
+@pytest.mark.parametrize(
+    ("family", "block", "layers"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_we_read_experts_of_transformers_4(
+    family, block, layers, pairs, tmp_path
+):
+    """PEFT itself makes such a directory one of parameters."""
+    import peft
+
+    pair = pairs(family)
+    parameters = dict(pair.torch_model().named_parameters())
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for n in (0, 1):
+        down = parameters[f"model.layers.{n}.mlp.experts.down_proj"]
+        experts, width, inner = down.shape
+        for e in range(experts):
+            for layer in layers:
+                n_in, n_out = width, inner
+                if layer == layers[2]:
+                    n_in, n_out = inner, width
+                key = (
+                    f"base_model.model.model.layers.{n}.{block}.experts.{e}."
+                    f"{layer}"
+                )
+                for name, shape in (("A", (3, n_in)), ("B", (n_out, 3))):
+                    values = 0.2 * generator.normal(size=shape)
+                    tensors[f"{key}.lora_{name}.weight"] = values.astype(
+                        "float32"
+                    )
+    peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=list(layers)
+    ).save_pretrained(str(tmp_path))
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = peft.PeftModel.from_pretrained(pair.torch_model(), str(tmp_path))
+    theirs = families.torch_outputs(model.base_model.model, pair.x)
+    report = kra.peft.load(pair.backbone, tmp_path)
+    assert len(report.sites) in (4, 6)
+    pair.check(theirs)
+
+
+@pytest.mark.slow("it builds mixtures of transformers and KerasHub")
+def test_dora_of_experts_is_refused(pairs, tmp_path):
+    """PEFT refuses it too."""
+    import peft
+
+    pair = pairs("mixtral")
+    _inject_experts(pair, _METHODS["dora"](), _KERNELS)
+    with pytest.raises(ValueError, match="PEFT has no DoRA of experts"):
+        kra.peft.save(pair.backbone, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    config = peft.LoraConfig(
+        target_parameters=["gate_up_proj"], target_modules=[], use_dora=True
+    )
+    with pytest.raises(ValueError, match="use_dora"):
+        peft.get_peft_model(pair.torch_model(), config)
 
 
 def test_pruned_ranks_of_adalora(pairs, tmp_path):

@@ -62,44 +62,13 @@ def _methods(names):
         yield pytest.param(name, marks=marks)
 
 
-@keras.saving.register_keras_serializable(package="test_experts")
-class Bank(keras.layers.Layer):
-    """Two stacked kernels, as in KerasHub's mixtures, and a bias."""
-
-    def __init__(self, num_experts=EXPERTS, **kwargs):
-        super().__init__(**kwargs)
-        self.num_experts = num_experts
-
-    def build(self, shape):
-        def add(name, *shape):
-            return self.add_weight(shape=shape, name=name)
-
-        self._expert_up = add("expert_up", self.num_experts, DIM, HIDDEN)
-        self.down = add("down", self.num_experts, HIDDEN, DIM)
-        self.down_bias = add("down_bias", self.num_experts, DIM)
-        self.built = True
-
-    def call(self, x):
-        up = keras.ops.einsum("th,ehm->etm", x, self._expert_up)
-        up = keras.activations.silu(up)
-        down = keras.ops.cast(self.down, up.dtype)
-        y = keras.ops.einsum("eti,eio->eto", up, down)
-        return y + self.down_bias[:, None, :]
-
-    def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
-
-
-@keras.saving.register_keras_serializable(package="test_experts")
-class Mean(keras.layers.Layer):
-    def call(self, x):
-        return keras.ops.mean(x, axis=0)
+Bank = zoo.Experts
 
 
 def make(bank=Bank, seed=0, **kwargs):
     inputs = keras.Input((DIM,))
     y = bank(name="experts", **kwargs)(inputs)
-    y = keras.layers.Dense(2, name="out")(Mean()(y))
+    y = keras.layers.Dense(2, name="out")(zoo.Mean()(y))
     model = keras.Model(inputs, y)
     for i, variable in enumerate(model.variables):
         variable.assign(0.5 * zoo.normal(*variable.shape, seed=seed + i))
@@ -141,16 +110,8 @@ def kernels(model):
 
 def dense_outputs(model, merged):
     """What NumPy computes with the kernels `merged`, expert by expert."""
-    x = inputs().astype("float64")
-    bank, out = bank_of(model), model.get_layer("out")
-    bias = methods.numpy(bank.down_bias)
-    ys = []
-    for e in range(EXPERTS):
-        up = x @ merged["expert_up"][e]
-        up = up / (1 + np.exp(-up))
-        ys.append(up @ merged["down"][e] + bias[e])
-    y = np.mean(ys, axis=0)
-    return y @ methods.numpy(out.kernel) + methods.numpy(out.bias)
+    kernels = merged["expert_up"], merged["down"]
+    return zoo.experts_outputs(model, inputs(), *kernels)
 
 
 class TestComputation:
@@ -312,11 +273,51 @@ class Unusual(Bank):
         return y + self.down_bias[:, None, :]
 
 
+@keras.saving.register_keras_serializable(package="test_experts")
+class Quantizable(Bank):
+    """A bank that has a quantized form of its own."""
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        kernel = methods.numpy(self.down)
+        scale = np.abs(kernel).max(axis=1, keepdims=True) / 127
+        self.down = self.add_weight(
+            shape=kernel.shape, dtype="int8", name="down", trainable=False
+        )
+        self.down.assign(np.round(kernel / scale))
+        self.scale = self.add_weight(
+            shape=scale.shape, name="scale", trainable=False
+        )
+        self.scale.assign(scale)
+        self._is_quantized = True
+        self.dtype_policy = keras.dtype_policies.get(f"{mode}_from_float32")
+
+    def quantized_call(self, x):
+        up = keras.ops.einsum("th,ehm->etm", x, self._expert_up)
+        down = keras.ops.cast(self.down, "float32")
+        y = keras.ops.einsum("eti,eio->eto", keras.activations.silu(up), down)
+        return y * self.scale + self.down_bias[:, None, :]
+
+
 class TestSites:
+    @pytest.mark.one_backend
+    @pytest.mark.parametrize("targets", ["experts", "down", "all-linear"])
+    def test_a_bank_that_is_quantized_is_refused(self, targets):
+        """Its kernels are integers, which know nothing of their scale."""
+        model = make(bank=Quantizable)
+        before = outputs(model)
+        model.quantize("int8", filters="experts")
+        quantized = outputs(model)
+        assert 0 < np.abs(quantized - before).max() < 0.1
+        experts = {"experts": True} if targets == "all-linear" else {}
+        with pytest.raises(ValueError, match="quantized to 'int8'.*`filters`"):
+            kra.inject(model, kra.LoRA(2), targets, **experts)
+        assert kra.sites(model) == {}
+        np.testing.assert_array_equal(outputs(model), quantized)
+
     def test_addresses_are_those_of_the_kernels(self):
         model = make()
         report = kra.inject(model, METHODS["lora"](), "experts")
-        addresses = ["layers/bank/expert_up", "layers/bank/down"]
+        addresses = ["layers/experts/expert_up", "layers/experts/down"]
         assert report.sites == addresses
         assert kra.sites(model) == dict.fromkeys(addresses, bank_of(model))
         each = 2 * (DIM + HIDDEN)
@@ -329,7 +330,7 @@ class TestSites:
             ("experts", ["expert_up", "down"]),
             ("down", ["down"]),
             ("experts/down", ["down"]),
-            ("layers/bank/expert_up", ["expert_up"]),
+            ("layers/experts/expert_up", ["expert_up"]),
             (lambda layer: isinstance(layer, Bank), ["expert_up", "down"]),
         ],
     )
@@ -345,7 +346,7 @@ class TestSites:
         with pytest.warns(kra.AdapterWarning, match="leaves out"):
             report = kra.inject(model, kra.LoRA(2), "all-linear")
         assert report.sites == ["layers/dense"]
-        assert report.left_out == {"layers/bank": 2 * EXPERTS * DIM * HIDDEN}
+        assert report.left_out == {"layers/experts": 2 * EXPERTS * DIM * HIDDEN}
         model = make()
         report = kra.inject(model, kra.LoRA(2), "all-linear", experts=True)
         assert len(report.sites) == 3 and report.left_out == {}
@@ -353,7 +354,7 @@ class TestSites:
         report = kra.inject(
             model, kra.LoRA(2), "all-linear", experts=True, exclude="down"
         )
-        assert report.sites == ["layers/bank/expert_up", "layers/dense"]
+        assert report.sites == ["layers/experts/expert_up", "layers/dense"]
 
     @pytest.mark.one_backend
     @pytest.mark.parametrize(
@@ -458,16 +459,6 @@ class TestFiles:
 @pytest.mark.filterwarnings("ignore:At 2 of 2 sites the LoRA is larger")
 class TestConversions:
     @pytest.mark.one_backend
-    def test_peft_refuses_experts(self, tmp_path):
-        from tests import test_mixtures
-
-        model = test_mixtures.make("Mixtral")
-        kra.inject(model, kra.LoRA(2), "experts")
-        with pytest.raises(ValueError, match="PEFT has no common form"):
-            kra.peft.save(model, tmp_path / "peft")
-        assert not (tmp_path / "peft").exists()
-
-    @pytest.mark.one_backend
     def test_a_bank_of_adapters_refuses_experts(self, tmp_path):
         path = str(tmp_path / "adapter.safetensors")
         kra.save_adapter(adapted(), path)
@@ -499,7 +490,7 @@ class TestConversions:
             methods.close(one.delta_kernel(), closest, 1e-4)
             lost += np.sum(s[2:] ** 2)
         energy = sum(np.sum(d.astype("float64") ** 2) for d in whole)
-        got = report.energy_lost["layers/bank/down"]
+        got = report.energy_lost["layers/experts/down"]
         np.testing.assert_allclose(got, lost / energy, rtol=1e-3)
 
     @pytest.mark.one_backend
