@@ -67,6 +67,8 @@ class Shape:
 
 SHAPES = {
     "roberta": Shape(12, 768, 12, 3072, ("query", "value")),
+    # For a machine that others use.
+    "roberta-2": Shape(2, 768, 12, 3072, ("query", "value")),
     "llama": Shape(8, 512, 8, 1536, ("q_proj", "v_proj")),
     # The shape of Llama 3.2 1B, for a GPU.
     "llama-1b": Shape(16, 2048, 32, 8192, ("q_proj", "v_proj"), 8),
@@ -154,6 +156,10 @@ def adapters(shape):
         "MiSS(16)": kra.MiSS(16),
         "SHiRA(8)": kra.SHiRA(8),
         "HiRA(8)": kra.HiRA(8),
+        f"FourierFT({16 * shape.dim})": kra.FourierFT(16 * shape.dim),
+        "LoHa(4)": kra.LoHa(4),
+        "LoKr(48), factor 6": kra.LoKr(48, factor=6),
+        "OFT(32)": kra.OFT(32),
         "RLoRA(64)": kra.RLoRA(64),
         "RLoRA(512)": kra.RLoRA(512),
         "VeRA(256)": kra.VeRA(256),

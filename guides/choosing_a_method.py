@@ -9,8 +9,9 @@ This table sums it up:
 | you want | take |
 |---|---|
 | a method that works without thought | `LoRA(8)` |
-| many tasks on one model, a few kilobytes each | `RLoRA`, `VeRA`, `NOLA` |
-| more than a low rank can say | `RandLoRA`, `SHiRA`, `HiRA`, GaLore |
+| many tasks, a few kilobytes each | `RLoRA`, `VeRA`, `NOLA`, `FourierFT` |
+| more than a low rank can say | `RandLoRA`, `SHiRA`, `HiRA`, `LoHa`, GaLore |
+| what image generators are tuned with | `LoRA`, `LoHa`, `LoKr`, `OFT` |
 | full use of the rank you pay for | `RMLoRA`, `DoRA(LoRA(8))` |
 | not to choose a rank | `DyLoRA`, `AdaLoRA`, `SoRA` |
 | less memory in training | `MiSS`, `LoRAFA`, `BitFit` |
@@ -68,6 +69,10 @@ TEMPLATES = {
     "VeRA(256)": kra.VeRA(256),
     "SHiRA(8)": kra.SHiRA(8),
     "HiRA(8)": kra.HiRA(8),
+    "FourierFT(1000)": kra.FourierFT(1000),
+    "LoHa(4)": kra.LoHa(4),
+    "LoKr(8)": kra.LoKr(8),
+    "OFT(32)": kra.OFT(32),
     "RandLoRA(32)": kra.RandLoRA(32),
     "NOLA(8)": kra.NOLA(8, num_bases=128),
     "SAID(1000)": kra.SAID(1000),

@@ -19,6 +19,7 @@ from keras_randadapt import serving
 from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.adapters import IA3
 from keras_randadapt.adapters import NOLA
+from keras_randadapt.adapters import OFT
 from keras_randadapt.adapters import SAID
 from keras_randadapt.adapters import AdaLoRA
 from keras_randadapt.adapters import Adapter
@@ -26,8 +27,11 @@ from keras_randadapt.adapters import BitFit
 from keras_randadapt.adapters import Bottleneck
 from keras_randadapt.adapters import DoRA
 from keras_randadapt.adapters import DyLoRA
+from keras_randadapt.adapters import FourierFT
 from keras_randadapt.adapters import HiRA
 from keras_randadapt.adapters import Hydra
+from keras_randadapt.adapters import LoHa
+from keras_randadapt.adapters import LoKr
 from keras_randadapt.adapters import LoRA
 from keras_randadapt.adapters import LoRAFA
 from keras_randadapt.adapters import MiSS
@@ -73,18 +77,22 @@ __all__ = [
     "DoRA",
     "DyLoRA",
     "eject",
+    "FourierFT",
     "hadamard",
     "HiRA",
     "IA3",
     "Hydra",
     "inject",
     "load_adapter",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "merge",
     "merged",
     "MiSS",
     "NOLA",
+    "OFT",
     "ops",
     "optimizers",
     "peft",

@@ -6,6 +6,9 @@ import pytest
 
 import keras_randadapt as kra
 from tests import methods
+from tests import test_fourierft
+from tests import test_loha
+from tests import test_lokr
 from tests import test_miss
 from tests import test_randlora
 from tests import test_rlora
@@ -85,6 +88,20 @@ def _said(adapter):
     return delta.reshape(adapter.input_dim, adapter.output_dim)
 
 
+def _fourierft(adapter):
+    v = _values(adapter)
+    return test_fourierft.dense_delta(adapter, v["coefficients"])
+
+
+def _loha(adapter):
+    return test_loha.dense_delta(adapter, _values(adapter))
+
+
+def _lokr(adapter):
+    c, second = test_lokr.two_factors(_values(adapter))
+    return adapter.scaling * np.kron(c, second)
+
+
 #: By name: the template, its dense update, and the rank in a `VIEW`.
 METHODS = {
     "lora": (lambda: kra.LoRA(3, alpha=5), _lora, 3),
@@ -101,6 +118,11 @@ METHODS = {
     "sora": (lambda: kra.SoRA(3, alpha=5), _lora, 3),
     "dylora": (lambda: kra.DyLoRA(3, alpha=5), _lora, 3),
     "lorafa": (lambda: kra.LoRAFA(3, alpha=5), _lorafa, 3),
+    "fourierft": (lambda: kra.FourierFT(40, scaling=50.0), _fourierft, 12),
+    "loha": (lambda: kra.LoHa(3, scaling=2.0), _loha, 9),
+    "loha_of_high_rank": (lambda: kra.LoHa(4), _loha, 12),
+    "lokr": (lambda: kra.LoKr(1, scaling=2.0), _lokr, 3),
+    "lokr_full": (lambda: kra.LoKr(9, scaling=2.0), _lokr, 12),
     "miss": (lambda: kra.MiSS(5, scaling=2.0), _miss, 5),
     "nola": (lambda: kra.NOLA(3, num_bases=5, alpha=5), _nola, 3),
     "rlora": (lambda: kra.RLoRA(5, scaling=2.0), _rlora, 5),
@@ -499,12 +521,13 @@ class TestRefusals:
         [
             lambda: kra.DoRA(kra.LoRA(2)),
             lambda: kra.HiRA(2),
+            lambda: kra.OFT(2),
             lambda: kra.Hydra(2),
             lambda: kra.IA3(),
             lambda: kra.BitFit(),
             lambda: kra.Bottleneck(2),
         ],
-        ids=["DoRA", "HiRA", "Hydra", "IA3", "BitFit", "Bottleneck"],
+        ids=["DoRA", "HiRA", "OFT", "Hydra", "IA3", "BitFit", "Bottleneck"],
     )
     def test_methods_that_are_more_than_a_delta(self, make):
         model, x = _model(make())

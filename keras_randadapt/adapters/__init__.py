@@ -6,13 +6,17 @@ from keras_randadapt.adapters.bitfit import BitFit
 from keras_randadapt.adapters.bottleneck import Bottleneck
 from keras_randadapt.adapters.dora import DoRA
 from keras_randadapt.adapters.dylora import DyLoRA
+from keras_randadapt.adapters.fourierft import FourierFT
 from keras_randadapt.adapters.hira import HiRA
 from keras_randadapt.adapters.hydra import Hydra
 from keras_randadapt.adapters.ia3 import IA3
+from keras_randadapt.adapters.loha import LoHa
+from keras_randadapt.adapters.lokr import LoKr
 from keras_randadapt.adapters.lora import LoRA
 from keras_randadapt.adapters.lorafa import LoRAFA
 from keras_randadapt.adapters.miss import MiSS
 from keras_randadapt.adapters.nola import NOLA
+from keras_randadapt.adapters.oft import OFT
 from keras_randadapt.adapters.randlora import RandLoRA
 from keras_randadapt.adapters.rlora import RLoRA
 from keras_randadapt.adapters.rmlora import RMLoRA
@@ -28,13 +32,17 @@ __all__ = [
     "Bottleneck",
     "DoRA",
     "DyLoRA",
+    "FourierFT",
     "HiRA",
     "Hydra",
     "IA3",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "MiSS",
     "NOLA",
+    "OFT",
     "RandLoRA",
     "RLoRA",
     "RMLoRA",

@@ -172,6 +172,14 @@ class SHiRA(base.Adapter):
     def basis_digest(self) -> str:
         return "" if self.mask == "magnitude" else self._places.digest()
 
+    def trained_places(self) -> np.ndarray:
+        """The places of the trained entries in the flattened kernel view.
+
+        Returns:
+            int32 array, in ascending order, one place for each value.
+        """
+        return ops.convert_to_numpy(self._where())
+
     def _where(self):
         if self.mask == "magnitude":
             return ops.convert_to_tensor(self.places)

@@ -73,21 +73,10 @@ def tensors_of(modules, rank):
     starts = experts.starts_of(parameters_of(modules))
     for module, factors in modules.items():
         key = f"{START}{starts.get(module, module)}"
-        short = rank - factors.rank
-        stack = [(0, 0)] * (factors.a.ndim - 2)
-        a = np.pad(factors.a, (*stack, (0, short), (0, 0)))
-        b = np.pad(factors.b, (*stack, (0, 0), (0, short)))
+        a, b = shaped(factors, rank)
         named = ("lora_A.weight", "lora_B.weight")
         if factors.kind == "embedding":
             named = ("lora_embedding_A", "lora_embedding_B")
-        if factors.kind == "experts":
-            # PEFT has the ranks of an expert next to each other in A, and the
-            # experts of a rank in B.
-            a = a.reshape(-1, a.shape[-1])
-            b = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-        if factors.kind == "conv":
-            a = a.reshape(rank, *factors.weight_shape[1:])
-            b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
         with np.errstate(over="ignore"):
             tensors[f"{key}.{named[0]}"] = a.astype("float32")
             tensors[f"{key}.{named[1]}"] = b.astype("float32")
@@ -102,6 +91,41 @@ def tensors_of(modules, rank):
     return tensors
 
 
+def shaped(factors, rank):
+    """The two factors of a module, padded to a rank, in the file's shapes."""
+    short = rank - factors.rank
+    stack = [(0, 0)] * (factors.a.ndim - 2)
+    a = np.pad(factors.a, (*stack, (0, short), (0, 0)))
+    b = np.pad(factors.b, (*stack, (0, 0), (0, short)))
+    if factors.kind == "experts":
+        # PEFT has the ranks of an expert next to each other in A, and the
+        # experts of a rank in B.
+        a = a.reshape(-1, a.shape[-1])
+        b = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+    if factors.kind == "conv":
+        a = a.reshape(rank, *factors.weight_shape[1:])
+        b = b.reshape(*b.shape, *[1] * (len(factors.weight_shape) - 2))
+    return a, b
+
+
+def common_config(modules, **others):
+    """The options that the configs of all methods have.
+
+    Args:
+        modules: The names of the modules.
+        **others: More options, which may replace those of this function.
+    """
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": sorted(modules),
+        "task_type": None,
+        **others,
+    }
+
+
 def config_of(modules, rank, **others):
     """The content of `adapter_config.json`.
 
@@ -113,24 +137,19 @@ def config_of(modules, rank, **others):
     parameters = parameters_of(modules)
     if parameters:
         others = {"target_parameters": sorted(parameters), **others}
-    return {
+    lora = {
         "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": any(one.kind == "conv1d" for one in modules.values()),
-        "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
         "r": rank,
-        "target_modules": sorted(set(modules) - set(parameters)),
-        "task_type": None,
         "use_dora": False,
         "use_rslora": False,
-        **others,
     }
+    targets = set(modules) - set(parameters)
+    return common_config(targets, **{**lora, **others})
 
 
 def parameters_of(modules):

@@ -20,7 +20,8 @@ class About:
         model_type: The type of the model in transformers.
         modules: The names of the modules that are adapted.
         sites: The number of sites in Keras.
-        rank: The rank in each module.
+        form: The method of PEFT that the files have it as.
+        rank: The rank in each module, or `None` for a method without ranks.
         bytes: The bytes of the tensors.
         lost: The largest share of a site's energy that the LoRA lacks.
         heads: `(address, path)` of each layer that is kept trainable.
@@ -32,7 +33,8 @@ class About:
     model_type: str
     modules: list[str]
     sites: int
-    rank: int
+    form: str
+    rank: int | None
     bytes: int
     lost: float
     heads: list[tuple[str, str]]
@@ -54,7 +56,8 @@ def text(about):
         "seed": about.template.seed,
         "sites in Keras": about.sites,
         "modules in transformers": len(about.modules),
-        "rank in each module": about.rank,
+        "form in PEFT": about.form,
+        "rank in each module": about.rank or "none",
         "size": f"{about.bytes / 1e6:.3g} MB",
         "energy lost at a site, at most": f"{100 * about.lost:.3g} %",
     }

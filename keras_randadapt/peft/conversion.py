@@ -95,11 +95,13 @@ def convert_directory(source, target, rank=None, energy=None, checkpoint=None):
             "two of its files would spoil it. Give another directory."
         )
     read = sources.read(path)
-    if read.method == "IA3":
+    if read.method in methods.NOT_ADDITIVE:
         raise ValueError(
-            f"'{path}' holds an adapter of IA3, which scales activations and "
-            "is no low-rank update. Merge it into the base model instead, with "
-            "PEFT's `merge_and_unload` or `keras_randadapt.peft.save_merged`."
+            f"'{path}' holds an adapter of "
+            f"{methods.label(read.method, read.config)}, which is no low-rank "
+            "update that is added to a kernel. Merge it into the base model "
+            "instead, with PEFT's `merge_and_unload` or "
+            "`keras_randadapt.peft.save_merged`."
         )
     base = None
     if checkpoint is not None:

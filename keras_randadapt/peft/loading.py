@@ -22,6 +22,7 @@ from keras_randadapt.peft import family
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import names as names_lib
 from keras_randadapt.peft import options as options_lib
+from keras_randadapt.peft import own_adapters
 from keras_randadapt.peft import sites
 from keras_randadapt.peft import sources
 from keras_randadapt.sites import selection
@@ -57,11 +58,14 @@ def load(
     """Attaches an adapter that PEFT or `kra.peft.save` wrote.
 
     LoRA, with or without rsLoRA and patterns of ranks and alphas, becomes a
-    `LoRA`; DoRA becomes a `DoRA` and IA3 an `IA3`. AdaLoRA, VeRA and RandLoRA
-    become the `LoRA` that computes the same; the last two need their frozen
-    matrices in the file. LoRA of experts is read from the parameters
-    `gate_up_proj` and `down_proj`, in which transformers 5 holds them. Ranks
-    that are zero at a site are left out. Layers in
+    `LoRA`. DoRA, HiRA, IA3, LoHa, LoKr, MiSS and OFT become the adapter of
+    that name. SHiRA becomes a `SHiRA` if one of its masks with the file's seed
+    has the file's places. AdaLoRA, VeRA and RandLoRA become the `LoRA` that
+    computes the same, and so do LoHa, LoKr, MiSS and SHiRA where their own
+    form can't. VeRA and RandLoRA need their frozen matrices in the file. OFT
+    needs `use_cayley_neumann=False`. LoRA of experts is read from the
+    parameters `gate_up_proj` and `down_proj`, in which transformers 5 holds
+    them. Ranks that are zero at a site are left out. Layers in
     `modules_to_save` and in `heads.safetensors` are kept trainable and get
     their values. Module names may have the prefix of a task class or not.
 
@@ -142,6 +146,12 @@ def _planned(model, name, source, heads, keep_trainable):
     views = {a: tuple(supported.view_of(layers[a])) for a in names.parts}
     if source.method == "IA3":
         found = sites.scales(path, names, updates, views)
+    elif source.method == "OFT":
+        found = {
+            address: sites.SiteUpdate()
+            for address, parts in names.parts.items()
+            if any(part.module in updates for part in parts)
+        }
     else:
         found = sites.low_rank_updates(names, updates, views)
     if not heads:
@@ -160,7 +170,13 @@ def _planned(model, name, source, heads, keep_trainable):
         (v for key, v in source.options.items() if key.endswith("dropout")),
         0.0,
     )
-    if source.method == "IA3":
+    place = own_adapters.Place(
+        name, layers, source.options, updates, names.parts, found
+    )
+    own = own_adapters.make(source.method, place)
+    if own is not None:
+        template, built = own
+    elif source.method == "IA3":
         template, built = _ia3(name, found, layers)
     else:
         make = _dora if source.options.get("use_dora") else _lora

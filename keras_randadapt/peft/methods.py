@@ -4,41 +4,13 @@ Each function reads one method and gives an `Update` for each module. Formulas
 are PEFT's, since its files mean what its code computes.
 """
 
-import dataclasses
+import functools
 import math
-
-import numpy as np
 
 from keras_randadapt.peft import canonical
 from keras_randadapt.peft import options as options_lib
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Update:
-    """The change that an adapter makes to one module.
-
-    The weight, as `(outputs, inputs)`, becomes `W + scaling * B A`. With a
-    magnitude its rows get these norms. `scale_outputs` and `scale_inputs` are
-    IA3's factors.
-
-    `a` and `b` of experts have an axis of experts in front.
-
-    Attributes:
-        a: float64 array `(rank, inputs)`, or `None`.
-        b: float64 array `(outputs, rank)`, or `None`.
-        scaling: float.
-        magnitude: float64 array `(outputs,)`, or `None`.
-        scale_outputs: float64 array `(outputs,)`, or `None`.
-        scale_inputs: float64 array `(inputs,)`, or `None`.
-    """
-
-    a: np.ndarray | None = None
-    b: np.ndarray | None = None
-    scaling: float = 1.0
-    magnitude: np.ndarray | None = None
-    scale_outputs: np.ndarray | None = None
-    scale_inputs: np.ndarray | None = None
-
+from keras_randadapt.peft import own_updates
+from keras_randadapt.peft.update import Update
 
 #: The endings of the tensors of each method: those of one module, and those
 #: that all modules share.
@@ -65,6 +37,22 @@ _ENDINGS = {
         (".randlora_B", "frozen_b"),
     ),
     "IA3": ((".ia3_l", "l"),),
+    "MISS": ((".miss_block", "block"),),
+    "SHIRA": ((".shira_weight", "values"), (".shira_indices", "places")),
+    "HIRA": (
+        (".hira_A", "a"),
+        (".hira_B", "b"),
+        (".hira_embedding_A", "a"),
+        (".hira_embedding_B", "b"),
+    ),
+    "LOHA": (
+        (".hada_w1_a", "b1"),
+        (".hada_w1_b", "a1"),
+        (".hada_w2_a", "b2"),
+        (".hada_w2_b", "a2"),
+    ),
+    "LOKR": tuple((f".{name}", name) for name in own_updates.LOKR),
+    "OFT": ((".oft_R.weight", "q"),),
 }
 _SHARED = {
     "VERA": ("base_model.vera_A", "base_model.vera_B"),
@@ -76,8 +64,16 @@ _REQUIRED = {
     "VERA": ("b", "d"),
     "RANDLORA": ("lambda", "gamma"),
     "IA3": ("l",),
+    "MISS": ("block",),
+    "SHIRA": ("values", "places"),
+    "HIRA": ("a", "b"),
+    "LOHA": ("a1", "b1", "a2", "b2"),
+    "LOKR": (),
+    "OFT": ("q",),
 }
 
+#: Methods whose update is no matrix that is added to the kernel.
+NOT_ADDITIVE = ("HIRA", "IA3", "OFT")
 
 _NAMES = {
     "LORA": "LoRA",
@@ -85,6 +81,11 @@ _NAMES = {
     "VERA": "VeRA",
     "RANDLORA": "RandLoRA",
     "IA3": "IA3",
+    "MISS": "MiSS",
+    "SHIRA": "SHiRA",
+    "HIRA": "HiRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
 }
 
 
@@ -188,7 +189,9 @@ class Reader:
             "VERA": self._vera,
             "RANDLORA": self._randlora,
             "IA3": self._ia3,
-        }[method]
+        }.get(method)
+        if self._read is None:
+            self._read = functools.partial(own_updates.READERS[method], self)
 
     def update(self, module, roles, dims, weight_shape):
         """The update of one module.
@@ -241,8 +244,8 @@ class Reader:
         stack, n_out, n_in = weight_shape
         rank, scaling = self._rank_and_scaling(module)
         a, b = roles["a"].astype("float64"), roles["b"].astype("float64")
-        self._check(module, "lora_A", a, (stack * rank, n_in))
-        self._check(module, "lora_B", b, (n_out, rank * stack))
+        self.check(module, "lora_A", a, (stack * rank, n_in))
+        self.check(module, "lora_B", b, (n_out, rank * stack))
         # Experts come first in the ranks of A, and last in those of B.
         return Update(
             a=a.reshape(stack, rank, n_in),
@@ -250,7 +253,8 @@ class Reader:
             scaling=scaling,
         )
 
-    def _check(self, module, role, array, *shapes):
+    def check(self, module, role, array, *shapes):
+        """Raises `ValueError` if an array has none of some shapes."""
         if array.shape not in shapes:
             wanted = " or ".join(map(str, dict.fromkeys(shapes)))
             raise ValueError(
@@ -260,35 +264,42 @@ class Reader:
                 "of another adapter."
             )
 
-    def _rank_and_scaling(self, module):
-        options = self.options
+    def rank(self, module):
+        """The rank of a module, which may have one of its own."""
         rank = options_lib.by_pattern(
             self.path,
             "rank_pattern",
-            options["rank_pattern"],
+            self.options["rank_pattern"],
             module,
-            options["r"],
+            self.options["r"],
         )
-        alpha = options_lib.by_pattern(
+        if rank < 1:
+            raise ValueError(
+                f"'{self.path}' has the rank {rank} for the module '{module}', "
+                "which must be at least 1."
+            )
+        return rank
+
+    def alpha(self, module, key):
+        """The alpha of a module, which may have one of its own."""
+        return options_lib.by_pattern(
             self.path,
             "alpha_pattern",
-            options["alpha_pattern"],
+            self.options["alpha_pattern"],
             module,
-            options["lora_alpha"],
+            self.options[key],
         )
-        root = math.sqrt(rank) if options["use_rslora"] else rank
-        return rank, alpha / root
+
+    def _rank_and_scaling(self, module):
+        rank = self.rank(module)
+        root = math.sqrt(rank) if self.options["use_rslora"] else rank
+        return rank, self.alpha(module, "lora_alpha") / root
 
     def _lora(self, module, roles, n_in, n_out, weight_shape):
         options = self.options
         rank, scaling = self._rank_and_scaling(module)
-        a, b = roles["a"], roles["b"]
-        window = weight_shape[2:]
-        ones = tuple(1 for _ in window)
-        self._check(
-            module, "lora_A", a, (rank, weight_shape[1], *window), (rank, n_in)
-        )
-        self._check(module, "lora_B", b, (n_out, rank, *ones), (n_out, rank))
+        ones = tuple(1 for _ in weight_shape[2:])
+        a, b = self.pair(module, roles, rank, (n_in, n_out), weight_shape)
         if options["use_dora"] != ("magnitude" in roles):
             raise ValueError(
                 f"'{self.path}' has use_dora = {options['use_dora']}, and "
@@ -297,7 +308,7 @@ class Reader:
             )
         magnitude = roles.get("magnitude")
         if magnitude is not None:
-            self._check(
+            self.check(
                 module,
                 "lora_magnitude_vector",
                 magnitude,
@@ -305,12 +316,18 @@ class Reader:
                 (1, n_out, *ones),
             )
             magnitude = magnitude.reshape(n_out)
-        return Update(
-            a=a.reshape(rank, n_in),
-            b=b.reshape(n_out, rank),
-            scaling=scaling,
-            magnitude=magnitude,
-        )
+        return Update(a=a, b=b, scaling=scaling, magnitude=magnitude)
+
+    def pair(self, module, roles, rank, dims, weight_shape, start="lora"):
+        """The factors of a module, `(rank, inputs)` and `(outputs, rank)`."""
+        a, b = roles["a"], roles["b"]
+        n_in, n_out = dims
+        window = weight_shape[2:]
+        ones = tuple(1 for _ in window)
+        of_window = (rank, weight_shape[1], *window)
+        self.check(module, f"{start}_A", a, of_window, (rank, n_in))
+        self.check(module, f"{start}_B", b, (n_out, rank, *ones), (n_out, rank))
+        return a.reshape(rank, n_in), b.reshape(n_out, rank)
 
     def _adalora(self, module, roles, n_in, n_out, weight_shape):
         a, b, e = roles["a"], roles["b"], roles["e"]
@@ -329,9 +346,9 @@ class Reader:
                     "no list."
                 )
             kept = sum(one is True for one in mask)
-        self._check(module, "lora_A", a, (kept, n_in))
-        self._check(module, "lora_B", b, (n_out, kept))
-        self._check(module, "lora_E", e, (kept, 1))
+        self.check(module, "lora_A", a, (kept, n_in))
+        self.check(module, "lora_B", b, (n_out, kept))
+        self.check(module, "lora_E", e, (kept, 1))
         alpha = self.options["lora_alpha"]
         # PEFT adds the small number to every division.
         scaling = (alpha if alpha > 0 else float(kept)) / (rank + 1e-5)
@@ -340,8 +357,8 @@ class Reader:
     def _vera(self, module, roles, n_in, n_out, weight_shape):
         rank = self.options["r"]
         a, b = self._frozen(module, roles, (rank, n_in), (n_out, rank))
-        self._check(module, "vera_lambda_d", roles["d"], (rank,))
-        self._check(module, "vera_lambda_b", roles["b"], (n_out,))
+        self.check(module, "vera_lambda_d", roles["d"], (rank,))
+        self.check(module, "vera_lambda_b", roles["b"], (n_out,))
         return Update(
             a=roles["d"][:, None] * a[:, :n_in],
             b=roles["b"][:, None] * b[:n_out],
@@ -354,8 +371,8 @@ class Reader:
         a, b = self._frozen(
             module, roles, (rank, 1, small), (large, terms, rank)
         )
-        self._check(module, "randlora_lambda", roles["lambda"], (rank, terms))
-        self._check(module, "randlora_gamma", roles["gamma"], (terms, small))
+        self.check(module, "randlora_lambda", roles["lambda"], (rank, terms))
+        self.check(module, "randlora_gamma", roles["gamma"], (terms, small))
         a = roles["lambda"][:, :, None] * a[:, :, :small] * roles["gamma"]
         # PEFT flattens one by (rank, term) and the other by (term, rank), so
         # it pairs other columns than the paper. Its files mean that.
@@ -386,7 +403,7 @@ class Reader:
 
     def _ia3(self, module, roles, n_in, n_out, weight_shape):
         scale = roles["l"]
-        self._check(module, "ia3_l", scale, (n_out, 1), (1, n_in))
+        self.check(module, "ia3_l", scale, (n_out, 1), (1, n_in))
         # With one output, PEFT's form of the outputs comes first.
         if scale.shape == (n_out, 1):
             return Update(scale_outputs=scale.reshape(-1))

@@ -47,6 +47,13 @@ _HARMLESS = {
     "very_sparse",
 }
 
+#: Those of LoHa and LoKr.
+_LYCORIS = {
+    "alpha_pattern": dict,
+    "r": int,
+    "rank_pattern": dict,
+}
+
 #: The options of each method that are read, with their types.
 READ = {
     "LORA": {
@@ -72,21 +79,65 @@ READ = {
         "randlora_dropout": (int, float),
     },
     "IA3": {},
+    "MISS": {
+        "init_weights": (bool, str, type(None)),
+        "mini_r": int,
+        "miss_dropout": (int, float),
+        "r": int,
+    },
+    "SHIRA": {"r": int, "random_seed": (int, type(None))},
+    "HIRA": {
+        "hira_dropout": (int, float),
+        "r": int,
+        "rank_pattern": dict,
+    },
+    "LOHA": {"alpha": (int, float), **_LYCORIS},
+    "LOKR": {
+        "alpha": (int, float),
+        "decompose_both": bool,
+        "decompose_factor": int,
+        **_LYCORIS,
+    },
+    "OFT": {
+        "block_share": bool,
+        "oft_block_size": int,
+        "r": int,
+        "use_cayley_neumann": bool,
+    },
 }
 
-#: Options that a method inherits and does not use.
-_UNUSED = {"ADALORA": {"r", "alpha_pattern", "use_rslora"}}
+#: Options that a method has and that change nothing of what its file means.
+_UNUSED = {
+    "ADALORA": {"r", "alpha_pattern", "use_rslora"},
+    # The file has the places.
+    "SHIRA": {"mask_type"},
+    # These act in training alone, or only in another form.
+    "LOHA": {"rank_dropout", "module_dropout"},
+    "LOKR": {"rank_dropout", "module_dropout", "rank_dropout_scale"},
+    "OFT": {"module_dropout", "eps", "num_cayley_neumann_terms"},
+}
 
 _DEFAULTS = {
+    "alpha": 8,
     "alpha_pattern": {},
+    "block_share": False,
+    "decompose_both": False,
+    "decompose_factor": -1,
+    "hira_dropout": 0.0,
     "init_r": 12,
+    "init_weights": True,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
+    "mini_r": 1,
+    "miss_dropout": 0.0,
+    "oft_block_size": 32,
     "r": 8,
     "randlora_alpha": 640,
     "randlora_dropout": 0.0,
+    "random_seed": None,
     "rank_pattern": {},
     "target_parameters": None,
+    "use_cayley_neumann": True,
     "use_dora": False,
     "use_rslora": False,
     "vera_dropout": 0.0,
@@ -195,8 +246,18 @@ def _check_initialization(path, config):
 
 
 def _check_numbers(path, options):
+    _check_form_of_miss(path, options)
+    if options.get("use_cayley_neumann"):
+        raise ValueError(
+            f"'{path}' has use_cayley_neumann = True: its rotations are a "
+            "series that is cut off, and no `OFT` computes the same. Merge it "
+            "with PEFT (`merge_and_unload`) instead."
+        )
     for key, value in options.items():
-        if key in ("r", "init_r") and value < 1:
+        if key == "r" and "oft_block_size" in options:
+            # One of the two is 0, and it follows from the other.
+            continue
+        if key in ("r", "init_r", "mini_r") and value < 1:
             raise ValueError(f"'{path}' has {key} = {value}, below 1.")
         if key.endswith("dropout") and not 0 <= value < 1:
             raise ValueError(
@@ -206,6 +267,11 @@ def _check_numbers(path, options):
         # NaN is not equal to itself.
         if key.endswith("alpha") and not abs(value) < float("inf"):
             raise ValueError(f"'{path}' has {key} = {value}, no finite number.")
+    if options.get("decompose_factor", 1) < 1 != -options["decompose_factor"]:
+        raise ValueError(
+            f"'{path}' has decompose_factor = {options['decompose_factor']}, "
+            "which must be -1 or at least 1."
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (options.get(key) or {}).items():
             if isinstance(value, list):
@@ -216,6 +282,16 @@ def _check_numbers(path, options):
                     f"{reprlib.repr(value)}, which must be a number."
                 )
             compiled(path, key, pattern)
+
+
+def _check_form_of_miss(path, options):
+    form = options.get("init_weights")
+    if isinstance(form, str) and form != "mini":
+        raise ValueError(
+            f"'{path}' has init_weights = {reprlib.repr(form)}. Known are true "
+            'and "mini"; the update of "bat" depends on the base kernel in '
+            "another way. Merge it with PEFT (`merge_and_unload`) instead."
+        )
 
 
 def compiled(path, key, pattern):

@@ -22,9 +22,13 @@ from keras_randadapt.peft import canonical
 from keras_randadapt.peft import card
 from keras_randadapt.peft import directory as directory_lib
 from keras_randadapt.peft import names as names_lib
+from keras_randadapt.peft import own_forms
 from keras_randadapt.sites import lanes
 from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
+
+#: The option with the parameters of experts.
+_PARAMETERS = "target_parameters"
 
 
 def save(
@@ -41,11 +45,14 @@ def save(
 
     The directory gets `adapter_config.json`, `adapter_model.safetensors` and
     `README.md`, a model card. Layers that the adapter keeps trainable go to
-    `heads.safetensors`, which other programs do not read. `LoRA` and `DoRA` go
-    out as they are, and every other method that adds an update of its own as
-    the `LoRA` that computes the same; see `to_lora`.
+    `heads.safetensors`, which other programs do not read. `LoRA`, `DoRA`,
+    `HiRA`, `LoHa`, `LoKr`, `MiSS`, `OFT` and `SHiRA` go out as they are, and
+    every other method that adds an update of its own as the `LoRA` that
+    computes the same; see `to_lora`. So do `LoHa`, `LoKr`, `MiSS` and `SHiRA`
+    with `rank` or `energy`, and where PEFT's form can't have them; the model
+    card then tells why.
 
-    All readers scale the adapter alike: there is one rank for all modules,
+    All readers scale a LoRA alike: there is one rank for all modules,
     `lora_alpha` is equal to it, and the scaling is folded into B. Sites with a
     lower rank are padded with zeros. Where a module holds several sites, as in
     GPT-2, their ranks add up. Adapters of experts are those of two parameters
@@ -118,51 +125,47 @@ def _files_of(model, name, base_model, base, rank, energy):
         state_lib.check_no_block(model)
     name = checks.one_name(state, name)
     record = state.records[name]
-    is_dora = isinstance(record.template, DoRA)
-    updates.check_is_delta(
-        name, record.template.inner if is_dora else record.template
-    )
     rank, energy = convert.check_size(rank, energy)
+    has_size = rank is not None or energy is not None
+    if has_size or not own_forms.has(record.template):
+        _check_is_delta(name, record.template)
     if rank is not None:
         views = low_rank.views_of(state.layers, record.addresses)
         low_rank.check_rank(rank, views)
     _check_moved(state, name)
-    if is_dora:
+    if isinstance(record.template, DoRA):
         _check_no_experts(state, name)
     names = names_lib.name_map(model)
     check_expressible(names, record.addresses, name)
-    adapters = state.adapters(name)
-    found, lost = {}, {}
-    for address, adapter in adapters.items():
-        inner = adapter.inner if is_dora else adapter
-        found[address], lost[address] = _product(
-            inner, address, name, rank, energy
+    common = {
+        "base_model_name_or_path": base_model,
+        "task_type": _task_type(model),
+    }
+    own = None if has_size else _own_form(names, state, name, base)
+    if own is None or isinstance(own, str):
+        _check_is_delta(name, record.template, own)
+        config, tensors, lost = _lora_form(
+            names, state, name, base, rank, energy, common
         )
-    modules = _modules(names, state, adapters, found, is_dora, base)
-    module_rank = canonical.rank_of(modules)
-    tensors = canonical.tensors_of(modules, module_rank)
+        form = f"LoRA, since {own}" if own else "LoRA"
+    else:
+        lost = 0.0
+        config, tensors = own
+        config = canonical.common_config(**{**config, **common})
+        form = config["peft_type"]
     _check_finite(tensors, name)
-    message = canonical.size_warning(modules, module_rank)
-    if message is not None:
-        warnings.warn(message, AdapterWarning, stacklevel=4)
     heads = file_format.kept_tensors(state, name)
-    config = canonical.config_of(
-        modules,
-        module_rank,
-        base_model_name_or_path=base_model,
-        task_type=_task_type(model),
-        use_dora=is_dora,
-    )
     about = card.About(
         name=name,
         template=record.template,
         base_model=base_model,
         model_type=names.model_type,
-        modules=list(modules),
-        sites=len(adapters),
-        rank=module_rank,
+        modules=[*config["target_modules"], *config.get(_PARAMETERS, ())],
+        sites=len(record.addresses),
+        form=form,
+        rank=config.get("r"),
         bytes=sum(one.nbytes for one in tensors.values()),
-        lost=max(lost.values(), default=0.0),
+        lost=lost,
         heads=[(a, _path(state, a)) for a in record.kept],
     )
     files = {
@@ -174,6 +177,77 @@ def _files_of(model, name, base_model, base, rank, energy):
             heads, {"format": "keras_randadapt_heads"}
         )
     return files
+
+
+def _check_is_delta(name, template, reason=None):
+    is_dora = isinstance(template, DoRA)
+    way = None
+    if reason is None and own_forms.has(template):
+        way = (
+            "PEFT has a form of its own for it, which has no other size: "
+            "leave out `rank` and `energy`."
+        )
+    if reason is not None:
+        way = (
+            f"A form of its own is not possible either: {reason}. Save it "
+            "with `save_adapter`, or merge it and use `save_merged`."
+        )
+    updates.check_is_delta(name, template.inner if is_dora else template, way)
+
+
+def _own_form(names, state, name, base):
+    """What `own_forms.write` gives for the adapter, with `modules` besides."""
+    adapters = state.adapters(name)
+    template = state.records[name].template
+    if not own_forms.has(template):
+        return None
+    modules = [
+        own_forms.Module(
+            name=_named(module, names, base),
+            sites=[(adapters[a], part) for a, part in here if a in adapters],
+            places=len(here),
+        )
+        for module, here in names.by_module().items()
+        if any(a in adapters for a, _ in here)
+    ]
+    found = own_forms.write(template, modules)
+    if isinstance(found, str):
+        return found
+    config, tensors = found
+    config["modules"] = [module.name for module in modules]
+    return config, {key: _float32(one) for key, one in tensors.items()}
+
+
+def _float32(array):
+    if array.dtype.kind != "f":
+        return array
+    # Numbers that are too large become infinite; the caller tells the user.
+    with np.errstate(over="ignore"):
+        return array.astype("float32")
+
+
+def _lora_form(names, state, name, base, rank, energy, common):
+    """`(config, tensors, lost)` of the LoRA that computes the same."""
+    adapters = state.adapters(name)
+    is_dora = isinstance(state.records[name].template, DoRA)
+    found, lost = {}, {}
+    for address, adapter in adapters.items():
+        inner = adapter.inner if is_dora else adapter
+        found[address], lost[address] = _product(
+            inner, address, name, rank, energy
+        )
+    modules = _modules(names, state, adapters, found, is_dora, base)
+    module_rank = canonical.rank_of(modules)
+    tensors = canonical.tensors_of(modules, module_rank)
+    config = canonical.config_of(
+        modules, module_rank, use_dora=is_dora, **common
+    )
+    message = canonical.size_warning(modules, module_rank)
+    if message is not None:
+        # Numbers that are not finite are an error, which comes first.
+        _check_finite(tensors, name)
+        warnings.warn(message, AdapterWarning, stacklevel=5)
+    return config, tensors, max(lost.values(), default=0.0)
 
 
 def _path(state, address):

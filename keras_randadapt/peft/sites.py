@@ -37,7 +37,7 @@ def low_rank_updates(names, updates, views):
 
     Args:
         names: A `NameMap`.
-        updates: dict from module to `methods.Update`.
+        updates: dict from module to `update.Update`.
         views: dict from address to the shape of the kernel view.
 
     Returns:
@@ -133,7 +133,7 @@ def scales(path, names, updates, views):
     Args:
         path: The directory, for errors.
         names: A `NameMap`.
-        updates: dict from module to `methods.Update`.
+        updates: dict from module to `update.Update`.
         views: dict from address to the shape of the kernel view.
 
     Returns:

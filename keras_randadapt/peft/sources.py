@@ -11,6 +11,7 @@ from keras_randadapt.peft import directory as directory_lib
 from keras_randadapt.peft import experts
 from keras_randadapt.peft import methods
 from keras_randadapt.peft import options as options_lib
+from keras_randadapt.peft.update import Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,9 @@ def read(path, finite=True):
     """
     config = directory_lib.read_config(path)
     method, options = options_lib.checked(path, config)
-    tensors = directory_lib.read_tensors(path)
+    # SHiRA's places are integers.
+    integers = method == "SHIRA"
+    tensors = directory_lib.read_tensors(path, integers=integers)
     heads = {}
     if os.path.lexists(os.path.join(path, directory_lib.HEADS)):
         heads = directory_lib.read_tensors(path, directory_lib.HEADS)
@@ -84,13 +87,13 @@ class Part:
         kind: `"linear"`, `"embedding"`, `"conv"` or `"experts"`.
         dims: The numbers of inputs and of outputs; `None` where unknown.
         weight_shape: The shape of the module's weight, or `None`.
-        update: A `methods.Update`, or `None` without a shape.
+        update: An `Update`, or `None` without a shape.
     """
 
     kind: str
     dims: tuple
     weight_shape: tuple | None
-    update: methods.Update | None
+    update: Update | None
 
 
 def parts(source, checkpoint=None):
@@ -122,7 +125,7 @@ def parts(source, checkpoint=None):
             found[module] = _of_experts(reader, module, roles)
             continue
         shape = _weight_shape(source, module, roles, checkpoint)
-        dims = _dims(method, roles, shape)
+        dims = _dims(source, roles, shape)
         kind = "linear"
         if f"{canonical.START}{module}.lora_embedding_A" in source.tensors:
             kind = "embedding"
@@ -151,7 +154,7 @@ def _of_experts(reader, module, roles):
 
 def _weight_shape(source, module, roles, checkpoint):
     """The shape of a module's weight with its outputs first, or `None`."""
-    if source.method in ("LORA", "ADALORA"):
+    if source.method in ("LORA", "ADALORA", "HIRA"):
         a, b = roles["a"], roles["b"]
         if a.ndim < 2 or b.ndim < 2:
             raise ValueError(
@@ -159,22 +162,32 @@ def _weight_shape(source, module, roles, checkpoint):
                 f"shapes {a.shape} and {b.shape}, which are no matrices."
             )
         return (b.shape[0], *a.shape[1:])
-    if checkpoint is None or source.method == "IA3":
+    if checkpoint is None or source.method in methods.NOT_ADDITIVE:
         return None
     return checkpoint.weight_shape(
         module,
         transposed=source.config.get("fan_in_fan_out") is True,
-        outputs=roles["b"].size if source.method == "VERA" else None,
+        outputs=_outputs(source, roles),
     )
 
 
-def _dims(method, roles, shape):
+def _outputs(source, roles):
+    """The number of outputs of a module if its tensors tell it, or `None`."""
+    if source.method == "VERA":
+        return roles["b"].size
+    if source.method == "LOHA" and roles["b1"].ndim:
+        return roles["b1"].shape[0]
+    is_whole = source.options.get("init_weights") != "mini"
+    if source.method == "MISS" and is_whole and roles["block"].ndim:
+        return roles["block"].shape[-1]
+    return None
+
+
+def _dims(source, roles, shape):
     if shape is not None:
         return math.prod(shape[1:]), shape[0]
-    if method == "VERA":
-        return None, roles["b"].size
-    if method == "IA3":
+    if source.method == "IA3":
         of_outputs = roles["l"].shape[-1] == 1
         size = roles["l"].size
         return (None, size) if of_outputs else (size, None)
-    return None, None
+    return None, _outputs(source, roles)

@@ -8,7 +8,7 @@ from tests import methods
 from tests import zoo
 
 
-def check(template, config, view, weights):
+def check(template, config, view, weights, prepare=None):
     """Asserts that PEFT's layer computes what an adapter does.
 
     Both have one kernel, one bias and the same trained numbers. Outputs,
@@ -18,9 +18,11 @@ def check(template, config, view, weights):
         template: An adapter.
         config: The config of PEFT, whose target is the module "site".
         view: `(input_dim, output_dim)`.
-        weights: dict from the name of a trained weight to PEFT's name and a
-            function from the values of ours, a NumPy array, to PEFT's. It must
-            be linear, and it maps gradients too.
+        weights: dict from the name of a trained weight to a pair. The first is
+            PEFT's name, or a function of its layer that gives the weight. The
+            second is a function from the values of ours, a NumPy array, to
+            PEFT's. It must be linear, and it maps gradients too.
+        prepare: Optional function that changes PEFT's layer first.
     """
     import peft
     import torch
@@ -31,6 +33,8 @@ def check(template, config, view, weights):
     module.add_module("site", torch.nn.Linear(*view))
     theirs = peft.get_peft_model(module, config)
     peer = theirs.base_model.model.site
+    if prepare is not None:
+        prepare(peer)
     with torch.no_grad():
         base = peer.get_base_layer()
         base.weight.copy_(torch.tensor(methods.numpy(layer.kernel).T))
@@ -40,7 +44,11 @@ def check(template, config, view, weights):
     values = methods.randomize(layer.adapter.get("default"))
     parameters = {}
     for name, (attribute, move) in weights.items():
-        parameter = getattr(peer, attribute)["default"]
+        parameter = (
+            attribute(peer)
+            if callable(attribute)
+            else getattr(peer, attribute)["default"]
+        )
         given = torch.tensor(move(values[name]), dtype=torch.float32)
         assert parameter.shape == given.shape
         with torch.no_grad():

@@ -28,6 +28,14 @@ _ALL = [
     for family in families.FAMILIES
 ]
 
+_SOME = [
+    "llama",
+    *(
+        pytest.param(name, marks=pytest.mark.slow("one of many families"))
+        for name in ("bert", "gpt2", "swin", "t5gemma")
+    ),
+]
+
 _METHODS = {
     "lora": lambda: kra.LoRA(3, alpha=6, seed=1),
     "rlora": lambda: kra.RLoRA(4, seed=1),
@@ -197,6 +205,89 @@ def test_peft_reads_what_we_write(family, method, pairs, tmp_path):
     pair.check(families.torch_outputs(model.base_model.model, pair.x))
 
 
+_OWN = {
+    "miss": lambda: kra.MiSS(5, scaling=2.0),
+    "miss_repeated": lambda: kra.MiSS(5, output_rank=4),
+    "shira": lambda: kra.SHiRA(2, scaling=2.0),
+    "hira": lambda: kra.HiRA(3, scaling=2.0),
+    "loha": lambda: kra.LoHa(3, scaling=2.0),
+    "lokr": lambda: kra.LoKr(1, scaling=20.0),
+    "oft": lambda: kra.OFT(8),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The LoRA has rank:keras_randadapt.AdapterWarning"
+)
+@pytest.mark.parametrize("method", _OWN)
+@pytest.mark.parametrize("family", _SOME)
+def test_peft_reads_its_own_methods(family, method, pairs, tmp_path):
+    import peft
+
+    if method == "oft" and family != "llama":
+        pytest.skip("its modules hold several sites, or are other layers")
+    pair = pairs(family)
+    pair.inject(_OWN[method]())
+    # HiRA's factors scale the small numbers of the kernel.
+    families.train(pair.backbone, scale=0.5 if method == "hira" else 0.1)
+    kra.peft.save(pair.backbone, tmp_path / "adapter")
+    config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    if family == "llama" or method == "hira":
+        # Other families have modules that the other two can't have.
+        assert config.peft_type == method.partition("_")[0].upper()
+    model = peft.PeftModel.from_pretrained(
+        pair.torch_model(), str(tmp_path / "adapter")
+    )
+    pair.check(families.torch_outputs(model.base_model.model, pair.x))
+
+
+@pytest.mark.parametrize(
+    "method", ["miss", "mini", "shira", "hira", "loha", "lokr", "oft"]
+)
+@pytest.mark.parametrize("family", _SOME)
+def test_we_read_methods_of_ours(family, method, pairs, tmp_path):
+    """Those that PEFT has in the same form."""
+    import peft
+
+    pair = pairs(family)
+    names = kra.peft.name_map(pair.backbone).by_module()
+    linear = [m for m in pair.linear() if names[m][0][1].kind == "linear"]
+    config = {
+        "miss": lambda: peft.MissConfig(r=5, target_modules=linear),
+        "mini": lambda: peft.MissConfig(
+            r=5, init_weights="mini", mini_r=4, target_modules=linear
+        ),
+        "shira": lambda: peft.ShiraConfig(
+            r=2, random_seed=-1, target_modules=linear
+        ),
+        "hira": lambda: peft.HiraConfig(
+            r=3,
+            rank_pattern={linear[0]: 2},
+            target_modules=pair.linear(),
+            fan_in_fan_out=family == "gpt2",
+        ),
+        "loha": lambda: peft.LoHaConfig(
+            r=3, alpha=6, target_modules=linear, alpha_pattern={linear[0]: 9}
+        ),
+        "lokr": lambda: peft.LoKrConfig(
+            r=2, alpha=40, decompose_factor=4, target_modules=linear
+        ),
+        "oft": lambda: peft.OFTConfig(
+            oft_block_size=4, use_cayley_neumann=False, target_modules=linear
+        ),
+    }[method]
+    if not linear:
+        return
+    if (method, family) == ("oft", "swin"):
+        # Queries, keys and values are one layer in Keras.
+        with pytest.raises(ValueError, match="parts of one layer in diff"):
+            _exchange(pair, config(), tmp_path)
+        return
+    # HiRA's factors scale the small numbers of the kernel.
+    scale = 0.5 if method == "hira" else 0.1
+    _exchange(pair, config(), tmp_path, scale=scale)
+
+
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("family", _ALL)
 def test_we_read_what_peft_writes(family, method, pairs, tmp_path):
@@ -224,16 +315,7 @@ def test_we_read_what_peft_writes(family, method, pairs, tmp_path):
 
 @pytest.mark.parametrize("task", [True, False])
 @pytest.mark.parametrize("method", ["vera", "randlora", "adalora", "ia3"])
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama",
-        *(
-            pytest.param(name, marks=pytest.mark.slow("one of many families"))
-            for name in ("bert", "gpt2", "swin", "t5gemma")
-        ),
-    ],
-)
+@pytest.mark.parametrize("family", _SOME)
 def test_we_read_other_methods(family, method, task, pairs, tmp_path):
     import peft
 
@@ -258,7 +340,7 @@ def test_we_read_other_methods(family, method, task, pairs, tmp_path):
     _exchange(pair, config, tmp_path, task)
 
 
-def _exchange(pair, config, tmp_path, task=True):
+def _exchange(pair, config, tmp_path, task=True, scale=0.1):
     """Trains an adapter in PEFT, as it were, and loads it into Keras."""
     import peft
     import torch
@@ -269,7 +351,7 @@ def _exchange(pair, config, tmp_path, task=True):
         for weight in model.parameters():
             if weight.requires_grad:
                 noise = torch.randn(weight.shape, generator=generator)
-                weight.add_(0.1 * noise)
+                weight.add_(scale * noise)
     model.eval()
     theirs = families.torch_outputs(model.base_model.model, pair.x)
     model.save_pretrained(str(tmp_path / "adapter"))

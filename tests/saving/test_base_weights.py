@@ -18,6 +18,7 @@ DEPENDENT = {
     "dvora": lambda: kra.DoRA(kra.VeRA(4)),
     "hira": lambda: kra.HiRA(2),
     "hydra": lambda: kra.Hydra(2),
+    "oft": lambda: kra.OFT(3),
 }
 INDEPENDENT = {
     "lora": lambda: kra.LoRA(2),

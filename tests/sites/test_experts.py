@@ -35,7 +35,11 @@ METHODS = {
     "miss": lambda: kra.MiSS(2),
     "shira": lambda: kra.SHiRA(2),
     "shira_magnitude": lambda: kra.SHiRA(2, mask="magnitude"),
+    "fourierft": lambda: kra.FourierFT(7, scaling=20.0),
     "hira": lambda: kra.HiRA(2),
+    "loha": lambda: kra.LoHa(2),
+    "lokr": lambda: kra.LoKr(1),
+    "oft": lambda: kra.OFT(4),
     "dora": lambda: kra.DoRA(kra.LoRA(2, alpha=3)),
     "dvora": lambda: kra.DoRA(kra.VeRA(5)),
 }
@@ -43,7 +47,7 @@ METHODS = {
 _ADDITIVE = [
     name
     for name in METHODS
-    if name not in ("hydra", "ia3", "hira", "dora", "dvora")
+    if name not in ("hydra", "ia3", "hira", "oft", "dora", "dvora")
 ]
 #: One of each way to compute runs on every backend.
 _HEART = ("lora", "rlora", "randlora_hadamard", "dora", "dylora")
