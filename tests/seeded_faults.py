@@ -1248,7 +1248,7 @@ FAULTS = [
         "peft_orders_experts_as_in_A",
         "wrong order",
         "peft/canonical.py",
-        "tensors_of",
+        "shaped",
         "b.transpose(1, 2, 0)",
         "b.transpose(1, 0, 2)",
         ("peft/test_experts.py",),

@@ -291,8 +291,8 @@ class Reader:
         )
 
     def _rank_and_scaling(self, module):
-        rank = self.rank(module)
-        root = math.sqrt(rank) if self.options["use_rslora"] else rank
+        options, rank = self.options, self.rank(module)
+        root = math.sqrt(rank) if options["use_rslora"] else rank
         return rank, self.alpha(module, "lora_alpha") / root
 
     def _lora(self, module, roles, n_in, n_out, weight_shape):

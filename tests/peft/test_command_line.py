@@ -118,7 +118,7 @@ def test_inspect_tells_ranges(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "config", "words"),
     [
-        ({}, {"peft_type": "LOHA"}, ["adapter       LOHA", "type 'LOHA'"]),
+        ({}, {"peft_type": "BOFT"}, ["adapter       BOFT", "type 'BOFT'"]),
         ({}, {"peft_type": ["x"]}, ["the type ['x']"]),
         ({}, {"bias": "all"}, ["not loaded", "biases of the base model"]),
         (
@@ -211,7 +211,7 @@ def test_equal_directories(folder, capsys):
             {},
             ["score.weight: nothing | float32 of shape (2, 24)"],
         ),
-        ({}, {"peft_type": "LOHA", "r": 3}, ["method: LoRA | LOHA", "r: 2"]),
+        ({}, {"peft_type": "BOFT", "r": 3}, ["method: LoRA | BOFT", "r: 2"]),
     ],
 )
 def test_different_directories(tensors, config, words, tmp_path, capsys):

@@ -418,7 +418,7 @@ _REFUSED = {
     ),
     "not a number": (_tensor(_A, np.full((2, 24), np.nan, "f4")), "NaN"),
     # Methods and options.
-    "an unknown method": (_config(peft_type="LOHA"), "type 'LOHA'. .*IA3"),
+    "an unknown method": (_config(peft_type="BOFT"), "type 'BOFT'. .*IA3"),
     "no method": (_config(peft_type=None), "type None"),
     "a method that is no name": (_config(peft_type=["LORA"]), "the type"),
     "biases": (_config(bias="all"), "biases of the base model"),
