@@ -18,6 +18,7 @@ from keras import layers
 
 import keras_randadapt as kra
 from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import supported
 from tests import zoo
 from tests.methods import site_of
 
@@ -770,11 +771,28 @@ class TestBadInput:
         model.quantize("int8")
         assert model.get_layer("site").quantization_mode == "int8"
 
-    def test_unsupported_quantization(self):
+    def test_unsupported_quantization(self, monkeypatch):
+        """Keras may get modes that this library does not know."""
         model, _, targets = zoo.dense()
         model.quantize("float8")
+        monkeypatch.setattr(supported, "QUANTIZATION_MODES", (None, "int8"))
         with pytest.raises(ValueError, match="quantized to 'float8'"):
             kra.inject(model, kra.LoRA(2), targets)
+
+    def test_quantize_a_layer_afterwards(self):
+        """Its kernel is the adapted model's, be the layer a site or not."""
+        model, x, _ = zoo.sequential()
+        dense = [one for one in model.layers if hasattr(one, "units")]
+        kra.inject(model, kra.LoRA(2), dense[0].name)
+        before = zoo.outputs(model, x)
+        assert len(dense) == 2
+        for layer in dense:
+            with pytest.raises(ValueError, match=r"inject\(..., quantize="):
+                layer.quantize("int8")
+        np.testing.assert_array_equal(zoo.outputs(model, x), before)
+        kra.eject(model)
+        for layer in dense:
+            layer.quantize("int8")
 
     def test_quantized_kernel_that_is_no_matrix_product(self):
         model, _, targets = zoo.einsum_shared()
