@@ -829,3 +829,16 @@ def test_recorded_layer():
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), y)
     layer.quantize("int8")
     assert layer.quantization_mode == "int8"
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="PyTorch alone has torch.compile"
+)
+def test_is_compiling():
+    import torch
+
+    assert not _compat.is_compiling()
+    step = torch.compile(
+        lambda x: x + 1 if _compat.is_compiling() else x, backend="eager"
+    )
+    assert float(step(torch.zeros(()))) == 1.0

@@ -67,6 +67,7 @@ from keras_randadapt._compat.steps import compiled_functions
 from keras_randadapt._compat.steps import forget_jax_state
 from keras_randadapt._compat.steps import fresh_step
 from keras_randadapt._compat.steps import has_values
+from keras_randadapt._compat.steps import is_compiling
 from keras_randadapt._compat.steps import is_tracing
 from keras_randadapt._compat.steps import reset_compiled_functions
 from keras_randadapt._compat.steps import substituted_values
@@ -92,6 +93,7 @@ __all__ = [
     "has_values",
     "holds_table",
     "instance_attributes",
+    "is_compiling",
     "is_in_call",
     "is_nnx_enabled",
     "is_saveable",

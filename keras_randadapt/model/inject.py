@@ -1,6 +1,7 @@
 """`inject`: checks its arguments, builds adapters and attaches them."""
 
 import functools
+import numbers
 import warnings
 from typing import Any
 
@@ -33,6 +34,7 @@ def inject(
     keep_trainable: Targets = None,
     experts: bool = False,
     quantize: Any = None,
+    memory_limit: int | None = None,
     name: str = "default",
 ) -> report_lib.Report:
     """Attaches an adapter to a model, in place, and freezes the rest.
@@ -79,6 +81,11 @@ def inject(
             int8 and int4, whether they are adapted or not. The heads of
             KerasHub tasks, layers in `keep_trainable`, routers and gates of
             experts stay floats. The base stays quantized after `eject`.
+        memory_limit: Optional int. The bytes that one call of `generate` or
+            `predict` may take for kernels with the adapters folded in, which
+            it forms once and multiplies by in each step; 0 forms none. By
+            default it is a quarter of the bytes of the base. It is the
+            model's: the last `inject` that gives one counts.
         name: The adapter's name: letters, digits, `_` and `-`.
 
     Returns:
@@ -151,12 +158,32 @@ def inject(
         sources=sources,
         built=built,
     )
+    _check_memory_limit(memory_limit)
     plan = quantize_lib.plan_of(model, layers, quantize, chosen, kept)
     with attach.changing(model) as change:
         if plan is not None:
             quantize_lib.apply(change, plan)
         attach.attach(change, attachment)
+        if memory_limit is not None:
+            change.set(model._randadapt, "memory_limit", int(memory_limit))
     return report_lib.Report(model, name, left_out)
+
+
+def _check_memory_limit(memory_limit):
+    if memory_limit is None:
+        return
+    if isinstance(memory_limit, bool) or not isinstance(
+        memory_limit, numbers.Integral
+    ):
+        raise TypeError(
+            "`memory_limit` must be an int, a number of bytes. "
+            f"Received: memory_limit={memory_limit!r}"
+        )
+    if memory_limit < 0:
+        raise ValueError(
+            "`memory_limit` must be at least 0; 0 forms no kernels. "
+            f"Received: memory_limit={memory_limit}"
+        )
 
 
 def _check_experts(experts, targets):

@@ -83,6 +83,8 @@ class AdaptedState:
         between_steps: `BetweenSteps`, which runs functions of other threads
             during `fit`.
         parts: list of the layers that it claimed: itself and those inside.
+        memory_limit: The bytes of kernels that one call of `generate` or
+            `predict` may form, or `None` for the default of `forming`.
     """
 
     def __init__(self, layers, layer_flags, variable_flags, parts, moving, use):
@@ -104,6 +106,7 @@ class AdaptedState:
         self.in_step = False
         self.between_steps = between_steps.BetweenSteps()
         self.parts = parts
+        self.memory_limit = None
 
     @property
     def trained(self):

@@ -8,6 +8,7 @@ from keras_randadapt import _compat
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import placed
 from keras_randadapt.ops.fast_products import reshape
+from keras_randadapt.sites import formed
 from keras_randadapt.sites import product
 from keras_randadapt.sites import quantized_product
 from keras_randadapt.sites.kernel_view import EinsumPlan
@@ -58,6 +59,9 @@ class _AdaptedProduct(AdaptedLayer):
         active = self.adapter.active()
         if not active:
             return self._base_product(inputs)
+        kernel = formed.kernel_of(self)
+        if kernel is not None:
+            return self._float_product(inputs, kernel)
         # The tokens are put into one axis. With two axes, XLA's gradients of
         # thin products take three times as long on a CPU
         # (docs/design/other-costs.md).
@@ -165,6 +169,9 @@ class AdaptedEinsumDense(_AdaptedProduct):
         return ops.einsum(self.equation, x, kernel)
 
     def _adapted_product(self, inputs, training):
+        kernel = formed.kernel_of(self)
+        if kernel is not None:
+            return self._float_product(inputs, kernel)
         if not einsum_plan_of(self).is_matrix_product:
             return kernel_space_product(self, inputs, training)
         return super()._adapted_product(inputs, training)

@@ -1,0 +1,243 @@
+"""Forms the adapted kernels once a call of `generate` or `predict`.
+
+The adapters of a site cost something in every step, beside the base product. A
+call whose steps all compute with the same weights can fold the adapters into
+the kernels before its first step, and then each step is one of the base model.
+Nothing of the model changes: the kernels are tensors of the call, so another
+thread may use the model meanwhile.
+"""
+
+import contextlib
+import functools
+import math
+import threading
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_randadapt import _compat
+from keras_randadapt.model import transaction
+from keras_randadapt.sites import formed
+from keras_randadapt.sites.layer import AdaptedLayer
+from keras_randadapt.sites.linear import is_linear
+
+#: The part of the base's bytes that a call may take by default.
+_PART = 4
+
+
+class _Call:
+    """A call of `predict`.
+
+    Attributes:
+        model: The model.
+        kernels: list of the kernels, once the call has formed them.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.kernels = None
+
+
+class _Local(threading.local):
+    def __init__(self):
+        self.call = None
+
+
+_local = _Local()
+
+
+def methods_of(base):
+    """The methods of an adapted class that form kernels before their steps.
+
+    Args:
+        base: The model's own class.
+
+    Returns:
+        dict from name to function.
+    """
+    found = {
+        "predict": _predict_of(base),
+        "predict_step": _predict_step_of(base),
+    }
+    if callable(getattr(base, "generate_step", None)):
+        found["generate_step"] = _generate_step_of(base)
+    return found
+
+
+def _generate_step_of(base):
+    @functools.wraps(base.generate_step)
+    def generate_step(self, *args, **kwargs):
+        with formed.shown(kernels(self)):
+            return base.generate_step(self, *args, **kwargs)
+
+    return generate_step
+
+
+def _predict_of(base):
+    @functools.wraps(base.predict)
+    def predict(self, *args, **kwargs):
+        with _predicting(self):
+            return base.predict(self, *args, **kwargs)
+
+    return predict
+
+
+@contextlib.contextmanager
+def _predicting(model):
+    """The block of a call of `predict`, which forms kernels at most once.
+
+    TensorFlow's compiled function reads variables alone, and a kernel in a
+    variable would stay there between calls. It forms nothing.
+    """
+    transaction.recover(model)
+    backend = keras.config.backend()
+    if backend == "torch":
+        import torch
+
+        with torch.no_grad():
+            found = kernels(model)
+        with formed.shown(found):
+            yield
+        return
+    before = _local.call
+    try:
+        _local.call = _Call(model) if backend == "jax" else None
+        yield
+    finally:
+        _local.call = before
+
+
+def wrap_predict_function(model):
+    """Lets a new predict function of JAX get formed kernels as arguments.
+
+    Keras hands the state of a batch on to the next one, and its second part
+    has whatever `predict_step` returns there.
+    """
+    function = model.predict_function
+    if keras.config.backend() != "jax" or hasattr(function, "forms"):
+        return function
+    # With a distribution, Keras says how each part of the state is laid out.
+    if keras.distribution.distribution() is not None:
+        return function
+    if not sites_to_form(model):
+        return function
+    import jax
+
+    trainable = model.trainable_variables
+    others = model.non_trainable_variables
+
+    @jax.jit
+    def form(trainable_values, other_values):
+        pairs = [
+            *zip(trainable, trainable_values, strict=True),
+            *zip(others, other_values, strict=True),
+        ]
+        with keras.StatelessScope(state_mapping=pairs):
+            return list(kernels(model).values())
+
+    def step(state, iterator):
+        call = _local.call
+        if call is None or call.model is not model:
+            return function(state, iterator)
+        if call.kernels is None:
+            call.kernels = form(*state)
+        packed = {"variables": state[1], "kernels": call.kernels}
+        y, (first, packed) = function((state[0], packed), iterator)
+        call.kernels = packed["kernels"]
+        return y, (first, packed["variables"])
+
+    step.forms = True  # type: ignore[attr-defined]
+    model.predict_function = step
+    return step
+
+
+def _predict_step_of(base):
+    @functools.wraps(base.predict_step)
+    def predict_step(self, *args, **kwargs):
+        packed = args[0][1] if keras.config.backend() == "jax" else None
+        if not isinstance(packed, dict):
+            return base.predict_step(self, *args, **kwargs)
+        (trainable, _), *rest = args
+        ids = map(id, sites_to_form(self))
+        state = trainable, packed["variables"]
+        with formed.shown(dict(zip(ids, packed["kernels"], strict=True))):
+            y, variables = base.predict_step(self, state, *rest, **kwargs)
+        return y, {**packed, "variables": variables}
+
+    return predict_step
+
+
+def kernels(model):
+    """The adapted kernels of the sites of `sites_to_form`, by `id` of site."""
+    found = {}
+    for site in sites_to_form(model):
+        view = site._merged_kernel_view(_compat.kernel_of(site))
+        kernel = site.from_view(view)
+        found[id(site)] = ops.cast(kernel, site.compute_dtype)
+    return found
+
+
+def sites_to_form(model):
+    """The sites whose kernels fit into the model's memory limit.
+
+    Sites of methods whose factors are not cheap come first. Quantized kernels
+    and those that compute in 16 bits are left out: the one would no longer be
+    small, and in the other a small update would be rounded away.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        list of layers.
+    """
+    state = model._randadapt
+    templates = [state.records[name].template for name in state.shown]
+    if not all(template.mergeable for template in templates):
+        return []
+    costly, cheap = [], []
+    for address, site in zip(state.site_addresses, state.site_layers):
+        here = [
+            state.records[name].template
+            for name in state.shown
+            if address in state.records[name].addresses
+        ]
+        if not _can_form(site) or not any(t.adapts_kernel for t in here):
+            continue
+        is_cheap = all(template.factors_are_cheap for template in here)
+        (cheap if is_cheap else costly).append(site)
+    left = memory_limit(state)
+    found = []
+    for site in costly + cheap:
+        size = math.prod(site.kernel_view) * _bytes(site.compute_dtype)
+        if size <= left:
+            found.append(site)
+            left -= size
+    return found
+
+
+def memory_limit(state):
+    """The bytes that the kernels of one call may take."""
+    if state.memory_limit is not None:
+        return state.memory_limit
+    total = sum(
+        math.prod(variable.shape) * _bytes(variable.dtype)
+        for layer, _ in state.layer_flags
+        for variable in _compat.owned_variables(layer)
+    )
+    return total // _PART
+
+
+def _can_form(site):
+    return (
+        isinstance(site, AdaptedLayer)
+        and is_linear(site)
+        and site.quantization_mode is None
+        and site.compute_dtype in ("float32", "float64")
+        and not site.adapter.per_example
+    )
+
+
+def _bytes(dtype):
+    dtype = keras.backend.standardize_dtype(dtype)
+    return {"bool": 1, "bfloat16": 2}.get(dtype) or np.dtype(dtype).itemsize
