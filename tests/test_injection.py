@@ -73,6 +73,31 @@ class TestReport:
         for part in ("RLoRA 'task'", "96", "27", "KB"):
             assert part in text
 
+    @pytest.mark.one_backend
+    def test_bytes_of_a_quantized_base(self):
+        model = keras.Sequential(
+            [
+                keras.Input((10,)),
+                layers.Dense(7, name="site"),
+                layers.Dense(3, name="head"),
+            ]
+        )
+        model.get_layer("site").quantize("int8")
+        report = kra.inject(model, kra.LoRA(2), "site", keep_trainable="head")
+        # A byte a number, and seven scales and biases.
+        assert report.base_bytes == 10 * 7 + 4 * (7 + 7)
+        assert report.adapter_bytes == 4 * (2 * (10 + 7) + 7 * 3 + 3)
+        assert report.optimizer_bytes is None
+        model.compile(keras.optimizers.Adam(), "mse")
+        model.fit(zoo.normal(4, 10), zoo.normal(4, 3), verbose=0)
+        # Two moments a weight, and at least the count of steps.
+        assert 0 < report.optimizer_bytes - 2 * report.adapter_bytes < 32
+        for part in ("126 B", "232 B", "optimizer"):
+            assert part in str(report)
+        plain = kra.inject(zoo.sequential()[0], kra.LoRA(2), "all-linear")
+        assert plain.base_bytes == 4 * plain.base_parameters
+        assert "as stored" not in str(plain)
+
     @pytest.mark.parametrize("mode", ["int8", "int4", "float8", "int4 blocks"])
     def test_quantized_base_counts_as_the_float_one(self, mode):
         def build():

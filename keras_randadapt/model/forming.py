@@ -13,10 +13,10 @@ import math
 import threading
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt.model import state as state_lib
 from keras_randadapt.model import transaction
 from keras_randadapt.sites import formed
 from keras_randadapt.sites.layer import AdaptedLayer
@@ -147,7 +147,7 @@ def wrap_predict_function(model):
         call.kernels = packed["kernels"]
         return y, (first, packed["variables"])
 
-    step.forms = True  # type: ignore[attr-defined]
+    step.forms = True
     model.predict_function = step
     return step
 
@@ -209,7 +209,9 @@ def sites_to_form(model):
     left = memory_limit(state)
     found = []
     for site in costly + cheap:
-        size = math.prod(site.kernel_view) * _bytes(site.compute_dtype)
+        size = math.prod(site.kernel_view) * state_lib.bytes_of(
+            site.compute_dtype
+        )
         if size <= left:
             found.append(site)
             left -= size
@@ -221,7 +223,7 @@ def memory_limit(state):
     if state.memory_limit is not None:
         return state.memory_limit
     total = sum(
-        math.prod(variable.shape) * _bytes(variable.dtype)
+        state_lib.stored_bytes(variable)
         for layer, _ in state.layer_flags
         for variable in _compat.owned_variables(layer)
     )
@@ -236,8 +238,3 @@ def _can_form(site):
         and site.compute_dtype in ("float32", "float64")
         and not site.adapter.per_example
     )
-
-
-def _bytes(dtype):
-    dtype = keras.backend.standardize_dtype(dtype)
-    return {"bool": 1, "bfloat16": 2}.get(dtype) or np.dtype(dtype).itemsize

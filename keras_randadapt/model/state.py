@@ -1,5 +1,6 @@
 """The state of an adapted model, and checks that precede a change."""
 
+import math
 import threading
 
 import keras
@@ -307,3 +308,15 @@ def kept_layer_values(layer):
 def assign_kept_layer_values(layer, values):
     for weight, value in zip(layer.weights, values, strict=True):
         weight.assign(value)
+
+
+def stored_bytes(variable):
+    """The bytes of a variable's value."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return math.prod(variable.shape) * bytes_of(dtype)
+
+
+def bytes_of(dtype):
+    """The bytes of one number of a dtype of Keras."""
+    # NumPy alone does not know the name.
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
