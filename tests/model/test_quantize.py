@@ -117,7 +117,7 @@ def test_a_kernel_that_needs_floats_stays_float():
 
 @pytest.mark.one_backend
 def test_the_head_of_a_task_stays_float():
-    model, x, targets = zoo.bert_classifier()
+    model, _, targets = zoo.bert_classifier()
     kra.inject(
         model, kra.LoRA(2), targets, keep_trainable="logits", quantize="int8"
     )
@@ -128,7 +128,6 @@ def test_the_head_of_a_task_stays_float():
     }
     floats = {name for name, mode in modes.items() if mode is None}
     assert "logits" in floats and len(floats) < len(modes) / 2
-    zoo.fit(model, x, steps=1)
 
 
 @pytest.mark.one_backend

@@ -65,6 +65,7 @@ def _float_losses(method, steps):
     return _losses(model, steps)
 
 
+@pytest.mark.cpu_seconds(10, reason="the float model is trained first")
 @pytest.mark.needs_optimizer
 @pytest.mark.parametrize("mode", _modes(everywhere=("float8", "gptq")))
 def test_trains_the_adapter_alone_and_learns_like_float(mode, tmp_path):
