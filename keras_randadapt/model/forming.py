@@ -31,11 +31,13 @@ class _Call:
 
     Attributes:
         model: The model.
-        kernels: list of the kernels, once the call has formed them.
+        addresses: tuple of the sites whose kernels are formed.
+        kernels: dict from address to kernel, once the call has formed them.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, addresses):
         self.model = model
+        self.addresses = addresses
         self.kernels = None
 
 
@@ -68,7 +70,9 @@ def methods_of(base):
 def _generate_step_of(base):
     @functools.wraps(base.generate_step)
     def generate_step(self, *args, **kwargs):
-        with formed.shown(kernels(self)):
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
+        found = kernels(self, sites_to_form(self, _tokens(inputs)))
+        with formed.shown(_by_site(self, found)):
             return base.generate_step(self, *args, **kwargs)
 
     return generate_step
@@ -77,32 +81,41 @@ def _generate_step_of(base):
 def _predict_of(base):
     @functools.wraps(base.predict)
     def predict(self, *args, **kwargs):
-        with _predicting(self):
+        x = kwargs["x"] if "x" in kwargs else [*args, None][0]
+        with _predicting(self, _inputs(x)):
             return base.predict(self, *args, **kwargs)
 
     return predict
 
 
 @contextlib.contextmanager
-def _predicting(model):
+def _predicting(model, inputs):
     """The block of a call of `predict`, which forms kernels at most once.
 
     TensorFlow's compiled function reads variables alone, and a kernel in a
     variable would stay there between calls. It forms nothing.
+
+    Args:
+        model: An adapted model.
+        inputs: See `sites_to_form`.
     """
     transaction.recover(model)
     backend = keras.config.backend()
+    if backend not in ("jax", "torch"):
+        yield
+        return
+    addresses = sites_to_form(model, inputs, whole=True)
     if backend == "torch":
         import torch
 
         with torch.no_grad():
-            found = kernels(model)
-        with formed.shown(found):
+            found = kernels(model, addresses)
+        with formed.shown(_by_site(model, found)):
             yield
         return
     before = _local.call
     try:
-        _local.call = _Call(model) if backend == "jax" else None
+        _local.call = _Call(model, addresses)
         yield
     finally:
         _local.call = before
@@ -120,28 +133,27 @@ def wrap_predict_function(model):
     # With a distribution, Keras says how each part of the state is laid out.
     if keras.distribution.distribution() is not None:
         return function
-    if not sites_to_form(model):
-        return function
     import jax
 
     trainable = model.trainable_variables
     others = model.non_trainable_variables
 
-    @jax.jit
-    def form(trainable_values, other_values):
+    def form(addresses, trainable_values, other_values):
         pairs = [
             *zip(trainable, trainable_values, strict=True),
             *zip(others, other_values, strict=True),
         ]
         with keras.StatelessScope(state_mapping=pairs):
-            return list(kernels(model).values())
+            return kernels(model, addresses)
+
+    form = jax.jit(form, static_argnums=0)
 
     def step(state, iterator):
         call = _local.call
-        if call is None or call.model is not model:
+        if call is None or call.model is not model or not call.addresses:
             return function(state, iterator)
         if call.kernels is None:
-            call.kernels = form(*state)
+            call.kernels = form(call.addresses, *state)
         packed = {"variables": state[1], "kernels": call.kernels}
         y, (first, packed) = function((state[0], packed), iterator)
         call.kernels = packed["kernels"]
@@ -159,27 +171,56 @@ def _predict_step_of(base):
         if not isinstance(packed, dict):
             return base.predict_step(self, *args, **kwargs)
         (trainable, _), *rest = args
-        ids = map(id, sites_to_form(self))
         state = trainable, packed["variables"]
-        with formed.shown(dict(zip(ids, packed["kernels"], strict=True))):
+        with formed.shown(_by_site(self, packed["kernels"])):
             y, variables = base.predict_step(self, state, *rest, **kwargs)
         return y, {**packed, "variables": variables}
 
     return predict_step
 
 
-def kernels(model):
-    """The adapted kernels of the sites of `sites_to_form`, by `id` of site."""
+def kernels(model, addresses):
+    """The adapted kernels of sites, by address."""
     found = {}
-    for site in sites_to_form(model):
-        view = site._merged_kernel_view(_compat.kernel_of(site))
-        kernel = site.from_view(view)
-        found[id(site)] = ops.cast(kernel, site.compute_dtype)
+    for address in addresses:
+        site = model._randadapt.layers[address]
+        kernel = site.from_view(
+            site._merged_kernel_view(_compat.kernel_of(site))
+        )
+        found[address] = ops.cast(kernel, site.compute_dtype)
     return found
 
 
-def sites_to_form(model):
-    """The sites whose kernels fit into the model's memory limit.
+def _by_site(model, found):
+    layers = model._randadapt.layers
+    return {id(layers[address]): one for address, one in found.items()}
+
+
+def _tokens(inputs):
+    """The number of tokens of a batch of `generate`, or `None` if unknown."""
+    ids = inputs.get("token_ids") if isinstance(inputs, dict) else None
+    return _product(getattr(ids, "shape", None))
+
+
+def _inputs(x):
+    """The number of rows that `predict` multiplies, or `None` if unknown."""
+    first = (keras.tree.flatten(x) or [None])[0]
+    shape = getattr(first, "shape", None)
+    if shape is None or len(shape) == 0:
+        return None
+    # The last axis of floats has the features, and ids have no such axis.
+    is_ids = "int" in str(getattr(first, "dtype", ""))
+    return _product(shape if is_ids else shape[:-1])
+
+
+def _product(shape):
+    if shape is None or not all(isinstance(n, int) for n in shape):
+        return None
+    return math.prod(shape)
+
+
+def sites_to_form(model, inputs=None, whole=False):
+    """The sites whose kernels fit into the memory limit and pay.
 
     Sites of methods whose factors are not cheap come first. Quantized kernels
     and those that compute in 16 bits are left out: the one would no longer be
@@ -187,14 +228,19 @@ def sites_to_form(model):
 
     Args:
         model: An adapted model.
+        inputs: The number of rows that each site will multiply in the call, or
+            `None`, which means many.
+        whole: Whether a step multiplies many rows at once. Then a formed update
+            must take less multiply-adds than the rows do with thin factors. A
+            step of few rows waits for memory instead.
 
     Returns:
-        list of layers.
+        tuple of addresses.
     """
     state = model._randadapt
     templates = [state.records[name].template for name in state.shown]
     if not all(template.mergeable for template in templates):
-        return []
+        return ()
     costly, cheap = [], []
     for address, site in zip(state.site_addresses, state.site_layers):
         here = [
@@ -204,18 +250,32 @@ def sites_to_form(model):
         ]
         if not _can_form(site) or not any(t.adapts_kernel for t in here):
             continue
+        if inputs is not None and inputs < _needed(site, state.shown, whole):
+            continue
         is_cheap = all(template.factors_are_cheap for template in here)
-        (cheap if is_cheap else costly).append(site)
+        (cheap if is_cheap else costly).append(address)
     left = memory_limit(state)
     found = []
-    for site in costly + cheap:
+    for address in costly + cheap:
+        site = state.layers[address]
         size = math.prod(site.kernel_view) * state_lib.bytes_of(
             site.compute_dtype
         )
         if size <= left:
-            found.append(site)
+            found.append(address)
             left -= size
-    return found
+    return tuple(found)
+
+
+def _needed(site, names, whole):
+    """The number of rows from which a formed kernel pays at a site."""
+    adapters = [site.adapter.get(name) for name in names]
+    # An adapter may tell the rows that cost as much as its `delta_kernel`.
+    needed = max(getattr(one, "inputs_to_form", 0) for one in adapters)
+    if whole:
+        rows, columns = site.kernel_view
+        needed = max(needed, rows * columns // (rows + columns))
+    return needed
 
 
 def memory_limit(state):

@@ -123,11 +123,11 @@ def _check_generate(method, products):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_predict(method, products, monkeypatch):
-    x = zoo.normal(9, 10)
+    x = zoo.normal(24, 10)
     outputs, calls = [], []
     own = forming.kernels
     monkeypatch.setattr(
-        forming, "kernels", lambda model: calls.append(1) or own(model)
+        forming, "kernels", lambda *given: calls.append(1) or own(*given)
     )
     for limit in (0, _ALL):
         model = _plain()
@@ -135,7 +135,7 @@ def test_predict(method, products, monkeypatch):
         zoo.randomize(model)
         products.clear()
         calls.clear()
-        outputs.append(model.predict(x, batch_size=3, verbose=0))
+        outputs.append(model.predict(x, batch_size=8, verbose=0))
         # TensorFlow's compiled function takes no kernels.
         forms = limit and keras.config.backend() != "tensorflow"
         assert bool(products) != bool(forms)
@@ -143,25 +143,26 @@ def test_predict(method, products, monkeypatch):
     np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
 
     zoo.randomize(model, seed=3)
-    changed = model.predict(x, batch_size=3, verbose=0)
+    changed = model.predict(x, batch_size=8, verbose=0)
     assert np.abs(changed - outputs[1]).max() > 0.01
     one_by_one = model(x, training=False)
     np.testing.assert_allclose(
         changed, keras.ops.convert_to_numpy(one_by_one), rtol=1e-4, atol=1e-5
     )
-    batch = model.predict_on_batch(x[:3])
-    np.testing.assert_allclose(batch, changed[:3], rtol=1e-4, atol=1e-5)
+    batch = model.predict_on_batch(x[:8])
+    np.testing.assert_allclose(batch, changed[:8], rtol=1e-4, atol=1e-5)
     with kra.disabled(model):
-        base = model.predict(x, batch_size=3, verbose=0)
+        base = model.predict(x, batch_size=8, verbose=0)
     np.testing.assert_array_equal(
-        base, _plain().predict(x, batch_size=3, verbose=0)
+        base, _plain().predict(x, batch_size=8, verbose=0)
     )
 
 
 @pytest.mark.one_backend
 class TestLimit:
     def _names(self, model):
-        return [site.name for site in forming.sites_to_form(model)]
+        layers = model._randadapt.layers
+        return [layers[one].name for one in forming.sites_to_form(model)]
 
     @pytest.mark.parametrize(
         "limit, names",
@@ -186,6 +187,20 @@ class TestLimit:
         kra.inject(model, kra.RandLoRA(2), "down", name="b")
         kra.set_active(model, ["default", "b"])
         assert self._names(model) == ["down", "up"]
+
+    def test_few_inputs_do_not_pay(self):
+        """RLoRA's update costs as much as products of `rank + outputs` rows."""
+        model = _plain()
+        kra.inject(model, kra.RLoRA(16), "up", memory_limit=_ALL)
+        found = [len(forming.sites_to_form(model, n)) for n in (39, 40, None)]
+        assert found == [0, 1, 1]
+        kra.eject(model)
+        kra.inject(model, kra.LoRA(2), "up", memory_limit=_ALL)
+        # A step of many rows needs 10 * 24 / (10 + 24) of them.
+        found = [
+            len(forming.sites_to_form(model, n, whole=True)) for n in (6, 7)
+        ]
+        assert found == [0, 1] and len(forming.sites_to_form(model, 1)) == 1
 
     def test_left_out(self):
         for model in (zoo.dense_int8()[0], zoo.dense()[0]):
@@ -217,7 +232,10 @@ def test_another_thread_sees_nothing():
     kra.inject(model, kra.LoRA(2), "up", memory_limit=_ALL)
     site = model.get_layer("up")
     seen = []
-    with formed.shown(forming.kernels(model)):
+    addresses = forming.sites_to_form(model)
+    with formed.shown(
+        forming._by_site(model, forming.kernels(model, addresses))
+    ):
         thread = threading.Thread(
             target=lambda: seen.append(formed.kernel_of(site))
         )
