@@ -25,7 +25,8 @@ class RMLoRA(lora.LoRA):
     ||B B' - I||_F^2)` for each pair. Each step trains only `update_rank`
     random directions of each pair, which are the same columns of `A` and rows
     of `B`; every step draws new ones. Both keep the update from collapsing to
-    fewer directions than its rank.
+    fewer directions than its rank. The paper reports that this raises the test
+    accuracy; this library's own experiment refutes it (docs/evidence.md).
 
     `compile` and `fit` do both: the penalty is among the model's losses, and
     while the adapter is active, a `MaskedGradient` wraps the optimizer of a
