@@ -75,7 +75,7 @@ def test_methods_and_models_of_the_matrix_meet_every_backend(full):
     assert {c for c in everywhere if c[1] == "dense"} == {
         (m, "dense") for m in ("lora", "rlora", "randlora", "rmlora")
     }
-    assert len(everywhere) == 14
+    assert len(everywhere) == 15
     for axis in (0, 1):
         lines = collections.defaultdict(set)
         for cell, number in numbers.items():
