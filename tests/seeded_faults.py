@@ -143,10 +143,10 @@ FAULTS = [
     Fault(
         "quantized_activation_twice",
         "dropped condition",
-        "sites/dense.py",
-        "_AdaptedProduct._base_product",
-        "bias=None, activation=None)",
-        "bias=None)",
+        "sites/quantized_product.py",
+        "_call",
+        '"bias": None, "activation": None}',
+        '"bias": None}',
         ("test_matrix.py -k 'lora and int8'", "test_injection.py"),
     ),
     Fault(

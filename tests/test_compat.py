@@ -9,6 +9,7 @@ from keras import layers
 
 import keras_randadapt as kra
 from keras_randadapt import _compat
+from tests import quantizing
 
 
 def _model():
@@ -751,3 +752,93 @@ def test_exported_config():
     kra.inject(backbone, kra.LoRA(2), targets=["query"])
     assert _compat.exported_config(backbone) == config
     assert _compat.exported_config(_model()) is None
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("mode", quantizing.MODES)
+def test_dequantized_kernel(mode):
+    """It is the kernel by which Keras's own product multiplies."""
+    if not quantizing.has(mode):
+        pytest.skip(f"This Keras has no {mode}.")
+    model = quantizing.quantized(mode)
+    for name in quantizing.SITES:
+        layer = model.get_layer(name)
+        layer.activation = None
+        layer.bias = None
+        dim = {"query": 8, "up": 10, "down": 12}[name]
+        units = np.eye(dim, dtype="float32")[None]
+        expected = keras.ops.convert_to_numpy(layer(units))[0]
+        found = keras.ops.convert_to_numpy(_compat.dequantized_kernel(layer))
+        assert _compat.can_dequantize(layer)
+        # Float8 rounds a 1 exactly at the scale of an untrained layer.
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_can_dequantize():
+    dense, embedding = layers.Dense(4), layers.Embedding(6, 4)
+    dense.build((None, 6))
+    embedding.build()
+    assert not _compat.can_dequantize(dense)
+    embedding.quantize("int8")
+    dense.quantize("int8")
+    assert _compat.can_dequantize(dense)
+    assert not _compat.can_dequantize(embedding)
+
+
+@pytest.mark.one_backend
+def test_is_calibrated_and_has_float_kernel():
+    model = quantizing.quantized("gptq", ["up"])
+    down = model.get_layer("down")
+    down.quantize("gptq", config=model.get_layer("up").quantization_config)
+    found = [_compat.is_calibrated(model.get_layer(n)) for n in ("up", "down")]
+    assert found == [True, False]
+    floats = [
+        _compat.has_float_kernel(model.get_layer(n)) for n in ("up", "down")
+    ]
+    assert floats == [False, True]
+    assert _compat.kernel_of(model.get_layer("up")).dtype == "uint8"
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("mode", quantizing.MODES)
+def test_product_variables(mode):
+    """They are all that the product reads."""
+    if not quantizing.has(mode):
+        pytest.skip(f"This Keras has no {mode}.")
+    layer = quantizing.quantized(mode, ["up"]).get_layer("up")
+    found = _compat.product_variables(layer)
+    own = {id(v) for v in layer.variables if v is not layer.bias}
+    assert {id(v) for v in found.values()} == own
+
+
+def test_recorded_layer():
+    layer = layers.Dense(4)
+    layer.build((None, 6))
+    x = np.ones((2, 6), "float32")
+    y = keras.ops.convert_to_numpy(layer(x))
+    before, variables = set(vars(layer)), list(layer.variables)
+    restore = _compat.recorded_layer(layer)
+    layer.quantize("int4")
+    layer.bias.trainable = False
+    for _ in range(2):
+        restore()
+        assert set(vars(layer)) == before
+        assert list(map(id, layer.variables)) == list(map(id, variables))
+        assert layer.quantization_mode is None and layer.bias.trainable
+        assert len(layer.trainable_variables) == 2
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), y)
+    layer.quantize("int8")
+    assert layer.quantization_mode == "int8"
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="PyTorch alone has torch.compile"
+)
+def test_is_compiling():
+    import torch
+
+    assert not _compat.is_compiling()
+    step = torch.compile(
+        lambda x: x + 1 if _compat.is_compiling() else x, backend="eager"
+    )
+    assert float(step(torch.zeros(()))) == 1.0

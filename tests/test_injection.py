@@ -18,6 +18,7 @@ from keras import layers
 
 import keras_randadapt as kra
 from keras_randadapt.sites import layer as layer_lib
+from keras_randadapt.sites import supported
 from tests import zoo
 from tests.methods import site_of
 
@@ -71,6 +72,31 @@ class TestReport:
         text = str(report)
         for part in ("RLoRA 'task'", "96", "27", "KB"):
             assert part in text
+
+    @pytest.mark.one_backend
+    def test_bytes_of_a_quantized_base(self):
+        model = keras.Sequential(
+            [
+                keras.Input((10,)),
+                layers.Dense(7, name="site"),
+                layers.Dense(3, name="head"),
+            ]
+        )
+        model.get_layer("site").quantize("int8")
+        report = kra.inject(model, kra.LoRA(2), "site", keep_trainable="head")
+        # A byte a number, and seven scales and biases.
+        assert report.base_bytes == 10 * 7 + 4 * (7 + 7)
+        assert report.adapter_bytes == 4 * (2 * (10 + 7) + 7 * 3 + 3)
+        assert report.optimizer_bytes is None
+        model.compile(keras.optimizers.Adam(), "mse")
+        model.fit(zoo.normal(4, 10), zoo.normal(4, 3), verbose=0)
+        # Two moments a weight, and at least the count of steps.
+        assert 0 < report.optimizer_bytes - 2 * report.adapter_bytes < 32
+        for part in ("126 B", "232 B", "optimizer"):
+            assert part in str(report)
+        plain = kra.inject(zoo.sequential()[0], kra.LoRA(2), "all-linear")
+        assert plain.base_bytes == 4 * plain.base_parameters
+        assert "as stored" not in str(plain)
 
     @pytest.mark.parametrize("mode", ["int8", "int4", "float8", "int4 blocks"])
     def test_quantized_base_counts_as_the_float_one(self, mode):
@@ -770,11 +796,28 @@ class TestBadInput:
         model.quantize("int8")
         assert model.get_layer("site").quantization_mode == "int8"
 
-    def test_unsupported_quantization(self):
+    def test_unsupported_quantization(self, monkeypatch):
+        """Keras may get modes that this library does not know."""
         model, _, targets = zoo.dense()
         model.quantize("float8")
+        monkeypatch.setattr(supported, "QUANTIZATION_MODES", (None, "int8"))
         with pytest.raises(ValueError, match="quantized to 'float8'"):
             kra.inject(model, kra.LoRA(2), targets)
+
+    def test_quantize_a_layer_afterwards(self):
+        """Its kernel is the adapted model's, be the layer a site or not."""
+        model, x, _ = zoo.sequential()
+        dense = [one for one in model.layers if hasattr(one, "units")]
+        kra.inject(model, kra.LoRA(2), dense[0].name)
+        before = zoo.outputs(model, x)
+        assert len(dense) == 2
+        for layer in dense:
+            with pytest.raises(ValueError, match=r"inject\(..., quantize="):
+                layer.quantize("int8")
+        np.testing.assert_array_equal(zoo.outputs(model, x), before)
+        kra.eject(model)
+        for layer in dense:
+            layer.quantize("int8")
 
     def test_quantized_kernel_that_is_no_matrix_product(self):
         model, _, targets = zoo.einsum_shared()

@@ -21,16 +21,12 @@ from keras_randadapt._compat.layers import is_in_call
 from keras_randadapt._compat.layers import is_nnx_enabled
 from keras_randadapt._compat.layers import is_saveable
 from keras_randadapt._compat.layers import kernel_of
-from keras_randadapt._compat.layers import kernel_shape
 from keras_randadapt._compat.layers import layer_trainable_flag
 from keras_randadapt._compat.layers import may_rematerialize
 from keras_randadapt._compat.layers import name_scope
 from keras_randadapt._compat.layers import no_automatic_dependency_tracking
 from keras_randadapt._compat.layers import open_name_scope
 from keras_randadapt._compat.layers import owned_variables
-from keras_randadapt._compat.layers import paired_quantized_variables
-from keras_randadapt._compat.layers import quantized_kernel_of
-from keras_randadapt._compat.layers import quantized_variables
 from keras_randadapt._compat.layers import refresh_torch_parameters
 from keras_randadapt._compat.layers import restore_sublayer
 from keras_randadapt._compat.layers import set_keras_mask
@@ -40,7 +36,6 @@ from keras_randadapt._compat.layers import sublayers
 from keras_randadapt._compat.layers import trainable_by_nature
 from keras_randadapt._compat.layers import training_phase
 from keras_randadapt._compat.layers import unpickle_model
-from keras_randadapt._compat.layers import unquantized_variables
 from keras_randadapt._compat.layers import unrounded
 from keras_randadapt._compat.layers import walk_attributes
 from keras_randadapt._compat.optimizers import ShowsMovingAverage
@@ -57,10 +52,22 @@ from keras_randadapt._compat.optimizers import weight_decay_exclusions
 from keras_randadapt._compat.plain_kernels import TABLES
 from keras_randadapt._compat.plain_kernels import holds_table
 from keras_randadapt._compat.plain_kernels import table_name
+from keras_randadapt._compat.quantization import can_dequantize
+from keras_randadapt._compat.quantization import dequantized_kernel
+from keras_randadapt._compat.quantization import has_float_kernel
+from keras_randadapt._compat.quantization import is_calibrated
+from keras_randadapt._compat.quantization import kernel_shape
+from keras_randadapt._compat.quantization import paired_quantized_variables
+from keras_randadapt._compat.quantization import product_variables
+from keras_randadapt._compat.quantization import quantized_kernel_of
+from keras_randadapt._compat.quantization import quantized_variables
+from keras_randadapt._compat.quantization import recorded_layer
+from keras_randadapt._compat.quantization import unquantized_variables
 from keras_randadapt._compat.steps import compiled_functions
 from keras_randadapt._compat.steps import forget_jax_state
 from keras_randadapt._compat.steps import fresh_step
 from keras_randadapt._compat.steps import has_values
+from keras_randadapt._compat.steps import is_compiling
 from keras_randadapt._compat.steps import is_tracing
 from keras_randadapt._compat.steps import reset_compiled_functions
 from keras_randadapt._compat.steps import substituted_values
@@ -86,6 +93,7 @@ __all__ = [
     "has_values",
     "holds_table",
     "instance_attributes",
+    "is_compiling",
     "is_in_call",
     "is_nnx_enabled",
     "is_saveable",
@@ -100,6 +108,12 @@ __all__ = [
     "no_automatic_dependency_tracking",
     "open_name_scope",
     "owned_variables",
+    "can_dequantize",
+    "dequantized_kernel",
+    "has_float_kernel",
+    "is_calibrated",
+    "product_variables",
+    "recorded_layer",
     "paired_quantized_variables",
     "quantized_kernel_of",
     "quantized_variables",

@@ -30,17 +30,12 @@ __all__ = [
     "is_saveable",
     "KeepsTrainingFlag",
     "kernel_of",
-    "kernel_shape",
     "layer_trainable_flag",
     "may_rematerialize",
     "name_scope",
     "no_automatic_dependency_tracking",
     "open_name_scope",
     "owned_variables",
-    "paired_quantized_variables",
-    "quantized_kernel_of",
-    "quantized_variables",
-    "unquantized_variables",
     "refresh_torch_parameters",
     "restore_sublayer",
     "set_keras_mask",
@@ -303,6 +298,9 @@ def kernel_of(layer):
         return layer._embeddings
     kernel = getattr(layer, "_kernel", None)
     if kernel is None:
+        # GPTQ and AWQ replace the kernel by one of another name.
+        kernel = getattr(layer, "quantized_kernel", None)
+    if kernel is None:
         kernel = vars(layer).get(plain_kernels.plain_kernel_name(layer))
     return kernel
 
@@ -322,101 +320,6 @@ def unrounded(value):
     with AutocastScope(None):
         # `convert_to_tensor` returns the variable itself on TensorFlow.
         return value.value
-
-
-def kernel_shape(layer):
-    """The unpacked shape of an `EinsumDense` layer's kernel.
-
-    Returns:
-        tuple of ints.
-    """
-    if layer.quantization_mode in ("int4", "gptq", "awq") and hasattr(
-        layer, "original_kernel_shape"
-    ):
-        # Since 3.15 Keras flattens a packed kernel; earlier versions pack
-        # along one axis.
-        shape = layer.original_kernel_shape
-    else:
-        shape = list(layer._kernel.shape)
-        if layer.quantization_mode == "int4":
-            axis = layer._int4_pack_axis
-            shape[axis] = layer._orig_length_along_pack_axis
-    return tuple(int(n) for n in shape)
-
-
-_QUANTIZED_VARIABLES = (
-    "_kernel",
-    "kernel_scale",
-    "kernel_zero",
-    "_embeddings",
-    "embeddings_scale",
-    "embeddings_zero",
-)
-
-
-def paired_quantized_variables(layer, twin):
-    """The variables of a quantized kernel in two layers of one config.
-
-    The reverse projection of a tied embedding uses the same variables. The
-    other variables of an untied one are not included.
-
-    Returns:
-        list of pairs of a variable of `layer` and that of `twin`.
-    """
-    return [
-        (getattr(layer, name), getattr(twin, name))
-        for name in _QUANTIZED_VARIABLES
-        if getattr(twin, name, None) is not None
-    ]
-
-
-def quantized_kernel_of(layer):
-    """The variable of a quantized `Dense` or `EinsumDense` layer's kernel.
-
-    In some modes Keras replaces the kernel by one of another name.
-    """
-    kernel = getattr(layer, "quantized_kernel", None)
-    return layer._kernel if kernel is None else kernel
-
-
-def unquantized_variables(layer):
-    """A quantized layer's variables that its float layer has too.
-
-    These are the bias and the factors of Keras's own LoRA, not the kernel.
-
-    Returns:
-        list of variables.
-    """
-    names = (
-        "bias",
-        "lora_kernel_a",
-        "lora_kernel_b",
-        "lora_embeddings_a",
-        "lora_embeddings_b",
-    )
-    found = [getattr(layer, name, None) for name in names]
-    return [value for value in found if value is not None]
-
-
-def quantized_variables(layer):
-    """The variables by which a quantized embedding computes.
-
-    Returns:
-        dict from the attribute's name to a `keras.Variable`.
-    """
-    names = (
-        *_QUANTIZED_VARIABLES,
-        "reverse_embeddings",
-        "reverse_embeddings_scale",
-        "reverse_embeddings_zero",
-        "g_idx",
-    )
-    found = {name: getattr(layer, name, None) for name in names}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, keras.Variable)
-    }
 
 
 def causal_padding(layer):

@@ -15,6 +15,7 @@ __all__ = [
     "forget_jax_state",
     "fresh_step",
     "has_values",
+    "is_compiling",
     "is_tracing",
     "reset_compiled_functions",
     "substituted_values",
@@ -72,6 +73,15 @@ def sync_jax_state(model):
     """Gives the variables their current values, on JAX, inside `fit`."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
+
+
+def is_compiling():
+    """Whether `torch.compile` is reading the code, which keeps the result."""
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return torch.compiler.is_compiling()
 
 
 def is_tracing():

@@ -206,6 +206,14 @@ class RLoRA(base.Adapter):
         columns = ops.transpose(rows * self._scaled_beta("float32"))
         return ops.transpose(self.basis_a.adjoint(columns))
 
+    @property
+    def inputs_to_form(self) -> int:
+        """The number of inputs whose products cost as much as the update.
+
+        The update takes a transform for each rank and each output.
+        """
+        return self.rank + self.output_dim
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if self.rank >= min(self.input_dim, self.output_dim):
             return None

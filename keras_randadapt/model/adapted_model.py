@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_randadapt import _compat
 from keras_randadapt.adapters import configs
+from keras_randadapt.model import forming
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import save as save_lib
 from keras_randadapt.model import training as training_lib
@@ -102,7 +103,8 @@ class AdaptedModel(_compat.KeepsTrainingFlag):
     def make_predict_function(self, force=False):
         transaction.recover(self)
         self._forget_functions_if(force)
-        return super().make_predict_function(force)
+        super().make_predict_function(force)
+        return forming.wrap_predict_function(self)
 
     def _forget_functions_if(self, force):
         # A forced rebuild invalidates the functions of every combination of
@@ -371,6 +373,7 @@ def _adapted_class(base):
             "_own_class": base,
             "call": _counting_call(base),
             "fit": _releasing_fit(base),
+            **forming.methods_of(base),
         },
     )
     _compat.alias_registered_class(cls, REGISTERED_NAME)

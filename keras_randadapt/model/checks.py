@@ -268,6 +268,12 @@ def _check_overlap(model, layers, addresses, kept):
             )
 
 
+def reads_kernel(address, layers):
+    """Whether the layer around a layer multiplies by its kernel variable."""
+    parent = layers.get(address.rpartition("/")[0])
+    return type(parent).__name__ in _READS_KERNELS
+
+
 def _check_parent(address, layers):
     layer = layers[address]
     parent = layers.get(address.rpartition("/")[0])
@@ -279,7 +285,7 @@ def _check_parent(address, layers):
             "adapter there would do nothing until it is merged. Leave it out "
             f"with `exclude={attribute!r}`."
         )
-    reads = type(parent).__name__ in _READS_KERNELS
+    reads = reads_kernel(address, layers)
     if layer.quantization_mode is not None and reads:
         raise ValueError(
             f"'{layers.named([address])[0]}' is quantized to "
@@ -305,7 +311,7 @@ def check_called(template, address, layers):
             f"Received: dropout={template.dropout}"
         )
     parent = layers.get(address.rpartition("/")[0])
-    if type(parent).__name__ not in _READS_KERNELS:
+    if not reads_kernel(address, layers):
         return
     missed = None
     if template.adapts_output:

@@ -31,7 +31,13 @@ _ROWS = 4096
 #: The relative distance up to which two kernels may be copies of the same
 #: weights, by the precision of the less precise one. A copy in float32 may
 #: have been stored in 16 bits, which moves it by 0.002.
-_TOLERANCES = {"int8": 0.1, "int4": 0.7, "float8": 0.2}
+_TOLERANCES = {
+    "int8": 0.1,
+    "int4": 0.7,
+    "float8": 0.2,
+    "gptq": 0.7,
+    "awq": 0.7,
+}
 _TOLERANCE = 0.01
 
 

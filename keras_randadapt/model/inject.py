@@ -1,7 +1,9 @@
 """`inject`: checks its arguments, builds adapters and attaches them."""
 
 import functools
+import numbers
 import warnings
+from typing import Any
 
 import keras
 
@@ -13,6 +15,7 @@ from keras_randadapt.model import attach
 from keras_randadapt.model import build
 from keras_randadapt.model import checks
 from keras_randadapt.model import distribution
+from keras_randadapt.model import quantize as quantize_lib
 from keras_randadapt.model import report as report_lib
 from keras_randadapt.model.state import layers_of
 from keras_randadapt.sites import linear
@@ -30,6 +33,8 @@ def inject(
     exclude: Targets = None,
     keep_trainable: Targets = None,
     experts: bool = False,
+    quantize: Any = None,
+    memory_limit: int | None = None,
     name: str = "default",
 ) -> report_lib.Report:
     """Attaches an adapter to a model, in place, and freezes the rest.
@@ -70,17 +75,30 @@ def inject(
             experts of a mixture, which are stacked in variables of three axes.
             Each expert then gets an adapter of its own. Without it they are
             adapted only if `targets` names them or their layer.
+        quantize: Optional quantization of the base: `"int8"`, `"int4"`,
+            `"float8"`, or a config of `keras.quantizers`, which GPTQ and AWQ
+            need. Dense and EinsumDense layers are quantized, and embeddings in
+            int8 and int4, whether they are adapted or not. The heads of
+            KerasHub tasks, layers in `keep_trainable`, routers and gates of
+            experts stay floats. The base stays quantized after `eject`.
+        memory_limit: Optional int. The bytes that one call of `generate` or
+            `predict` may take for kernels with the adapters folded in, which
+            it forms once and multiplies by in each step; 0 forms none. By
+            default it is a quarter of the bytes of the base. It is the
+            model's: the last `inject` that gives one counts.
         name: The adapter's name: letters, digits, `_` and `-`.
 
     Returns:
         A `Report`, which is meant to be printed.
 
     Raises:
-        TypeError: If `model` is no Keras model or `adapter` no adapter.
+        TypeError: If `model` is no Keras model, `adapter` no adapter, or
+            `quantize` neither a mode nor a config.
         ValueError: If the model is not built, a target matches nothing or
             only layers that can't be adapted, a name means a layer with a
             kernel that can't be adapted, the method can't take a site's
-            shape, the name is taken, or the model was built under another
+            shape, the name is taken, `quantize` is given for a model that is
+            quantized or adapted already, or the model was built under another
             `tf.distribute` scope. The model is then unchanged.
 
     Example:
@@ -140,9 +158,32 @@ def inject(
         sources=sources,
         built=built,
     )
+    _check_memory_limit(memory_limit)
+    plan = quantize_lib.plan_of(model, layers, quantize, chosen, kept)
     with attach.changing(model) as change:
+        if plan is not None:
+            quantize_lib.apply(change, plan)
         attach.attach(change, attachment)
+        if memory_limit is not None:
+            change.set(model._randadapt, "memory_limit", int(memory_limit))
     return report_lib.Report(model, name, left_out)
+
+
+def _check_memory_limit(memory_limit):
+    if memory_limit is None:
+        return
+    if isinstance(memory_limit, bool) or not isinstance(
+        memory_limit, numbers.Integral
+    ):
+        raise TypeError(
+            "`memory_limit` must be an int, a number of bytes. "
+            f"Received: memory_limit={memory_limit!r}"
+        )
+    if memory_limit < 0:
+        raise ValueError(
+            "`memory_limit` must be at least 0; 0 forms no kernels. "
+            f"Received: memory_limit={memory_limit}"
+        )
 
 
 def _check_experts(experts, targets):

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 
 import keras
 import numpy as np
 
 from keras_randadapt import _compat
+from keras_randadapt.adapter_warning import AdapterWarning
 from keras_randadapt.model import attach
 from keras_randadapt.model import moving_state
 from keras_randadapt.model import state as state_lib
@@ -17,29 +19,39 @@ from keras_randadapt.sites import quantized
 from keras_randadapt.sites import supported
 
 
-def merge(model: keras.Model) -> keras.Model:
+def merge(model: keras.Model, *, through_float: bool = False) -> keras.Model:
     """Folds the active adapters into the kernels, then ejects all adapters.
 
     Deltas are added in float32 and rounded once to the kernel's dtype.
     Kernels in int8 or int4 are dequantized, merged and quantized again with
-    new scales, which rounds the delta to the new grid. Kept layers keep their
-    trained values. The `trainable` flags become those from before `inject`.
+    new scales, which rounds the delta to the new grid. In float8 the stored
+    floats change. Kept layers keep their trained values. The `trainable` flags
+    become those from before `inject`.
+
+    GPTQ and AWQ rounded their kernels with calibration data, and a sum can't be
+    rounded so again. Such kernels are merged only with `through_float=True`.
 
     Args:
         model: An adapted model.
+        through_float: bool. Whether kernels of GPTQ and AWQ are dequantized,
+            merged and rounded to the nearest values of fresh grids. A warning
+            tells the error that this introduces.
 
     Returns:
         The model, without adapters.
 
     Raises:
+        TypeError: If `through_float` is no bool.
         ValueError: If the model has no adapter, if an active one can't be
-            merged, or if a merged kernel would hold NaN or infinity. The model
-            is then unchanged.
+            merged, if a kernel of GPTQ or AWQ would be rounded and
+            `through_float` is false, or if a merged kernel would hold NaN or
+            infinity. The model is then unchanged.
     """
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
     state_lib.check_not_fitting(model)
     _check_mergeable(state)
+    _check_rounding(state, through_float)
     _check_finite_merge(state)
     with attach.changing(model) as change:
         for layer in state.site_layers:
@@ -59,7 +71,9 @@ def merge(model: keras.Model) -> keras.Model:
 
 
 @contextlib.contextmanager
-def merged(model: keras.Model) -> Iterator[keras.Model]:
+def merged(
+    model: keras.Model, *, through_float: bool = False
+) -> Iterator[keras.Model]:
     """Folds the active adapters into the kernels during a block.
 
     Callbacks may use it in the middle of `fit`. Inside of the block the model
@@ -78,14 +92,17 @@ def merged(model: keras.Model) -> Iterator[keras.Model]:
 
     Args:
         model: An adapted model.
+        through_float: bool. See `merge`.
 
     Raises:
+        TypeError: See `merge`.
         ValueError: See `merge`.
     """
     state = state_lib.state_of(model)
     state_lib.check_no_block(model)
     functions = attach.functions_of_fit(model)
     _check_mergeable(state)
+    _check_rounding(state, through_float)
     _check_finite_merge(state)
     active = state.active
 
@@ -167,6 +184,52 @@ def _check_mergeable(state):
                 "hold: it can't be merged. Save it with `save_adapter`, or "
                 "export the adapted model without a merge."
             )
+
+
+def _check_rounding(state, through_float):
+    """Refuses kernels that a merge would round without calibration.
+
+    If they are to be rounded, it warns with the error.
+    """
+    if not isinstance(through_float, bool):
+        raise TypeError(
+            "`through_float` must be a bool: whether kernels of GPTQ and AWQ "
+            "are merged as floats and rounded again. "
+            f"Received: through_float={through_float!r}"
+        )
+    rounded = {
+        address: layer
+        for address, layer in zip(state.site_addresses, state.site_layers)
+        if _compat.is_calibrated(layer) and _adapts_kernel(layer)
+    }
+    if not rounded:
+        return
+    names = list(rounded)[:5]
+    if not through_float:
+        modes = sorted({one.quantization_mode for one in rounded.values()})
+        raise ValueError(
+            f"The kernels of {len(rounded)} sites, {names} among them, were "
+            f"rounded with calibration data ({modes}), and a merged kernel "
+            "can't be rounded so again. Keep the adapter apart: `save_adapter` "
+            "and `export` do. Or load its file into the float model, merge "
+            "there, and call `quantize` again. Or give `through_float=True` "
+            "for the nearest values without calibration. "
+            f"Received: through_float={through_float}"
+        )
+    worst = 0.0
+    for layer in rounded.values():
+        base, wanted = quantized.float_kernel(layer), _merged_kernel(layer)
+        found = quantized.after_rounding(layer, wanted)
+        error = np.sum((found - wanted) ** 2)
+        delta = np.sum((wanted - keras.ops.convert_to_numpy(base)) ** 2)
+        worst = max(worst, float(np.sqrt(error / max(delta, 1e-30))))
+    warnings.warn(
+        f"The merged kernels of {len(rounded)} sites are rounded without "
+        f"calibration data: the error is up to {100 * worst:.3g} % of a "
+        "kernel's update. Measure the merged model before you ship it.",
+        AdapterWarning,
+        stacklevel=3,
+    )
 
 
 def _check_finite_merge(state):

@@ -1,7 +1,7 @@
 """Marks the layers and models inside an adapted model as its parts.
 
-A model that is a part of an adapted model can be neither adapted nor quantized
-by itself, and no part takes Keras's own LoRA, because the adapted model would
+A model that is a part of an adapted model can't be adapted by itself, and no
+part can be quantized or takes Keras's own LoRA, because the adapted model would
 not know of it: it would freeze new weights and thaw frozen ones.
 """
 
@@ -44,7 +44,7 @@ def claim(part, model):
 
 def _replaced(part):
     found = {}
-    if isinstance(part, keras.Model):
+    if type(part).quantize is not keras.layers.Layer.quantize:
         found["quantize"] = _quantize
     if hasattr(type(part), "enable_lora"):
         found["enable_lora"] = _enable_lora
@@ -80,14 +80,22 @@ def owner_of(part):
 
 
 def _quantize(part, *args, **kwargs):
-    if owner_of(part) is None:
+    owner = owner_of(part)
+    if owner is None:
         # The adapted models that it was a part of no longer exist.
         release(part, part)
         return part.quantize(*args, **kwargs)
+    if isinstance(part, keras.Model):
+        missed = f"Model '{part.name}' has adapters attached, and `quantize` "
+        missed += "would skip every adapted layer."
+    else:
+        missed = f"Layer '{part.name}' is a part of model '{owner.name}', "
+        missed += "which has adapters attached, and `quantize` would replace "
+        missed += "the kernel under them."
     raise ValueError(
-        f"Model '{part.name}' has adapters attached, and `quantize` would "
-        "skip every adapted layer. Quantize first and inject afterwards, or "
-        "call `keras_randadapt.merge(model)` before quantizing."
+        f"{missed} Quantize first and inject afterwards, in one call with "
+        "`keras_randadapt.inject(..., quantize=...)`, or call "
+        "`keras_randadapt.merge(model)` before quantizing."
     )
 
 

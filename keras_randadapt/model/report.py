@@ -1,6 +1,7 @@
 """`Report`: a printed summary of an attached adapter."""
 
 import math
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -8,6 +9,7 @@ import keras
 
 from keras_randadapt import _compat
 from keras_randadapt.model import file_format
+from keras_randadapt.model import state as state_lib
 from keras_randadapt.sites import quantized
 
 
@@ -27,6 +29,10 @@ class Report:
         keras_base_parameters: The number of these weights in Keras's
             `count_params`. It differs in a quantized model: two numbers of a
             packed int4 kernel count once, and scales count too.
+        base_bytes: The bytes of these other weights as they are stored, packed
+            kernels, scales and all.
+        adapter_bytes: The bytes of the adapter's and the heads' weights in
+            memory.
         file_bytes: The size of the file that `save_adapter` writes, with
             heads.
         left_out: dict from the structural addresses of layers with kernels
@@ -72,6 +78,14 @@ class Report:
         self.base_parameters = sum(
             float_sizes.get(id(variable), _size(variable)) for variable in base
         )
+        self.base_bytes = sum(map(state_lib.stored_bytes, base))
+        self.adapter_bytes = sum(map(state_lib.stored_bytes, heads)) + sum(
+            state_lib.stored_bytes(weight)
+            for adapter in adapters
+            for part in _compat.flatten_layers(adapter)
+            for weight in _unique(_compat.owned_variables(part), kept)
+        )
+        self._model = weakref.ref(model)
         self.file_bytes = file_format.size(model, name)
         self.left_out = dict(left_out)
 
@@ -87,7 +101,7 @@ class Report:
             ("adapter parameters", f"{self.adapter_parameters:,}"),
             ("head parameters", f"{self.head_parameters:,}"),
             ("frozen base parameters", f"{self.base_parameters:,}"),
-            *self._row_of_keras(),
+            *self._rows_of_quantized(),
             ("trained", f"{100 * trained / max(total, 1):.4f} %"),
             ("adapter file", _bytes(self.file_bytes)),
         ]
@@ -102,9 +116,23 @@ class Report:
 
     __repr__ = __str__
 
-    def _row_of_keras(self):
-        if self.keras_base_parameters != self.base_parameters:
-            yield "  as Keras counts", f"{self.keras_base_parameters:,}"
+    @property
+    def optimizer_bytes(self) -> int | None:
+        """The bytes of the optimizer's state, once `fit` has made it."""
+        model = self._model()
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or not optimizer.built:
+            return None
+        return sum(map(state_lib.stored_bytes, optimizer.variables))
+
+    def _rows_of_quantized(self):
+        if self.keras_base_parameters == self.base_parameters:
+            return
+        yield "  as Keras counts", f"{self.keras_base_parameters:,}"
+        yield "base as stored", _bytes(self.base_bytes)
+        yield "adapter and heads", _bytes(self.adapter_bytes)
+        if self.optimizer_bytes is not None:
+            yield "optimizer", _bytes(self.optimizer_bytes)
 
 
 def _size(variable):

@@ -1,5 +1,6 @@
 """The state of an adapted model, and checks that precede a change."""
 
+import math
 import threading
 
 import keras
@@ -83,6 +84,8 @@ class AdaptedState:
         between_steps: `BetweenSteps`, which runs functions of other threads
             during `fit`.
         parts: list of the layers that it claimed: itself and those inside.
+        memory_limit: The bytes of kernels that one call of `generate` or
+            `predict` may form, or `None` for the default of `forming`.
     """
 
     def __init__(self, layers, layer_flags, variable_flags, parts, moving, use):
@@ -104,6 +107,7 @@ class AdaptedState:
         self.in_step = False
         self.between_steps = between_steps.BetweenSteps()
         self.parts = parts
+        self.memory_limit = None
 
     @property
     def trained(self):
@@ -304,3 +308,15 @@ def kept_layer_values(layer):
 def assign_kept_layer_values(layer, values):
     for weight, value in zip(layer.weights, values, strict=True):
         weight.assign(value)
+
+
+def stored_bytes(variable):
+    """The bytes of a variable's value."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return math.prod(variable.shape) * bytes_of(dtype)
+
+
+def bytes_of(dtype):
+    """The bytes of one number of a dtype of Keras."""
+    # NumPy alone does not know the name.
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

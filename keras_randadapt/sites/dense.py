@@ -1,6 +1,5 @@
 """Adapted `Dense` and `EinsumDense` layers."""
 
-import functools
 import math
 
 from keras import ops
@@ -9,7 +8,9 @@ from keras_randadapt import _compat
 from keras_randadapt.ops.fast_products import matmul
 from keras_randadapt.ops.fast_products import placed
 from keras_randadapt.ops.fast_products import reshape
+from keras_randadapt.sites import formed
 from keras_randadapt.sites import product
+from keras_randadapt.sites import quantized_product
 from keras_randadapt.sites.kernel_view import EinsumPlan
 from keras_randadapt.sites.kernel_view import KernelView
 from keras_randadapt.sites.layer import AdaptedLayer
@@ -43,6 +44,7 @@ class _AdaptedProduct(AdaptedLayer):
         y = self._adapted_product(inputs, training)
         bias = self.merged_bias()
         if bias is not None:
+            bias = quantized_product.bias_as_added(self, bias)
             y = ops.add(y, ops.cast(bias, self.compute_dtype))
         if self.activation is not None:
             y = self.activation(y)
@@ -57,6 +59,9 @@ class _AdaptedProduct(AdaptedLayer):
         active = self.adapter.active()
         if not active:
             return self._base_product(inputs)
+        kernel = formed.kernel_of(self)
+        if kernel is not None:
+            return self._float_product(inputs, kernel)
         # The tokens are put into one axis. With two axes, XLA's gradients of
         # thin products take three times as long on a CPU
         # (docs/design/other-costs.md).
@@ -75,12 +80,7 @@ class _AdaptedProduct(AdaptedLayer):
     def _base_product(self, x):
         if self.quantization_mode is None:
             return self._float_product(x, _compat.kernel_of(self))
-        call = functools.partial(self._site_base.quantized_call, self, x)
-        if own_bias(self) is None and self.activation is None:
-            return call()
-        with self._lock_if_quantized():
-            with _compat.instance_attributes(self, bias=None, activation=None):
-                return call()
+        return quantized_product.base_product(self, x)
 
 
 class AdaptedDense(_AdaptedProduct):
@@ -169,6 +169,9 @@ class AdaptedEinsumDense(_AdaptedProduct):
         return ops.einsum(self.equation, x, kernel)
 
     def _adapted_product(self, inputs, training):
+        kernel = formed.kernel_of(self)
+        if kernel is not None:
+            return self._float_product(inputs, kernel)
         if not einsum_plan_of(self).is_matrix_product:
             return kernel_space_product(self, inputs, training)
         return super()._adapted_product(inputs, training)

@@ -87,7 +87,12 @@ class AdaptedLayer(folding.Folds, _compat.KeepsTrainingFlag):
 
     def quantized_call(self, *args, **kwargs):
         # Keras calls this instead of `call`, but here `call` handles both.
-        return self.call(*args, **kwargs)
+        call = self.call
+        if getattr(call, "__func__", None) is self._site_base.call:
+            # Keras's calibration leaves the method of the layer's own class
+            # behind as an attribute of the layer.
+            return type(self).call(self, *args, **kwargs)
+        return call(*args, **kwargs)
 
     def _lock_if_quantized(self):
         # A quantized product sets bias and activation aside. Meanwhile another

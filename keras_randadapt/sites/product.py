@@ -65,6 +65,9 @@ class Product:
             float32 tensor `(n, output_dim)`.
         """
         kernel = self._kernel("float32")
+        if kernel is None and self._site.quantization_mode == "float8":
+            # Keras would round the rows too, to the scale of the inputs.
+            kernel = self.base_kernel()
         if kernel is not None:
             return ops.matmul(rows, kernel)
         rows = ops.cast(rows, self._site.compute_dtype)
@@ -73,9 +76,12 @@ class Product:
     def base_kernel(self) -> Tensor:
         """The base kernel view, float32, dequantized if it is quantized."""
         kernel = self._kernel("float32")
-        if kernel is None:
-            kernel = self.times_base(ops.eye(self._site.kernel_view.input_dim))
-        return kernel
+        if kernel is not None:
+            return kernel
+        if _compat.can_dequantize(self._site):
+            view = self._site.to_view(_compat.dequantized_kernel(self._site))
+            return ops.cast(view, "float32")
+        return self.times_base(ops.eye(self._site.kernel_view.input_dim))
 
     def _kernel(self, dtype):
         if self._site.quantization_mode is not None:

@@ -6,6 +6,8 @@ import keras
 from keras import ops
 
 from keras_randadapt import _compat
+from keras_randadapt.sites import calibrated
+from keras_randadapt.sites import straight_through
 from keras_randadapt.sites import supported
 
 
@@ -19,10 +21,12 @@ def float_kernel(site):
 def dequantized_kernel(site):
     """A quantized site's base kernel as floats, in the unpacked shape.
 
-    It is computed as the layer's product with unit vectors. It is therefore
-    the kernel that the layer computes with, for every version of Keras and its
-    way of packing and scaling.
+    Where the library does not know the layout, it is computed as the layer's
+    product with unit vectors. It is the kernel that the layer computes with,
+    for every version of Keras and its way of packing and scaling.
     """
+    if _compat.can_dequantize(site):
+        return _compat.dequantized_kernel(site)
     view = site.kernel_view
     if isinstance(site, keras.layers.Embedding):
         return site._site_base.quantized_call(site, ops.arange(view.input_dim))
@@ -40,6 +44,12 @@ def requantized(site, kernel):
     Returns:
         list of pairs of a variable of the site and its new value.
     """
+    if _compat.has_float_kernel(site):
+        # Keras rounds it in each call.
+        return [(supported.kernel_variable(site), kernel)]
+    if _compat.is_calibrated(site):
+        rows = _numpy(site.g_idx).size
+        return calibrated.rounded(site, _numpy(kernel).reshape(rows, -1))
     mode, _, source = site.dtype_policy.name.partition("_from_")
     config = site._site_base.get_config(site)
     twin = site._site_base.from_config({**config, "dtype": source})
@@ -50,6 +60,33 @@ def requantized(site, kernel):
         arguments["config"] = site.quantization_config
     twin.quantize(mode.partition("/")[0], type_check=False, **arguments)
     return _compat.paired_quantized_variables(site, twin)
+
+
+def after_rounding(site, kernel):
+    """The float kernel that a site would have with `requantized` values.
+
+    Args:
+        site: An adapted layer whose kernel GPTQ or AWQ rounded.
+        kernel: Tensor of the unpacked kernel's shape.
+
+    Returns:
+        float32 NumPy array of the unpacked kernel's shape.
+    """
+    values = requantized(site, kernel)
+    names = _compat.product_variables(site)
+    held = {
+        name: ops.convert_to_tensor(value, variable.dtype)
+        for name, one in names.items()
+        for variable, value in values
+        if one is variable
+    }
+    with straight_through.QUANTIZED_CALL_LOCK:
+        with _compat.instance_attributes(site, **held):
+            return _numpy(_compat.dequantized_kernel(site))
+
+
+def _numpy(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def float_sizes(layer):

@@ -24,7 +24,7 @@ from keras_randadapt.sites.kernel_site import layer_of
 from keras_randadapt.sites.site import Site
 
 #: Quantization modes whose layers can be sites.
-QUANTIZATION_MODES = (None, "int8", "int4")
+QUANTIZATION_MODES = (None, "int8", "int4", "float8", "gptq", "awq")
 
 _SITE_CLASSES = {
     keras.layers.Dense: dense.AdaptedDense,
@@ -233,8 +233,8 @@ def check_site(address, layer):
     if layer.quantization_mode not in QUANTIZATION_MODES:
         raise ValueError(
             f"Layer '{layer.name}' at '{address}' is quantized to "
-            f"'{layer.quantization_mode}'. Adapters attach to float, int8 and "
-            "int4 kernels."
+            f"'{layer.quantization_mode}'. Adapters attach to float kernels "
+            f"and to those in {QUANTIZATION_MODES[1:]}."
         )
     if isinstance(layer, KernelSite) and layer.quantization_mode is not None:
         raise ValueError(

@@ -202,6 +202,10 @@ FAMILIES = {
 }
 
 
+#: Families whose experts `kra.peft` knows.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gemma4")
+
+
 def _t5gemma():
     import transformers
 

@@ -19,6 +19,7 @@ _QUICK = ("bert", "llama")
 #: Families whose converters drop numbers of the checkpoint. They are written
 #: with the checkpoint of the base model.
 _INCOMPLETE = {
+    "gemma4": "layer_scalar",
     "roberta": "shapes of the checkpoint's tensors are not known",
     "xlm-roberta": "computes its values: arithmetic",
 }
@@ -26,8 +27,9 @@ _INCOMPLETE = {
 _NEED_CONFIG = ("smollm3", "t5gemma")
 
 
-def _adapted(model, adapter=None, targets="all-linear"):
-    kra.inject(model, adapter or kra.RLoRA(4, seed=1), targets=targets)
+def _adapted(model, adapter=None, targets="all-linear", **options):
+    adapter = adapter or kra.RLoRA(4, seed=1)
+    kra.inject(model, adapter, targets=targets, **options)
     families.train(model)
     return model
 
@@ -56,7 +58,7 @@ def test_transformers_computes_the_same(family, tmp_path):
         families.keras_outputs(model, x)
         - families.torch_outputs(torch_model, x)
     ).max()
-    _adapted(model)
+    _adapted(model, experts=family in families.MIXTURES)
     ours = families.keras_outputs(model, x)
     if family in _INCOMPLETE:
         with pytest.raises(ValueError, match=_INCOMPLETE[family]):

@@ -403,7 +403,6 @@ def test_embeddings_and_convolutions(family, kind, method, pairs, tmp_path):
     pair.check(families.torch_outputs(model.base_model.model, pair.x))
 
 
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gemma4")
 _KERNELS = ("_dense", "_proj")
 
 
@@ -437,7 +436,7 @@ def _inject_experts(pair, adapter, ends):
         ("lora", ("gate_dense", "gate_proj")),
     ],
 )
-@pytest.mark.parametrize("family", _MIXTURES)
+@pytest.mark.parametrize("family", families.MIXTURES)
 def test_peft_reads_experts(family, method, ends, pairs, tmp_path):
     import peft
 
@@ -475,7 +474,7 @@ def test_peft_reads_experts(family, method, ends, pairs, tmp_path):
         ["experts.gate_up_proj"],
     ],
 )
-@pytest.mark.parametrize("family", _MIXTURES)
+@pytest.mark.parametrize("family", families.MIXTURES)
 def test_we_read_experts_of_peft(family, parameters, pairs, tmp_path):
     import peft
 
