@@ -115,6 +115,7 @@ def test_a_kernel_that_needs_floats_stays_float():
         kra.inject(model, kra.LoRA(2), targets, quantize="int8")
 
 
+@pytest.mark.cpu_seconds(12, reason="KerasHub is imported")
 @pytest.mark.one_backend
 def test_the_head_of_a_task_stays_float():
     model, _, targets = zoo.bert_classifier()
