@@ -1222,8 +1222,8 @@ FAULTS = [
         "wrong scale",
         "peft/methods.py",
         "Reader._rank_and_scaling",
-        "math.sqrt(rank) if self.options",
-        "rank if self.options",
+        "math.sqrt(rank) if options",
+        "rank if options",
         ("peft/test_loading.py",),
     ),
     Fault(
