@@ -28,6 +28,7 @@ def _state(model):
     )
 
 
+@pytest.mark.cpu_seconds(10, reason="a model is quantized twice")
 @pytest.mark.parametrize("mode", ["int4", "float8"])
 def test_one_call(mode):
     x = quantizing.ids()
