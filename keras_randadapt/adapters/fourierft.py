@@ -9,19 +9,13 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt._types import Config
 from keras_randadapt._types import Initializer
-from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters.formed import FormedAdapter
 from keras_randadapt.bases.places import Places
-from keras_randadapt.ops.formed_products import formed_product
-from keras_randadapt.sites.per_example import Weights
-from keras_randadapt.sites.per_example import taken
-from keras_randadapt.sites.product import Product
-from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class FourierFT(base.Adapter):
+class FourierFT(FormedAdapter):
     """Fine-tuning by few coefficients of a Fourier transform.
 
     The delta is `scaling * Re(IDFT(F))`, where `F` is a matrix of the kernel
@@ -119,40 +113,6 @@ class FourierFT(base.Adapter):
         )
         self.add_frozen("places", self._places)
 
-    def adapt(
-        self, x: Tensor, linear: Product, training: bool | None = None
-    ) -> Tensor:
-        dropped = bool(training and self.dropout)
-        kernel = kernel_to_change(linear, x, dropped)
-        if kernel is None:
-            return linear(x) + self.delta(self.drop(x, training), training)
-        return self._product(x, kernel)
-
-    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
-        return self._product(x)
-
-    def delta_transpose(
-        self, x: Tensor, training: bool | None = None
-    ) -> Tensor:
-        return self._product(x, transposed=True)
-
-    def delta_kernel(self) -> Tensor:
-        return self._formed(self._values(), self._places.tensor())
-
-    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        return ops.matmul(x, self._kernels(weights, x.dtype))
-
-    def delta_transpose_per_example(
-        self, x: Tensor, weights: Weights
-    ) -> Tensor:
-        kernels = self._kernels(weights, x.dtype)
-        return ops.matmul(x, ops.swapaxes(kernels, -1, -2))
-
-    def lookup_per_example(
-        self, ids: Tensor, dtype: str, weights: Weights
-    ) -> Tensor:
-        return taken(self._kernels(weights, dtype), ids)
-
     def basis_digest(self) -> str:
         return self._places.digest()
 
@@ -164,8 +124,9 @@ class FourierFT(base.Adapter):
         """
         return ops.convert_to_numpy(self._places.tensor())
 
-    def _values(self):
-        return ops.cast(self.coefficients, "float32")
+    def _terms(self):
+        values = ops.cast(self.coefficients, "float32")
+        return (self._places.tensor(),), (values,)
 
     def _transformed(self, matrix):
         """The scaled real part of a transform of the last two axes.
@@ -177,8 +138,7 @@ class FourierFT(base.Adapter):
         real, _ = ops.fft2((matrix, ops.zeros_like(matrix)))
         return real * (self.scaling / size)
 
-    def _formed(self, values, places):
-        """The delta of some coefficients, float32."""
+    def _formed(self, places, values):
         size = self.input_dim * self.output_dim
         flat = ops.segment_sum(values, places, num_segments=size)
         return self._transformed(
@@ -186,7 +146,6 @@ class FourierFT(base.Adapter):
         )
 
     def _kernels(self, weights, dtype):
-        """The delta of each example, `(examples, input_dim, output_dim)`."""
         values = ops.cast(ops.transpose(weights["coefficients"]), "float32")
         size = self.input_dim * self.output_dim
         flat = ops.segment_sum(values, self._places.tensor(), num_segments=size)
@@ -195,26 +154,9 @@ class FourierFT(base.Adapter):
             self._transformed(ops.reshape(ops.transpose(flat), shape)), dtype
         )
 
-    def _product(self, x, kernel=None, transposed=False):
-        """`x (kernel + delta)`, `x delta`, or `x delta'`."""
-        kernels = () if kernel is None else (kernel,)
-        dtype = x.dtype
-
-        def form(*arguments):
-            *kernels, places, values = arguments
-            whole = self._formed(values, places)
-            whole = ops.transpose(whole) if transposed else whole
-            return ops.cast(sum(kernels, whole), dtype)
-
-        def gradients(arguments, of_matrix):
-            *kernels, places, _ = arguments
-            whole = ops.transpose(of_matrix) if transposed else of_matrix
-            whole = self._transformed(ops.cast(whole, "float32"))
-            of_values = ops.take(ops.reshape(whole, (-1,)), places, axis=0)
-            return (*[of_matrix for _ in kernels], None, of_values)
-
-        large = (*kernels, self._places.tensor())
-        return formed_product(x, form, gradients, large, (self._values(),))
+    def _gradients(self, terms, of_delta):
+        flat = ops.reshape(self._transformed(of_delta), (-1,))
+        return None, ops.take(flat, terms[0], axis=0)
 
     def get_config(self) -> Config:
         return {

@@ -8,20 +8,15 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt._types import Config
 from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters.formed import FormedAdapter
 from keras_randadapt.adapters.window import Window
 from keras_randadapt.adapters.window import tucker
 from keras_randadapt.ops.fast_products import matmul
-from keras_randadapt.ops.formed_products import formed_product
-from keras_randadapt.sites.per_example import Weights
-from keras_randadapt.sites.per_example import taken
-from keras_randadapt.sites.product import Product
-from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class LoHa(base.Adapter):
+class LoHa(FormedAdapter):
     """Low-rank Hadamard product: `delta = scaling * (A1 B1) * (A2 B2)`.
 
     `*` between matrices multiplies entry by entry. `A1` and `A2`,
@@ -127,23 +122,6 @@ class LoHa(base.Adapter):
     def _add(self, name, shape, initializer):
         setattr(self, name, self.add_trainable(name, shape, initializer))
 
-    def adapt(
-        self, x: Tensor, linear: Product, training: bool | None = None
-    ) -> Tensor:
-        dropped = bool(training and self.dropout)
-        kernel = kernel_to_change(linear, x, dropped)
-        if kernel is None:
-            return linear(x) + self.delta(self.drop(x, training), training)
-        return self._product(x, kernel)
-
-    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
-        return self._product(x)
-
-    def delta_transpose(
-        self, x: Tensor, training: bool | None = None
-    ) -> Tensor:
-        return self._product(x, transposed=True)
-
     def lookup(
         self, ids: Tensor, dtype: str, training: bool | None = None
     ) -> Tensor:
@@ -155,8 +133,7 @@ class LoHa(base.Adapter):
 
     def delta_kernel(self) -> Tensor:
         if not self.is_whole:
-            a1, b1, a2, b2 = self._matrices()
-            return matmul(a1, b1) * matmul(a2, b2)
+            return super().delta_kernel()
 
         def matrix(number):
             factors = (getattr(self, f"loha_{n}{number}") for n in "acb")
@@ -177,22 +154,7 @@ class LoHa(base.Adapter):
             ops.reshape(right, (square, self.output_dim)),
         )
 
-    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        return ops.matmul(x, self._kernels(weights, x.dtype))
-
-    def delta_transpose_per_example(
-        self, x: Tensor, weights: Weights
-    ) -> Tensor:
-        kernels = self._kernels(weights, x.dtype)
-        return ops.matmul(x, ops.swapaxes(kernels, -1, -2))
-
-    def lookup_per_example(
-        self, ids: Tensor, dtype: str, weights: Weights
-    ) -> Tensor:
-        return taken(self._kernels(weights, dtype), ids)
-
     def _kernels(self, weights, dtype):
-        """The delta of each example, `(examples, input_dim, output_dim)`."""
         first = ops.matmul(weights["loha_a1"], weights["loha_b1"])
         second = ops.matmul(weights["loha_a2"], weights["loha_b2"])
         return ops.cast(first * second * self.scaling, dtype)
@@ -207,36 +169,29 @@ class LoHa(base.Adapter):
             found[-1] = found[-1] * self.scaling
         return found
 
+    def _terms(self):
+        return (), self._matrices()
+
+    def _formed(self, a1, b1, a2, b2):
+        return matmul(a1, b1) * matmul(a2, b2)
+
+    def _gradients(self, terms, of_delta):
+        a1, b1, a2, b2 = terms
+        of_first = of_delta * matmul(a2, b2)
+        of_second = of_delta * matmul(a1, b1)
+        return (
+            matmul(of_first, ops.transpose(b1)),
+            matmul(ops.transpose(a1), of_first),
+            matmul(of_second, ops.transpose(b2)),
+            matmul(ops.transpose(a2), of_second),
+        )
+
     def _product(self, x, kernel=None, transposed=False):
-        """`x (kernel + delta)`, `x delta`, or `x delta'`."""
-        if self.is_whole:
-            whole = ops.cast(self.delta_kernel(), x.dtype)
-            whole = ops.transpose(whole) if transposed else whole
-            return matmul(x, whole if kernel is None else kernel + whole)
-        kernels = () if kernel is None else (kernel,)
-        dtype = x.dtype
-
-        def form(*arguments):
-            *kernels, a1, b1, a2, b2 = arguments
-            whole = matmul(a1, b1) * matmul(a2, b2)
-            whole = ops.transpose(whole) if transposed else whole
-            return ops.cast(sum(kernels, whole), dtype)
-
-        def gradients(arguments, of_matrix):
-            *kernels, a1, b1, a2, b2 = arguments
-            whole = ops.transpose(of_matrix) if transposed else of_matrix
-            whole = ops.cast(whole, "float32")
-            of_first = whole * matmul(a2, b2)
-            of_second = whole * matmul(a1, b1)
-            return (
-                *[of_matrix for _ in kernels],
-                matmul(of_first, ops.transpose(b1)),
-                matmul(ops.transpose(a1), of_first),
-                matmul(of_second, ops.transpose(b2)),
-                matmul(ops.transpose(a2), of_second),
-            )
-
-        return formed_product(x, form, gradients, kernels, self._matrices())
+        if not self.is_whole:
+            return super()._product(x, kernel, transposed)
+        whole = ops.cast(self.delta_kernel(), x.dtype)
+        whole = ops.transpose(whole) if transposed else whole
+        return matmul(x, whole if kernel is None else kernel + whole)
 
     def get_config(self) -> Config:
         config = {

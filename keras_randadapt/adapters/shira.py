@@ -9,22 +9,16 @@ from keras import ops
 from keras_randadapt import arguments
 from keras_randadapt import random
 from keras_randadapt._types import Config
-from keras_randadapt._types import Tensor
-from keras_randadapt.adapters import base
+from keras_randadapt.adapters.formed import FormedAdapter
 from keras_randadapt.bases.places import Places
 from keras_randadapt.bases.places import RegularPlaces
-from keras_randadapt.ops.formed_products import formed_product
-from keras_randadapt.sites.per_example import Weights
-from keras_randadapt.sites.per_example import taken
-from keras_randadapt.sites.product import Product
-from keras_randadapt.sites.product import kernel_to_change
 from keras_randadapt.sites.site import Site
 
 MASKS = ("random", "magnitude", "structured")
 
 
 @keras.saving.register_keras_serializable(package="keras_randadapt")
-class SHiRA(base.Adapter):
+class SHiRA(FormedAdapter):
     """Sparse high-rank adaptation.
 
     The delta is `scaling * S`, where `S` is a sparse matrix of the kernel
@@ -130,40 +124,6 @@ class SHiRA(base.Adapter):
             count = self._places.shape[0]
             self.places.assign(np.sort(order[:count]).astype("int32"))
 
-    def adapt(
-        self, x: Tensor, linear: Product, training: bool | None = None
-    ) -> Tensor:
-        dropped = bool(training and self.dropout)
-        kernel = kernel_to_change(linear, x, dropped)
-        if kernel is None:
-            return linear(x) + self.delta(self.drop(x, training), training)
-        return self._product(x, kernel)
-
-    def delta(self, x: Tensor, training: bool | None = None) -> Tensor:
-        return self._product(x)
-
-    def delta_transpose(
-        self, x: Tensor, training: bool | None = None
-    ) -> Tensor:
-        return self._product(x, transposed=True)
-
-    def delta_kernel(self) -> Tensor:
-        return self._formed(self._scaled(), self._where())
-
-    def delta_per_example(self, x: Tensor, weights: Weights) -> Tensor:
-        return ops.matmul(x, self._kernels(weights, x.dtype))
-
-    def delta_transpose_per_example(
-        self, x: Tensor, weights: Weights
-    ) -> Tensor:
-        kernels = self._kernels(weights, x.dtype)
-        return ops.matmul(x, ops.swapaxes(kernels, -1, -2))
-
-    def lookup_per_example(
-        self, ids: Tensor, dtype: str, weights: Weights
-    ) -> Tensor:
-        return taken(self._kernels(weights, dtype), ids)
-
     def derived_digest(self) -> str:
         if self.mask != "magnitude":
             return ""
@@ -185,44 +145,26 @@ class SHiRA(base.Adapter):
             return ops.convert_to_tensor(self.places)
         return self._places.tensor()
 
-    def _scaled(self):
+    def _terms(self):
         values = ops.cast(self.shira_values, "float32")
-        return values if self.scaling == 1 else values * self.scaling
+        if self.scaling != 1:
+            values = values * self.scaling
+        return (self._where(),), (values,)
 
-    def _formed(self, values, places):
-        """A matrix with these values, `(input_dim, output_dim)`, float32."""
+    def _formed(self, places, values):
         size = self.input_dim * self.output_dim
         flat = ops.segment_sum(values, places, num_segments=size)
         return ops.reshape(flat, (self.input_dim, self.output_dim))
 
     def _kernels(self, weights, dtype):
-        """The delta of each example, `(examples, input_dim, output_dim)`."""
         values = ops.transpose(weights["shira_values"] * self.scaling)
         size = self.input_dim * self.output_dim
         flat = ops.segment_sum(values, self._where(), num_segments=size)
         shape = (-1, self.input_dim, self.output_dim)
         return ops.cast(ops.reshape(ops.transpose(flat), shape), dtype)
 
-    def _product(self, x, kernel=None, transposed=False):
-        """`x (kernel + delta)`, `x delta`, or `x delta'`."""
-        kernels = () if kernel is None else (kernel,)
-        dtype = x.dtype
-
-        def form(*arguments):
-            *kernels, places, values = arguments
-            whole = self._formed(values, places)
-            whole = ops.transpose(whole) if transposed else whole
-            return ops.cast(sum(kernels, whole), dtype)
-
-        def gradients(arguments, of_matrix):
-            *kernels, places, _ = arguments
-            whole = ops.transpose(of_matrix) if transposed else of_matrix
-            flat = ops.reshape(ops.cast(whole, "float32"), (-1,))
-            of_values = ops.take(flat, places, axis=0)
-            return (*[of_matrix for _ in kernels], None, of_values)
-
-        large = (*kernels, self._where())
-        return formed_product(x, form, gradients, large, (self._scaled(),))
+    def _gradients(self, terms, of_delta):
+        return None, ops.take(ops.reshape(of_delta, (-1,)), terms[0], axis=0)
 
     def get_config(self) -> Config:
         return {

@@ -346,7 +346,7 @@ def _modules(names, state, adapters, found, is_dora, base):
             if address not in found:
                 continue
             left, right = found[address]
-            # Those of experts have an axis of experts in front.
+            # Arrays of experts have an axis of experts in front.
             *stack, _, rank = left.shape
             a = np.zeros((*stack, rank, n_in))
             a[..., part.inputs] = np.swapaxes(left, -1, -2)

@@ -246,7 +246,7 @@ def test_peft_reads_its_own_methods(family, method, pairs, tmp_path):
 )
 @pytest.mark.parametrize("family", _SOME)
 def test_we_read_methods_of_ours(family, method, pairs, tmp_path):
-    """Those that PEFT has in the same form."""
+    """The methods that PEFT has in the same form."""
     import peft
 
     pair = pairs(family)
